@@ -1,0 +1,256 @@
+"""Every knob of nanoProPhy, once: one frozen dataclass, named presets, command-line flags made from its fields.
+
+A field's trailing comment is its meaning, and `--help` prints exactly that comment. `parse` turns the command line into a
+checked `Config`; `check` holds the rules that tie fields together. Nothing here imports torch, so a typo costs no start-up.
+
+"ours" marks a value the paper (arXiv 2512.05564) does not state.
+"""
+import argparse
+import dataclasses
+import inspect
+import json
+import math
+import re
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class UserError(Exception):
+    """The user must change something before work can start: one sentence on stderr, exit code 2."""
+
+
+class Stopped(Exception):
+    """Work had to stop half-way (full disk, diverged loss): one sentence on stderr, exit code 1."""
+
+
+@dataclass(frozen=True)
+class Config:
+    # --- the run
+    config: str = "small"  # name of the preset the other fields start from
+    out_dir: str = ""  # run folder; empty = runs/<config>
+    seed: int = 0  # weights, noise, clip order and caption dropout
+    device: str = "auto"  # auto (cuda, else mps, else cpu) | cuda | mps | cpu
+    threads: int = 0  # CPU threads; 0 = every core
+    precision: str = "auto"  # auto | fp32 | bf16 (autocast; weights and optimizer stay float32)
+    compile: str = "auto"  # torch.compile of the blocks: auto | on | off
+    resume: bool = False  # go on from the newest checkpoint in out_dir
+    init_from: str = ""  # run folder whose trained backbone is taken, so that stage one is skipped
+    stop_at: int = 0  # save and stop after this many steps, as Ctrl-C would; 0 = at the end
+
+    # --- clips
+    data_dir: str = ""  # folder of videos; empty = the physics world of world.py
+    annotations: str = ""  # captions.json or a WISA list; empty = the folder's captions.json
+    frames: int = 12  # frames a clip
+    height: int = 32  # pixels
+    width: int = 32  # pixels
+    fps: float = 8.0  # frames a second taken from a video (a world clip always lasts one second)
+    windows: int = 4  # clips cut from one long video at most
+    pool_dir: str = "data"  # where drawn or decoded clips wait on disk, shared by runs with the same settings
+    world_clips: int = 16000  # clips of the world in the pool
+    world_seed: int = 0  # which world; runs of several seeds share one
+    decoys: float = 0.6  # share of scenes with a still object that looks like an actor
+    two: float = 0.4  # share of scenes with two phenomena
+    colour_cues: bool = False  # each phenomenon in a colour of its own: an easier world
+    ood: str = ""  # draw this outside its usual range: speed | radius | gravity
+    categories: int = 17  # 17 physical laws of WISA | 29 with its "no obvious ...", camera and object-state slots
+    val_clips: int = 64  # held-out clips for the validation loss
+    caption_dropout: float = 0.1  # share of captions emptied, so that guidance has an unconditional model
+
+    # --- backbone (CogVideoX lineage)
+    text_len: int = 24  # text tokens; longer captions are cut with a warning
+    dim: int = 128  # width D
+    depth: int = 6  # blocks
+    heads: int = 4  # attention heads; dim / heads must divide by 8 for the three axes of RoPE
+    time_dim: int = 32  # width of the time embedding that feeds the expert adaLN
+    patch_t: int = 2  # frames a token
+    patch: int = 8  # pixels a token's side
+
+    # --- diffusion
+    process: str = "flow"  # flow (rectified flow) | vpred (CogVideoX: scaled-linear betas, zero terminal SNR)
+    predict: str = "x"  # what the network outputs under flow: x | v | eps; the loss is always weighted as v
+    time_mean: float = 0.6  # flow: t = sigmoid(N(mean, std)); above 0 leans towards noise
+    time_std: float = 1.0  # flow: spread of the logit-normal times
+    shift: float = 1.0  # flow: t -> s t / (1 + (s - 1) t), for training times and sampling steps alike
+    snr_shift: float = 1.0  # vpred: CogVideoX-2B has 3, 5B has 1
+
+    # --- physical branch
+    semantic: bool = True  # Semantic Expert Block (Eq. 1)
+    refinement: bool = True  # Refinement Expert Block (Eq. 2)
+    physical_blocks: str = "1,3,5"  # backbone blocks beside which a physical block stands (ours); empty = no branch
+    injection: str = "zero"  # zero (through a zero-initialised linear; ours) | plain (the figure's bare +)
+    semantic_experts: int = 8  # E_s (ours)
+    refinement_experts: int = 8  # E_r (ours)
+    top_k: int = 2  # experts a token (ours)
+    residual: bool = True  # x + REB(x) (ours); false = REB(x) alone
+    renormalise: bool = False  # divide the chosen probabilities by their sum (ours: no)
+
+    # --- losses (Eq. 6)
+    coarse_weight: float = 0.1  # of L_coarse
+    fine_weight: float = 0.02  # of L_fine_align
+    balance_weight: float = 0.01  # of L_fine_balance
+    coarse_loss: str = "relative"  # relative (Eq. 3-4) | bce (the ablation's rival)
+    reduction: str = "mean"  # of L_coarse over pairs and L_fine_align over entries: mean (ours) | sum (as printed)
+    negatives: float = 0.0  # pull to zero outside the positive entries of VLM maps (ours); exact masks always have it
+
+    # --- training
+    base_steps: int = 2600  # stage one: the backbone alone
+    physics_steps: int = 700  # stage two: the branch, attached to the trained backbone
+    freeze_backbone: bool = True  # stage two trains the branch only, as the paper does
+    batch_size: int = 16  # clips a step
+    optimizer: str = "muon"  # muon (block matrices; AdamW for the rest) | adamw (everything)
+    lr: float = 4e-3  # peak, stage one
+    physics_lr: float = 2e-3  # peak, stage two
+    schedule: str = "linear"  # after the warm-up: linear (to zero at the stage's end) | constant
+    warmup: int = 50  # steps from zero to the peak, each stage
+    weight_decay: float = 0.01  # on matrices
+    clip: float = 1.0  # gradient norm
+    ema: float = 0.998  # decay of the averaged weights that are sampled
+    log_every: int = 10  # steps
+    eval_every: int = 500  # steps between validation losses
+    save_every: int = 500  # steps between checkpoints
+    preview_every: int = 1000  # steps between preview GIFs; 0 = only at the end
+    preview_steps: int = 25  # sampling steps of a preview
+    guidance: float = 1.5  # classifier-free guidance of previews; 1 = off
+
+    @property
+    def grid(self) -> tuple[int, int, int]:
+        """Video tokens along time, height and width."""
+        return self.frames // self.patch_t, self.height // self.patch, self.width // self.patch
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.out_dir or f"runs/{self.config}")
+
+    @property
+    def physical_at(self) -> tuple[int, ...]:
+        """Indices of the backbone blocks that have a physical block beside them."""
+        return tuple(int(i) for i in self.physical_blocks.split(",") if i.strip())
+
+
+PRESETS = {
+    "small": {},  # the defaults above: two CPU cores, about twelve minutes
+    "debug": dict(frames=4, height=16, width=16, patch=4, dim=32, depth=2, heads=2, time_dim=16, physical_blocks="0,1",
+                  semantic_experts=4, refinement_experts=4, world_clips=64, val_clips=8, batch_size=8, base_steps=30, physics_steps=20,
+                  warmup=5, ema=0.9, precision="fp32", compile="off", log_every=5, eval_every=25, save_every=25, preview_every=0, preview_steps=4),
+}
+
+CHOICES = {
+    "device": ("auto", "cuda", "mps", "cpu"), "precision": ("auto", "fp32", "bf16"), "compile": ("auto", "on", "off"),
+    "ood": ("", "speed", "radius", "gravity"), "categories": (17, 29), "process": ("flow", "vpred"), "predict": ("x", "v", "eps"),
+    "injection": ("zero", "plain"), "coarse_loss": ("relative", "bce"), "reduction": ("mean", "sum"),
+    "optimizer": ("muon", "adamw"), "schedule": ("linear", "constant"),
+}
+MAY_BE_ZERO = {"seed", "threads", "stop_at", "world_seed", "base_steps", "physics_steps", "warmup", "weight_decay", "preview_every", "guidance",
+               "time_mean", "coarse_weight", "fine_weight", "balance_weight", "negatives", "decoys", "two", "caption_dropout", "ema"}
+MAY_CHANGE = {"out_dir", "resume", "stop_at", "log_every", "eval_every", "save_every", "preview_every", "preview_steps", "guidance",
+              "base_steps", "physics_steps", "pool_dir"}  # on --resume; everything else would make another run of it
+
+
+def check(cfg: Config) -> Config:
+    """Return cfg, or raise UserError with the first broken rule in one sentence."""
+    for f in dataclasses.fields(cfg):
+        value = getattr(cfg, f.name)
+        if f.name in CHOICES and value not in CHOICES[f.name]:
+            raise UserError(f"--{f.name} must be one of {', '.join(str(c) or '(empty)' for c in CHOICES[f.name])}, not {value!r}.")
+        if f.type in (int, float) and f.name not in CHOICES:
+            if not math.isfinite(value) or (value <= 0 and f.name not in MAY_BE_ZERO) or (value < 0 and f.name != "time_mean"):
+                raise UserError(f"--{f.name} must be {'zero or more' if f.name in MAY_BE_ZERO else 'more than zero'}, not {value}.")
+    for name in ("decoys", "two", "caption_dropout", "ema"):
+        if getattr(cfg, name) > 1 or (name == "ema" and cfg.ema == 1):
+            raise UserError(f"--{name} is a share and must lie between 0 and 1, not {getattr(cfg, name)}.")
+    for size, patch in (("frames", "patch_t"), ("height", "patch"), ("width", "patch")):
+        if getattr(cfg, size) % getattr(cfg, patch):
+            raise UserError(f"--{size} {getattr(cfg, size)} does not divide into patches of {getattr(cfg, patch)} (--{patch}).")
+    if not cfg.data_dir and not (16 <= cfg.height <= 128 and 16 <= cfg.width <= 128 and 2 <= cfg.frames <= 256):
+        raise UserError(f"The world draws 16 to 128 pixels and 2 to 256 frames, not {cfg.frames} x {cfg.height} x {cfg.width}.")
+    if cfg.dim % cfg.heads or (cfg.dim // cfg.heads) % 8:
+        raise UserError(f"--dim / --heads must be a multiple of 8, not {cfg.dim} / {cfg.heads}.")
+    if cfg.time_dim % 2:
+        raise UserError(f"--time_dim must be even, not {cfg.time_dim}.")
+    if not re.fullmatch(r"\s*(\d+\s*(,\s*\d+\s*)*)?", cfg.physical_blocks):
+        raise UserError(f"--physical_blocks is a list such as 1,3,5, not {cfg.physical_blocks!r}.")
+    at = cfg.physical_at
+    if list(at) != sorted(set(at)) or any(i >= cfg.depth for i in at):
+        raise UserError(f"--physical_blocks must rise and stay below --depth {cfg.depth}, not {cfg.physical_blocks!r}.")
+    if cfg.physics_steps and not at:
+        raise UserError("Stage two has nothing to train: give --physical_blocks, or --physics_steps 0 for the backbone alone.")
+    if cfg.init_from and not cfg.physics_steps:
+        raise UserError("--init_from starts at stage two, which --physics_steps 0 leaves out.")
+    if not cfg.init_from and not cfg.base_steps:
+        raise UserError("Stage two needs a trained backbone: give --base_steps, or --init_from RUN.")
+    if cfg.top_k > cfg.refinement_experts:
+        raise UserError(f"--top_k {cfg.top_k} is more than --refinement_experts {cfg.refinement_experts}.")
+    if cfg.ood and cfg.data_dir:
+        raise UserError("--ood is for the world; videos from --data_dir are as they are.")
+    return cfg
+
+
+def meanings() -> dict[str, str]:
+    """{field: its trailing comment}, read from this file so that each meaning is written once."""
+    return dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.M))
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError
+    return text.lower() == "true"
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse that answers a mistake with one sentence instead of a usage page."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    def error(self, message):
+        raise UserError(f"{message[0].upper()}{message[1:]}; --help lists every flag.")
+
+
+def parse(argv: list[str], description: str) -> Config:
+    """Command line -> checked Config: the preset's values, then the flags given. Raises UserError."""
+    parser = Parser(description)
+    parser.add_argument("--config", default="small", help=f"preset: {', '.join(PRESETS)}")
+    for f in dataclasses.fields(Config):
+        if f.name != "config":
+            kind = dict(type=boolean, nargs="?", const=True, metavar="true|false") if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
+            # SUPPRESS: only flags that were given reach the namespace, so they override the preset and nothing else does.
+            parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"{meanings()[f.name]} [{f.default}]".replace("%", "%%"), **kind)
+    given = vars(parser.parse_args(argv))
+    return check(preset(**given))
+
+
+def preset(config: str = "small", **overrides) -> Config:
+    """The named preset with some fields replaced. Unchecked."""
+    if config not in PRESETS:
+        raise UserError(f"There is no preset {config!r}; there are {', '.join(PRESETS)}.")
+    return Config(**{**PRESETS[config], **overrides, "config": config})
+
+
+def load(path: Path) -> Config:
+    """Config of a run folder's config.json (extra keys such as the git revision are ignored). Raises UserError."""
+    try:
+        stored = json.loads(path.read_text())
+        return Config(**{f.name: f.type(stored[f.name]) for f in dataclasses.fields(Config)})
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is no run folder: it has no {path.name}.") from None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path} is not a config of this version ({type(e).__name__}: {e}).") from None
+
+
+def entry(main, *args) -> None:
+    """Run main(*args) as a program: UserError exits 2, Stopped exits 1, both with one sentence and no traceback."""
+    try:
+        main(*args)
+    except UserError as e:
+        sys.exit(_say(e, 2))
+    except Stopped as e:
+        sys.exit(_say(e, 1))
+    except BrokenPipeError:  # `python evaluate.py | head`
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+
+
+def _say(error: Exception, code: int) -> int:
+    print(error, file=sys.stderr)
+    return code
