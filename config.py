@@ -62,7 +62,7 @@ class Config:
     text_len: int = 24  # text tokens; longer captions are cut with a warning
     dim: int = 128  # width D
     depth: int = 6  # blocks
-    heads: int = 4  # attention heads; dim / heads must divide by 8 for the three axes of RoPE
+    heads: int = 4  # attention heads; dim / heads must divide by 16 for the three axes of RoPE
     time_dim: int = 32  # width of the time embedding that feeds the expert adaLN
     patch_t: int = 2  # frames a token
     patch: int = 8  # pixels a token's side
@@ -165,8 +165,8 @@ def check(cfg: Config) -> Config:
             raise UserError(f"--{size} {getattr(cfg, size)} does not divide into patches of {getattr(cfg, patch)} (--{patch}).")
     if not cfg.data_dir and not (16 <= cfg.height <= 128 and 16 <= cfg.width <= 128 and 2 <= cfg.frames <= 256):
         raise UserError(f"The world draws 16 to 128 pixels and 2 to 256 frames, not {cfg.frames} x {cfg.height} x {cfg.width}.")
-    if cfg.dim % cfg.heads or (cfg.dim // cfg.heads) % 8:
-        raise UserError(f"--dim / --heads must be a multiple of 8, not {cfg.dim} / {cfg.heads}.")
+    if cfg.dim % cfg.heads or (cfg.dim // cfg.heads) % 16:
+        raise UserError(f"--dim / --heads must be a multiple of 16, not {cfg.dim} / {cfg.heads}.")
     if cfg.time_dim % 2:
         raise UserError(f"--time_dim must be even, not {cfg.time_dim}.")
     if not re.fullmatch(r"\s*(\d+\s*(,\s*\d+\s*)*)?", cfg.physical_blocks):

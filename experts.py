@@ -1,0 +1,169 @@
+"""The physical branch of ProPhy (arXiv 2512.05564): which physics a clip holds, then which token follows which.
+
+    backbone:   embed ----> block 0 ----> block 1 ----(+)----> block 2 ----> ... ----(+)----> head
+                  |                                    ^                               ^
+                  |                                 inject                          inject
+                  |                                    |                               |
+    branch:       +-> SEB ---------------------> physical block ----> ... ----> physical block
+                       ^                                                 (attention, REB, feed-forward)
+                   text y
+
+* Semantic Expert Block (SEB, Eq. 1): a router reads the text and mixes E_s learnable basis maps, softly, into the tokens.
+* Physical blocks: the backbone's own architecture, starting from the weights of the block they stand beside.
+* Refinement Expert Block (REB, Eq. 2), inside the last physical block: each token is sent to its top-k experts of E_r.
+
+Of a backbone this file knows the block contract alone (model.py says it). Untrained, the branch changes nothing, to the bit:
+injection is a zero-initialised linear (ours, as in ControlNet; the paper's figure draws a plain +, which is a switch).
+
+Letters: B clips, N = T' h w video tokens, D width, L text tokens, E_s, E_r experts, E_cat phenomena, k experts a token.
+"""
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class Routing:
+    """What losses and pictures need of one forward; None where the part is switched off."""
+
+    semantic_logits: Tensor | None = None  # (B, E_s)
+    semantic: Tensor | None = None  # rho_s (B, E_s), rows sum to 1
+    semantic_lift: Tensor | None = None  # rho_s lifted to the categories (B, E_cat)
+    refinement: Tensor | None = None  # rho_r (B, N, E_r), rows sum to 1
+    refinement_lift: Tensor | None = None  # P'_r (B, N, E_cat)
+    chosen: Tensor | None = None  # top-k experts of each token (B, N, k)
+
+
+def invert(logits: Tensor) -> Tensor:
+    """Expert inversion (the paper's Figure 8): the least likely physics becomes the likeliest. An `edit` for ProPhy."""
+    return -logits
+
+
+class SemanticExpertBlock(nn.Module):
+    """X~ = X + sum_e rho_s[e] B_e, with one learnable map B_e (N, D) for each kind of physical knowledge (Eq. 1).
+
+    All experts take part: a hard top-k collapses at the small batches of video training. A map is tied to one token grid and
+    is interpolated to any other (ours).
+    """
+
+    def __init__(self, grid: tuple[int, int, int], dim: int, text_dim: int, experts: int, categories: int):
+        super().__init__()
+        self.router = nn.Sequential(nn.Linear(text_dim, text_dim), nn.SiLU(), nn.Linear(text_dim, experts))  # depth: ours
+        self.maps = nn.Parameter(torch.randn(experts, dim, *grid) * 0.02)  # B_e, (E_s, D, T', h, w)
+        self.lift = nn.Linear(experts, categories)
+
+    def route(self, y: Tensor, length: Tensor, edit=None) -> tuple[Tensor, Tensor, Tensor]:
+        """Text y (B, L, D_text), of which `length` (B,) rows are real -> logits, rho_s (B, E_s) and their lift (B, E_cat)."""
+        real = torch.arange(y.shape[1], device=y.device) < length[:, None]  # (B, L)
+        pooled = (y * real[..., None]).sum(1) / length.clamp(min=1)[:, None]  # mean over real tokens (ours); empty text: 0
+        logits = self.router(pooled)
+        if edit is not None:
+            logits = edit(logits)
+        rho = logits.float().softmax(dim=-1)
+        return logits, rho, self.lift(rho)
+
+    def forward(self, x: Tensor, rho: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        """Video tokens (B, N, D) of the given grid, mixed with the maps."""
+        maps = self.maps
+        if tuple(grid) != tuple(maps.shape[2:]):
+            maps = F.interpolate(maps, grid, mode="trilinear", align_corners=False)
+        mix = torch.einsum("be,edn->bnd", rho.type_as(maps), maps.flatten(2))
+        return x + mix.type_as(x)  # Eq. 1
+
+
+class RefinementExpertBlock(nn.Module):
+    """x' = sum over the top k of rho_r[i] e_i(x), each expert e_i a linear layer (Eq. 2).
+
+    A residual around it and no renormalisation of the chosen weights are ours, and switches.
+    """
+
+    def __init__(self, dim: int, experts: int, k: int, categories: int, residual: bool = True, renormalise: bool = False):
+        super().__init__()
+        self.k, self.residual, self.renormalise = k, residual, renormalise
+        self.router = nn.Linear(dim, experts)  # depth: ours
+        self.weight = nn.Parameter(torch.randn(experts, dim, dim) * dim**-0.5)  # e_i(x) = x W_i + b_i
+        self.bias = nn.Parameter(torch.zeros(experts, dim))
+        self.lift = nn.Sequential(nn.Linear(experts, 64), nn.SiLU(), nn.Linear(64, categories))  # P'_r, Eq. 5
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Video tokens (B, N, D) -> their refinement (B, N, D), rho_r (B, N, E_r), chosen experts (B, N, k)."""
+        rho = self.router(x).float().softmax(dim=-1)
+        gate, chosen = rho.topk(self.k, dim=-1)
+        if self.renormalise:
+            gate = gate / gate.sum(-1, keepdim=True)
+        y = dispatch(x.flatten(0, 1), gate.flatten(0, 1), chosen.flatten(0, 1), self.weight, self.bias).view_as(x)
+        return x + y if self.residual else y, rho, chosen
+
+
+@torch.compiler.disable  # segment sizes depend on the data; compiled code would break the graph here anyway
+def dispatch(x: Tensor, gate: Tensor, chosen: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """sum_j gate[:, j] * (x W_chosen[:, j] + b_chosen[:, j]), visiting each expert once with just its tokens.
+
+    x (M, D), gate and chosen (M, k), weight (E, D, D), bias (E, D) -> (M, D). Sorting the M k choices by expert makes every
+    expert's tokens one contiguous segment, so the work is that of k experts a token, not of all E.
+    """
+    M, k = chosen.shape
+    order = chosen.flatten().argsort(stable=True)  # (M k,) choices, expert by expert
+    sizes = chosen.flatten().bincount(minlength=len(weight)).tolist()
+    segments = x[order // k].split(sizes)
+    y = torch.cat([torch.addmm(b, segment, w) for segment, w, b in zip(segments, weight, bias)])
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(M * k, device=order.device))  # inverse permutation: a gather
+    y = y[back].view(M, k, -1)  # adds in a fixed order, where index_add would not on a GPU
+    return (gate[..., None].type_as(y) * y).sum(1).type_as(x)
+
+
+class ProPhy(nn.Module):
+    """A backbone with the physical branch beside it: `(prediction, Routing) = model(x, t, text, text_length, edit=None)`.
+
+    Three separate steps: build; load the backbone; `init_from_backbone()`, which a resumed run skips. `edit` maps semantic
+    logits (B, E_s) to others, for example `invert`.
+    """
+
+    def __init__(self, backbone: nn.Module, cfg):
+        super().__init__()
+        self.backbone, self.at, dim = backbone, cfg.physical_at, cfg.dim
+        self.semantic = self.refinement = None
+        if cfg.semantic:
+            self.semantic = SemanticExpertBlock(cfg.grid, dim, backbone.text_dim, cfg.semantic_experts, cfg.categories)
+        self.physical = nn.ModuleList(copy.deepcopy(backbone.blocks[i]) for i in self.at)
+        if cfg.refinement:
+            self.refinement = RefinementExpertBlock(dim, cfg.refinement_experts, cfg.top_k, cfg.categories, cfg.residual, cfg.renormalise)
+        self.inject = nn.ModuleList(nn.Linear(dim, dim) if cfg.injection == "zero" else nn.Identity() for _ in self.at)
+        for linear in self.inject:
+            for parameter in linear.parameters():
+                nn.init.zeros_(parameter)
+
+    @torch.no_grad()
+    def init_from_backbone(self) -> None:
+        """Each physical block starts as a copy of the backbone block it stands beside."""
+        for i, block in zip(self.at, self.physical):
+            block.load_state_dict(self.backbone.blocks[i].state_dict())
+
+    def branch_parameters(self) -> list[nn.Parameter]:
+        """Everything that is not the backbone's: what stage two trains."""
+        return [p for name, p in self.named_parameters() if not name.startswith("backbone.")]
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, text_length: Tensor | None = None, edit=None) -> tuple[Tensor, Routing]:
+        tokens, condition = self.backbone.embed(x, t, text, text_length)
+        n, routing = condition.n_text, Routing()
+        branch = tokens
+        if self.semantic is not None:
+            routing.semantic_logits, routing.semantic, routing.semantic_lift = self.semantic.route(condition.text, condition.text_length, edit)
+            branch = torch.cat([tokens[:, :n], self.semantic(tokens[:, n:], routing.semantic, condition.grid)], dim=1)
+
+        def refine(h: Tensor) -> Tensor:  # (B, S, D), called inside the last physical block
+            video, routing.refinement, routing.chosen = self.refinement(h[:, n:])
+            routing.refinement_lift = self.refinement.lift(routing.refinement)
+            return torch.cat([h[:, :n], video], dim=1)
+
+        for i, block in enumerate(self.backbone.blocks):
+            tokens = block(tokens, condition)
+            if i in self.at:
+                j = self.at.index(i)
+                last = j == len(self.at) - 1
+                branch = self.physical[j](branch, condition, refine if last and self.refinement is not None else None)
+                tokens = torch.cat([tokens[:, :n], tokens[:, n:] + self.inject[j](branch[:, n:])], dim=1)
+        return self.backbone.head(tokens, condition), routing
