@@ -1,0 +1,408 @@
+"""Clips for training: the physics world, or a folder of videos with captions. One pool on disk, one `Batch` for both.
+
+    world, or videos  --open_pool-->  Pool on disk  --Clips.batch(positions)-->  Batch
+
+Either source is turned once into a pool: clips of the training size as bytes, captions, categories, the world's exact
+masks. A pool is named by a hash of all that shapes it, so runs with the same settings share it. Everything behind it is a
+pure function of the position in the stream: order, caption dropout and targets need no state, so a restart needs none.
+
+Why a pool for the world too: reading a batch of 16 clips costs about a twentieth of drawing them afresh (a few hundred
+clips a second and core), and training reads each clip several times.
+
+Videos, the rules. *Time*: a clip's k-th frame is the one shown k/fps seconds after its start (time stamps count, within a
+millisecond, so variable frame rates work). A video is cut into consecutive windows of `frames` such frames; when there are
+more than `windows` of them, as many are taken evenly spread. Shorter videos are skipped. *Space*: turned as the file's
+rotation says, the largest centred rectangle of the training shape, resized with antialiasing. *Colour*: 8-bit RGB; alpha
+is dropped. *Bad files* are skipped, counted and named; of a damaged file the windows that decode are used.
+Captions: `--annotations FILE`, or captions.json in the folder; {file: caption}, or a WISA list. Left out on purpose: sound,
+mirroring, non-square pixels.
+
+Letters: B clips, F frames, H W pixels or token grid, N video tokens, L text tokens, E_cat categories.
+"""
+import collections
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import secrets
+import shutil
+import signal
+import sys
+import types
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import world
+from config import Config, Stopped, UserError
+
+FORMAT = 1  # of the pool's files
+HELD_OUT = 1_000_000_000  # the world's indices from here on are never trained on
+HELD_SHARE = 0.05  # of a folder's videos
+POSITIVE = 0.25  # a token is positive when at least this share of its area is covered
+MASKS = 2  # phenomena with a mask a clip, at most
+POOL_FROM = 1000  # drawing fewer world clips than this is done before other processes would have started
+OTHER_SLOTS = (
+    "no obvious dynamic phenomenon", "no obvious thermodynamic phenomenon", "no obvious optical phenomenon",
+    "camera motion yes", "camera motion no",
+    "liquids objects appearance", "solid objects appearance", "gas objects appearance",
+    "object decomposition and splitting", "mixing of multiple objects", "object disappearance", "no change")
+
+
+def category_names(cfg: Config) -> tuple[str, ...]:
+    """Names of the E_cat categories: WISA's 17 laws, with cfg.categories = 29 also its twelve other slots."""
+    return (*world.CATEGORIES, *OTHER_SLOTS)[:cfg.categories]
+
+
+@dataclass
+class Batch:
+    """What one step needs, from either source."""
+    video: Tensor  # (B, 3, F, H, W) float32 in [-1, 1]
+    text: Tensor  # (B, L) int64 word ids, 0 = pad
+    text_length: Tensor  # (B,) int64; 0 = the caption was dropped or is empty
+    caption: list[str]  # as in the data, also where dropped
+    categories: Tensor  # (B, E_cat) float32 multi-hot
+    target: Tensor  # (B, N, E_cat) float32, 1 where the phenomenon covers a quarter of the token
+    target_mask: Tensor  # (B, N, E_cat) float32, 1 where `target` says anything
+    index: Tensor  # (B,) int64 position in the stream
+
+    def to(self, device) -> "Batch":
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "caption"}
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------------- words
+class Tokenizer:
+    """Words <-> ids. Lower case; a word is a run of letters and digits (an apostrophe may stand inside); punctuation is
+    dropped. Id 0 is padding, 1 any unknown word."""
+
+    def __init__(self, words: Iterable[str]):
+        self.words = list(words)
+        self.ids = {word: i for i, word in enumerate(self.words, start=2)}
+
+    @staticmethod
+    def split(caption: str) -> list[str]:
+        return re.findall(r"[^\W_]+(?:'[^\W_]+)*", caption.lower())
+
+    @classmethod
+    def from_captions(cls, captions: Iterable[str]) -> "Tokenizer":
+        return cls(sorted({word for caption in captions for word in cls.split(caption)}))
+
+    def __len__(self) -> int:
+        """Size of the vocabulary, padding and unknown included."""
+        return len(self.words) + 2
+
+    def encode(self, caption: str, length: int) -> tuple[Tensor, int]:
+        """ids (length,) int64 padded with 0, and how many are words. A longer caption is cut."""
+        ids = [self.ids.get(word, 1) for word in self.split(caption)[:length]]
+        return torch.tensor(ids + [0] * (length - len(ids)), dtype=torch.int64), len(ids)
+
+    def unknown(self, caption: str) -> list[str]:
+        """The caption's words that are not in the vocabulary, each once."""
+        return list(dict.fromkeys(word for word in self.split(caption) if word not in self.ids))
+
+    def save(self, path: Path) -> None:
+        path = Path(path)
+        part = path.with_name(f"{path.name}.{os.getpid()}.part")
+        part.write_text(json.dumps({"words": self.words}, ensure_ascii=False), encoding="utf-8")
+        os.replace(part, path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Tokenizer":
+        """Raises UserError when the file is missing or broken."""
+        try:
+            words = json.loads(Path(path).read_text(encoding="utf-8"))["words"]
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing: no tokenizer was saved there.") from None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            words = None
+        if not isinstance(words, list) or not all(isinstance(w, str) for w in words) or len(set(words)) != len(words):
+            raise UserError(f"{path} is not a tokenizer: a JSON object with a list of different words is expected.")
+        return cls(words)
+
+
+# ------------------------------------------------------------------------------------------------- maps on a token grid
+@functools.lru_cache
+def area_weights(n: int, size: int) -> Tensor:
+    """(n, size): share of cell j of `size` equal cells that pixel i of n covers. Columns sum to one."""
+    pixel = np.arange(n)[:, None] * size  # both in units of 1 / (n size)
+    cell = np.arange(size)[None] * n
+    overlap = np.minimum(pixel + size, cell + n) - np.maximum(pixel, cell)
+    return torch.from_numpy((overlap.clip(min=0) / n).astype(np.float32))
+
+
+def resample(maps: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """(..., F, H, W) float -> (..., *grid): the average over each cell's area, whether sizes divide or not."""
+    for axis, size in zip((-1, -2, -3), reversed(grid)):
+        if maps.shape[axis] != size:
+            weights = area_weights(maps.shape[axis], size).to(maps)
+            maps = (maps.movedim(axis, -1) @ weights).movedim(-1, axis)
+    return maps
+
+
+# --------------------------------------------------------------------------------------------------------- pool on disk
+@dataclass
+class Pool:
+    """Clips on disk, opened read-only. `train` and `held` list the rows of either split."""
+    video: np.ndarray  # (n, F, H, W, 3) uint8, mapped
+    masks: np.ndarray | None  # (n, MASKS, bytes) uint8, mapped: packed bits of (F, H, W); None for videos
+    mask_category: np.ndarray  # (n, MASKS) int64, -1 = no mask
+    captions: list[str]
+    categories: list[list[int]]  # of all 29
+    train: list[int]
+    held: list[int]
+    summary: str
+
+    @classmethod
+    def open(cls, path: Path, size: tuple[int, int, int]) -> "Pool | None":
+        """The pool in folder `path` with clips of `size` (F, H, W), or None when there is none or it is not whole."""
+        try:
+            meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+            n, rows = len(meta["captions"]), set(range(len(meta["captions"])))
+            shape, bits = (n, *size, 3), (n, MASKS, -(-int(np.prod(size)) // 8))
+            category = np.array(meta["mask_category"], np.int64).reshape(n, MASKS)
+            whole = (len(meta["categories"]) == n and rows >= {*meta["train"], *meta["held"]} and meta["train"] and meta["held"]
+                     and all(isinstance(c, str) for c in (*meta["captions"], meta["summary"]))
+                     and {c for row in meta["categories"] for c in row} <= set(range(29))
+                     and (path / "video.u8").stat().st_size == np.prod(shape)
+                     and (path / "masks.u8").stat().st_size == (np.prod(bits) if meta["masks"] else 0)
+                     and -1 <= category.min() and category.max() < 29)
+            if not whole:
+                return None
+            masks = np.memmap(path / "masks.u8", np.uint8, "r", shape=bits) if meta["masks"] else None
+            return cls(np.memmap(path / "video.u8", np.uint8, "r", shape=shape), masks, category,
+                       *(meta[name] for name in ("captions", "categories", "train", "held", "summary")))
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            return None
+
+
+class Writer:
+    """Writes a pool into an empty folder, clip by clip. Plain files, as writing to a mapped one on a full disk kills."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.video, self.masks = open(folder / "video.u8", "wb"), open(folder / "masks.u8", "wb")
+        self.meta = {"captions": [], "categories": [], "mask_category": [], "masks": False}
+
+    def add(self, video: np.ndarray, caption: str, categories: list[int], masks: dict[int, np.ndarray] | None = None) -> int:
+        """One clip (F, H, W, 3) uint8 with {category: bool (F, H, W)}; returns its row."""
+        self.video.write(np.ascontiguousarray(video).data)
+        if masks is not None:
+            slots = np.zeros((MASKS, -(-video[..., 0].size // 8)), np.uint8)
+            for slot, mask in zip(slots, masks.values()):
+                slot[:] = np.packbits(mask)
+            self.masks.write(slots.data)
+            self.meta["masks"] = True
+        self.meta["captions"].append(caption)
+        self.meta["categories"].append(sorted(set(categories)))
+        self.meta["mask_category"].append([*(masks or ()), -1, -1][:MASKS])
+        return len(self.meta["captions"]) - 1
+
+    def close(self, **extra) -> None:
+        for file in (self.video, self.masks):
+            file.flush()
+            os.fsync(file.fileno())  # the folder's new name must not survive a power cut that its bytes do not
+            file.close()
+        (self.folder / "meta.json").write_text(json.dumps({**self.meta, **extra}), encoding="utf-8")
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[bool]:
+    """Let one process at a time build in `folder`; a killed one's lock vanishes with it. False where locks are unknown."""
+    try:
+        import fcntl
+        handle = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"Another run is building clips in {folder}; waiting for it.", flush=True)
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield True
+    finally:
+        os.close(handle)
+
+
+def open_pool(cfg: Config, progress: bool = True) -> Pool:
+    """The pool of these settings, built if need be (bar and summary when `progress`).
+
+    UserError: no usable videos, annotations or place for the pool; Stopped: the disk is full, or a worker was killed.
+    """
+    source = Folder(cfg) if cfg.data_dir else World(cfg)
+    settings = {"format": FORMAT, "size": source.size, "val_clips": cfg.val_clips, **source.settings()}
+    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    path = Path(cfg.pool_dir) / f"{source.name}-{key}"
+    pool = Pool.open(path, source.size)
+    if pool is None:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise UserError(f"No folder for clips can be made at --pool_dir {cfg.pool_dir}: {e.strerror}.") from None
+        with only_one(path.parent) as locked:
+            if locked:
+                for leftover in path.parent.glob(f"{path.name}.*"):  # of builds that were killed
+                    shutil.rmtree(leftover, ignore_errors=True)
+            pool = Pool.open(path, source.size)  # another run may have built it while we waited
+            if pool is None:
+                build(source, settings, path, progress)
+                pool = Pool.open(path, source.size)
+    if pool is None:
+        raise Stopped(f"The clips written to {path} cannot be read back; is the disk sound?")
+    if progress:
+        print(pool.summary)
+    return pool
+
+
+def build(source: "World | Folder", settings: dict, path: Path, progress: bool) -> None:
+    """Fill a folder beside `path` and rename it, so that `path` is whole or absent."""
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
+    try:
+        part.mkdir()
+        writer = Writer(part)
+        train, held, summary = source.fill(writer.add, progress)
+        writer.close(train=train, held=held, summary=summary, settings=settings)
+        shutil.rmtree(path, ignore_errors=True)  # only ever a broken one
+        part.rename(path)
+    except OSError as e:
+        raise Stopped(f"The clips could not be written to {path.parent}: {e.strerror or e}.") from None
+    except concurrent.futures.process.BrokenProcessPool:
+        raise Stopped("A process that drew clips was killed, perhaps for want of memory; fewer --threads need less.") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def cores(cfg: Config) -> int:
+    return cfg.threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+# -------------------------------------------------------------------------------------------------- source 1: the world
+class World:
+    """Clips 0, 1, ... of the world to train on, and as many as asked from HELD_OUT on to validate."""
+    name = "world"
+
+    def __init__(self, cfg: Config):
+        self.cfg, self.size = cfg, (cfg.frames, cfg.height, cfg.width)
+        self.drawing = dict(frames=cfg.frames, height=cfg.height, width=cfg.width, decoys=cfg.decoys, two=cfg.two,
+                            colour_cues=cfg.colour_cues, ood=cfg.ood)
+
+    def settings(self) -> dict:
+        code = hashlib.sha256(Path(world.__file__).read_bytes()).hexdigest()  # another world.py draws another world
+        return {"clips": self.cfg.world_clips, "seed": self.cfg.world_seed, "code": code, **self.drawing}
+
+    def fill(self, add, progress: bool) -> tuple[list[int], list[int], str]:
+        n, n_held = self.cfg.world_clips, self.cfg.val_clips
+        indices = [*range(n), *range(HELD_OUT, HELD_OUT + n_held)]
+        for clip in tqdm(self.draw(indices), "drawing the world", len(indices), unit="clip", disable=not progress, leave=False):
+            masks = {}
+            for actor in clip.actors:  # two actors of one phenomenon share its mask
+                masks[actor.category] = actor.mask | masks.get(actor.category, False)
+            add(clip.video, clip.caption, clip.categories, masks)
+        return list(range(n)), list(range(n, n + n_held)), f"{n} clips of the world, {n_held} more held out"
+
+    def draw(self, indices: list[int]) -> Iterator["world.Clip"]:
+        """The clips in order, drawn on all cores when they are many."""
+        make = functools.partial(world.make_clip, self.cfg.world_seed, **self.drawing)
+        workers = min(cores(self.cfg), 1 + len(indices) // POOL_FROM)
+        if workers == 1:
+            yield from map(make, indices)
+            return
+        quiet = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+        with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), quiet) as executor:
+            for start in range(0, len(indices), 2048):  # in groups, or undelivered clips would fill the memory
+                with no_main():
+                    clips = executor.map(make, indices[start:start + 2048], chunksize=32)
+                yield from clips
+
+
+@contextlib.contextmanager
+def no_main():
+    """Processes started inside do not import the main script, and with it torch: seconds each, and nothing here needs it."""
+    main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+# ------------------------------------------------------------------------------------------- source 2: a folder of videos
+class Folder:
+    name = "folder"
+
+    def __init__(self, cfg: Config):
+        raise UserError("--data_dir is not read yet.")
+
+
+# ------------------------------------------------------------------------------------------------------------- the stream
+class Clips:
+    """Batches from a pool. Position p of the endless stream is clip order[p mod n] of epoch p div n."""
+
+    def __init__(self, cfg: Config, pool: Pool, tokenizer: Tokenizer):
+        self.cfg, self.pool, self.orders = cfg, pool, {}
+        encoded = [tokenizer.encode(caption, cfg.text_len) for caption in pool.captions]
+        self.ids, self.lengths = torch.stack([ids for ids, _ in encoded]), torch.tensor([n for _, n in encoded])
+        self.cut = sum(len(tokenizer.split(caption)) > cfg.text_len for caption in pool.captions)  # captions too long
+        self.categories = torch.zeros(len(pool.captions), cfg.categories)
+        for row, present in enumerate(pool.categories):
+            self.categories[row, [c for c in present if c < cfg.categories]] = 1
+
+    def __len__(self) -> int:
+        """Clips an epoch."""
+        return len(self.pool.train)
+
+    @property
+    def categories_present(self) -> list[int]:
+        """Indices of the categories that occur in the training clips."""
+        return self.categories[self.pool.train].any(0).nonzero().flatten().tolist()
+
+    def row(self, position: int) -> int:
+        epoch, at = divmod(position, len(self))
+        if epoch not in self.orders:
+            order = np.random.default_rng([self.cfg.seed, 3, epoch]).permutation(self.pool.train)  # 0, 1: diffusion.py
+            self.orders = {**dict(list(self.orders.items())[-1:]), epoch: order}  # a batch may lie across two epochs
+        return int(self.orders[epoch][at])
+
+    def batch(self, positions: Iterable[int], train: bool = True) -> Batch:
+        """The clips at these positions of the stream (train), or of the held-out list (no caption is dropped)."""
+        positions = list(positions)
+        rows = [self.row(p) if train else self.pool.held[p] for p in positions]
+        text, length = self.ids[rows], self.lengths[rows]  # (B, L), (B,)
+        if train:
+            drop = torch.tensor([np.random.default_rng([self.cfg.seed, 2, p]).random() < self.cfg.caption_dropout for p in positions])
+            text[drop], length[drop] = 0, 0
+        video = torch.from_numpy(np.asarray(self.pool.video[rows])).permute(0, 4, 1, 2, 3)  # (B, F, H, W, 3) -> (B, 3, F, H, W)
+        video = video.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+        target, target_mask = self.targets(rows)
+        return Batch(video, text, length, [self.pool.captions[r] for r in rows], self.categories[rows], target, target_mask,
+                     torch.tensor(positions))
+
+    def targets(self, rows: list[int]) -> tuple[Tensor, Tensor]:
+        """target, target_mask (B, N, E_cat). Exact masks speak for every token of a present category; no masks, no word."""
+        target = torch.zeros(len(rows), int(np.prod(self.cfg.grid)), self.cfg.categories)
+        mask = torch.zeros_like(target)
+        if self.pool.masks is not None:
+            size = self.pool.video.shape[1:4]
+            clip, slot = np.nonzero(self.pool.mask_category[rows] >= 0)  # (P,) the clips' phenomena
+            of = np.asarray(rows)[clip]
+            bits = np.unpackbits(self.pool.masks[of, slot], axis=-1, count=int(np.prod(size))).reshape(-1, *size)
+            covered = resample(torch.from_numpy(bits).float(), self.cfg.grid).flatten(1)  # (P, T' H' W') -> (P, N)
+            category = self.pool.mask_category[of, slot]
+            target[clip, :, category] = (covered >= POSITIVE - 1e-6).float()  # sizes that do not divide leave rounding
+            mask[clip, :, category] = 1
+        return target, mask
+
+    def held_out(self) -> Batch:
+        """All validation clips, index 0 upwards."""
+        return self.batch(range(len(self.pool.held)), train=False)
