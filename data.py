@@ -24,7 +24,6 @@ import concurrent.futures
 import contextlib
 import functools
 import hashlib
-import itertools
 import json
 import multiprocessing
 import os
@@ -38,8 +37,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
@@ -49,6 +50,8 @@ from config import Config, Stopped, UserError
 FORMAT = 1  # of the pool's files
 HELD_OUT = 1_000_000_000  # the world's indices from here on are never trained on
 HELD_SHARE = 0.05  # of a folder's videos
+TOLERANCE = 1e-3  # seconds: some containers round time stamps to it
+SEEK_FROM = 10.0  # seconds ahead: jump; nearer frames are decoded through
 POSITIVE = 0.25  # a token is positive when at least this share of its area is covered
 MASKS = 2  # phenomena with a mask a clip, at most
 POOL_FROM = 1000  # drawing fewer world clips than this is done before other processes would have started
@@ -236,6 +239,10 @@ def only_one(folder: Path) -> Iterator[bool]:
         os.close(handle)
 
 
+def digest(value) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def open_pool(cfg: Config, progress: bool = True) -> Pool:
     """The pool of these settings, built if need be (bar and summary when `progress`).
 
@@ -243,8 +250,7 @@ def open_pool(cfg: Config, progress: bool = True) -> Pool:
     """
     source = Folder(cfg) if cfg.data_dir else World(cfg)
     settings = {"format": FORMAT, "size": source.size, "val_clips": cfg.val_clips, **source.settings()}
-    key = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-    path = Path(cfg.pool_dir) / f"{source.name}-{key}"
+    path = Path(cfg.pool_dir) / f"{source.name}-{digest(settings)[:12]}"
     pool = Pool.open(path, source.size)
     if pool is None:
         try:
@@ -278,7 +284,7 @@ def build(source: "World | Folder", settings: dict, path: Path, progress: bool) 
         part.rename(path)
     except OSError as e:
         raise Stopped(f"The clips could not be written to {path.parent}: {e.strerror or e}.") from None
-    except concurrent.futures.process.BrokenProcessPool:
+    except concurrent.futures.BrokenExecutor:
         raise Stopped("A process that drew clips was killed, perhaps for want of memory; fewer --threads need less.") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -338,11 +344,260 @@ def no_main():
 
 
 # ------------------------------------------------------------------------------------------- source 2: a folder of videos
+@dataclass
+class Video:
+    name: str  # as the annotations write it
+    path: Path
+    caption: str
+    categories: list[int]  # of all 29
+
+
+def spelled(label: str) -> str:
+    """A label without case, numbers, punctuation and plural s, which WISA's annotators use freely."""
+    return " ".join(word.removesuffix("s") for word in re.findall(r"[a-z]+", label.lower()))
+
+
+LABELS = {spelled(name): i for i, name in enumerate((*world.CATEGORIES, *OTHER_SLOTS))}
+
+
+def parse_labels(record: dict) -> tuple[list[int], list[str]]:
+    """Categories in the answers q0 ... q4 of a WISA record, and the names that match none of them as a whole.
+
+    An answer is a list in disguise: parts end at commas, semicolons, lines and item numbers. Never guessed from the text.
+    """
+    known, unknown = [], []
+    for question in ("q0", "q1", "q2", "q3", "q4"):
+        answer = record.get(question) or ""
+        answer = "\n".join(map(str, answer)) if isinstance(answer, list) else str(answer)
+        for part in re.split(r"[,;\n]|\b\d+[.)]", answer):
+            label = spelled(f"camera motion {part}" if question == "q3" and spelled(part) else part)
+            if label in LABELS:
+                known.append(LABELS[label])
+            elif label:
+                unknown.append(" ".join(part.split()))
+    return sorted(set(known)), unknown
+
+
+def first_text(record: dict, names: Iterable[str]) -> str:
+    """The first of these fields that holds text, else ""."""
+    values = (value[0] if isinstance(value, list) and value else value for value in map(record.get, names))
+    return next((value.strip() for value in values if isinstance(value, str) and value.strip()), "")
+
+
+def listed(items: Iterable[str], most: int = 8) -> str:
+    items = list(items)
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
+
 class Folder:
+    """The videos that the annotations name. About 5 % of the videos (not clips) are held out, chosen by a hash of the name,
+    so that adding videos or changing the seed moves no video from one side to the other by chance."""
     name = "folder"
 
     def __init__(self, cfg: Config):
-        raise UserError("--data_dir is not read yet.")
+        """Reads the annotations. Raises UserError with what is expected when there are none or they are something else."""
+        self.cfg, self.size, self.dir = cfg, (cfg.frames, cfg.height, cfg.width), Path(cfg.data_dir)
+        self.skipped: list[str] = []  # "name (reason)"
+        self.unknown = collections.Counter()  # category names that match none
+        self.videos: dict[Path, Video] = {}
+        if not self.dir.is_dir():
+            raise UserError(f"--data_dir {self.dir} is not a folder.")
+        for i, record in enumerate(self.records()):
+            self.take(record, f"record {i + 1}")
+
+    def records(self) -> list:
+        """The annotation file as a list of records."""
+        file = Path(self.cfg.annotations) if self.cfg.annotations else self.dir / "captions.json"
+        expected = "a JSON object {file: caption} or a list of WISA records is expected"
+        try:
+            data = json.loads(file.read_text(encoding="utf-8-sig"))
+        except FileNotFoundError:
+            raise UserError(f"There is no {file} (or give --annotations FILE): {expected}.") from None
+        except OSError as e:
+            raise UserError(f"{file} cannot be read ({e.strerror}): {expected}.") from None
+        except (ValueError, RecursionError):
+            raise UserError(f"{file} is not JSON: {expected}.") from None
+        if isinstance(data, dict) and isinstance(data.get("data"), list):
+            data = data["data"]
+        elif isinstance(data, dict) and (not data or any(isinstance(caption, str) for caption in data.values())):
+            data = [{"file": name, "caption": caption} for name, caption in data.items()]
+        if not isinstance(data, list) or data and not any(isinstance(record, dict) for record in data):
+            raise UserError(f"{file} has another shape: {expected}.")
+        return data
+
+    def take(self, record, label: str) -> None:
+        """Note the record's video, or why there is none."""
+        if not isinstance(record, dict):
+            self.skipped.append(f"{label} (not an object)")
+            return
+        inner = record.get("physical_annotation")
+        record = {**inner, **record} if isinstance(inner, dict) else record
+        names = [str(record[f]) for f in ("file", "video_path", "video_id") if isinstance(record.get(f), str | int) and record[f] != ""]
+        caption = first_text(record, ("en_caption", "caption", "captions"))
+        if not names or not caption:
+            self.skipped.append(f"{names[0] if names else label} ({'no caption' if names else 'names no file'})")
+            return
+        found = next(filter(None, map(self.find, names)), None)
+        if found is None or found in self.videos:
+            inside = any(map(self.inside, names))
+            self.skipped.append(f"{names[0]} ({'named twice' if found else 'missing' if inside else 'outside the folder'})")
+            return
+        categories, unknown = parse_labels(record)
+        self.unknown.update(unknown)
+        self.videos[found] = Video(names[0], found, caption, categories)
+
+    def inside(self, name: str) -> bool:
+        path = os.path.normpath(name)
+        return not os.path.isabs(path) and path.split(os.sep)[0] != ".."
+
+    def find(self, name: str) -> Path | None:
+        """The file of that name in the folder; a bare id may lack its suffix."""
+        if not self.inside(name):
+            return None
+        paths = (self.dir / os.path.normpath(name + suffix) for suffix in ("", ".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif"))
+        return next((path for path in paths if os.path.isfile(path)), None)
+
+    def settings(self) -> dict:
+        stats = [(v.name, v.caption, v.categories, v.path.stat().st_size, v.path.stat().st_mtime_ns) for v in self.videos.values()]
+        return {"dir": str(self.dir.resolve()), "fps": self.cfg.fps, "windows": self.cfg.windows, "videos": digest(stats),
+                "skipped": digest([self.skipped, self.unknown])}
+
+    def fill(self, add, progress: bool) -> tuple[list[int], list[int], str]:
+        rows: dict[str, list[int]] = {}  # of each video that gave a clip
+        for video, clips in tqdm(self.read(), "reading videos", len(self.videos), unit="video", disable=not progress, leave=False):
+            if isinstance(clips, str):
+                self.skipped.append(f"{video.name} ({clips})")
+            else:
+                rows[video.name] = [add(clip, video.caption, video.categories) for clip in clips]
+        skipped = f"; skipped {len(self.skipped)}: {listed(self.skipped)}" if self.skipped else ""
+        if not rows:
+            raise UserError(f"No clip could be made from {self.dir}{skipped or '; the annotations name no video'}.")
+        total = sum(map(len, rows.values()))
+        summary = f"{total} clips from {len(rows)} videos"
+        by_hash = sorted(rows, key=lambda name: hashlib.sha256(name.encode("utf-8", "replace")).digest())
+        chosen = by_hash[:max(1, round(HELD_SHARE * len(rows)))]
+        held = [row for name in chosen for row in rows[name]][:self.cfg.val_clips]
+        if len(rows) == 1:
+            train, summary = rows[chosen[0]], f"{summary} (a single one, so it is validated on its own training clips)"
+        else:
+            train = [row for name in rows if name not in chosen for row in rows[name]]
+            summary = f"{summary}, {len(held)} of {total} held out"
+        if self.unknown:
+            names = listed(f"{name!r} ({count})" for name, count in self.unknown.most_common())
+            skipped += f"; {len(self.unknown)} unknown category names: {names}"
+        return train, held, summary + skipped
+
+    def read(self) -> Iterator[tuple[Video, list[np.ndarray] | str]]:
+        """Each video with its clips (F, H, W, 3), or with the reason why there are none. Threads do: decoders let go of the GIL."""
+        def attempt(video: Video):
+            try:
+                return read_windows(video.path, self.cfg)
+            except Exception as e:  # whatever decoders make of a damaged file concerns that file alone
+                return str(getattr(e, "strerror", None) or e or type(e).__name__)
+
+        videos = list(self.videos.values())
+        with concurrent.futures.ThreadPoolExecutor(cores(self.cfg)) as executor:
+            for start in range(0, len(videos), 64):  # in groups, or undelivered clips would fill the memory
+                yield from zip(videos[start:start + 64], executor.map(attempt, videos[start:start + 64]))
+
+
+def read_windows(path: Path, cfg: Config) -> list[np.ndarray]:
+    """Clips (F, H, W, 3) uint8 of one video by the rules at the top; never more than those in memory.
+
+    Raises ValueError with the reason when there is none, or what the decoder raises.
+    """
+    times, end = timeline(path)
+    n = int(np.ceil((end - times[0] - TOLERANCE) * cfg.fps)) // cfg.frames
+    if n < 1:
+        raise ValueError(f"too short, {end - times[0]:.2g} s of {cfg.frames / cfg.fps:.2g} s")
+    taken = min(n, cfg.windows)
+    clips = []
+    with av.open(str(path)) as container:
+        player = Player(container, times, end)
+        for window in ((2 * i + 1) * n // (2 * taken) for i in range(taken)):  # the middles of `taken` equal parts
+            shown = times[0] + (window * cfg.frames + np.arange(cfg.frames)) / cfg.fps
+            pictures = [player.picture(t, cfg.height, cfg.width) for t in shown]
+            if all(p is not None for p in pictures):
+                clips.append(np.stack(pictures))
+    if not clips:
+        raise ValueError("damaged, no window decodes")
+    return clips
+
+
+def timeline(path: Path) -> tuple[np.ndarray, float]:
+    """When each frame is shown and when the last one ends, in seconds, from the packets alone: nothing is decoded, so hours of
+    video cost seconds, and unlike the header it is true of truncated files too."""
+    if not path.stat().st_size:
+        raise ValueError("empty file")
+    shown = []  # (start, duration) of each packet
+    with av.open(str(path)) as container:
+        if not container.streams.video:
+            raise ValueError("no picture in it")
+        stream = container.streams.video[0]
+        with contextlib.suppress(av.FFmpegError):  # damage ends the timeline
+            for packet in container.demux(stream):
+                start = packet.pts if packet.pts is not None else packet.dts
+                if start is not None and packet.size and not packet.is_discard:
+                    shown.append((float(start * stream.time_base), float((packet.duration or 0) * stream.time_base)))
+    if not shown:
+        raise ValueError("no frames with time stamps")
+    shown.sort()
+    times = np.array([start for start, _ in shown])
+    return times, times[-1] + (shown[-1][1] or (np.median(np.diff(times)) if len(times) > 1 else 0))
+
+
+class Player:
+    """Walks through an open video and gives the picture shown at rising times."""
+
+    def __init__(self, container, times: np.ndarray, end: float):
+        self.container, self.stream, self.times, self.end = container, container.streams.video[0], times, end
+        self.stream.thread_type, self.stream.codec_context.thread_count = "AUTO", 2
+        self.gap = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+        # GIF and its like draw changes onto the picture before: they cannot be entered in the middle
+        self.seeks = self.stream.codec_context.name not in ("gif", "apng", "webp")
+        self.start()
+
+    def start(self) -> None:
+        self.frames, self.now, self.next, self.ended, self.cached = self.container.decode(self.stream), None, None, False, None
+
+    def time(self, frame) -> float:
+        return float((frame.pts if frame.pts is not None else frame.dts) * self.stream.time_base)
+
+    def advance(self) -> None:
+        self.now, self.next = self.next or self.now, None
+        try:
+            self.next = next(self.frames, None)
+        except av.FFmpegError:
+            pass  # what follows the damage is lost
+        self.ended = self.next is None
+
+    def picture(self, t: float, height: int, width: int) -> np.ndarray | None:
+        """The picture (height, width, 3) uint8 on show at t seconds, None where the file does not decode that far."""
+        if self.seeks and t - (self.time(self.now) if self.now else self.times[0]) > SEEK_FROM:
+            with contextlib.suppress(av.FFmpegError):  # where there is no seeking, walk
+                self.container.seek(int(t / self.stream.time_base), stream=self.stream)
+                self.start()
+        while not self.ended and (self.next is None or self.time(self.next) <= t + TOLERANCE):
+            self.advance()
+        if self.now is None:
+            return None
+        if self.ended:  # the last picture stays until the end, but one before damage does not stay for what was lost
+            last = self.time(self.now)
+            if t >= (self.end if self.times[-1] - last < 2 * self.gap else last + self.gap) + TOLERANCE:
+                return None
+        if self.cached is None or self.cached[0] is not self.now:
+            self.cached = self.now, fit(self.now, height, width)
+        return self.cached[1]
+
+
+def fit(frame, height: int, width: int) -> np.ndarray:
+    """A decoded frame, turned upright, as (height, width, 3) uint8: the largest centred rectangle of that shape, resized."""
+    rgb = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))  # both count anticlockwise
+    h, w = rgb.shape[:2]
+    scale = min(h / height, w / width)
+    x, y = max(0.0, (w - width * scale) / 2), max(0.0, (h - height * scale) / 2)
+    picture = Image.fromarray(np.ascontiguousarray(rgb))
+    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, box=(x, y, w - x, h - y)))
 
 
 # ------------------------------------------------------------------------------------------------------------- the stream
