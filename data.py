@@ -3,19 +3,18 @@
     world, or videos  --open_pool-->  Pool on disk  --Clips.batch(positions)-->  Batch
 
 Either source is turned once into a pool: clips of the training size as bytes, captions, categories, the world's exact
-masks. A pool is named by a hash of all that shapes it, so runs with the same settings share it. Everything behind it is a
-pure function of the position in the stream: order, caption dropout and targets need no state, so a restart needs none.
+masks. A pool is named by a hash of all that shapes it, so runs with the same settings share it. Everything behind it is
+a pure function of the position in the stream (order, caption dropout, targets): a restart has no state to restore.
 
-Why a pool for the world too: reading a batch of 16 clips costs about a twentieth of drawing them afresh (a few hundred
-clips a second and core), and training reads each clip several times.
+Why a pool for the world too: reading 16 clips costs about a tenth of drawing them, and training reads a clip often.
 
-Videos, the rules. *Time*: a clip's k-th frame is the one shown k/fps seconds after its start (time stamps count, within a
-millisecond, so variable frame rates work). A video is cut into consecutive windows of `frames` such frames; when there are
-more than `windows` of them, as many are taken evenly spread. Shorter videos are skipped. *Space*: turned as the file's
-rotation says, the largest centred rectangle of the training shape, resized with antialiasing. *Colour*: 8-bit RGB; alpha
-is dropped. *Bad files* are skipped, counted and named; of a damaged file the windows that decode are used.
-Captions: `--annotations FILE`, or captions.json in the folder; {file: caption}, or a WISA list. Left out on purpose: sound,
-mirroring, non-square pixels.
+Videos, the rules. *Time*: a clip's k-th frame is the one shown k/fps seconds after its start (time stamps count, within
+a millisecond, so variable frame rates work). A video is cut into consecutive windows of `frames` such frames; of more
+than `windows` of them as many are taken, evenly spread. Shorter videos are skipped. *Space*: turned as the file says,
+then the largest centred rectangle of the training shape, resized with antialiasing. *Colour*: 8-bit RGB; alpha is
+dropped. *Bad files* are skipped, counted and named; of a damaged file the windows that decode are used.
+Captions: `--annotations FILE`, else captions.json in the folder; {file: caption}, or a WISA list.
+Left out on purpose: sound, mirroring, non-square pixels.
 
 Letters: B clips, F frames, H W pixels or token grid, N video tokens, L text tokens, E_cat categories.
 """
@@ -165,6 +164,7 @@ class Pool:
     train: list[int]
     held: list[int]
     summary: str
+    key: str  # the folder's name: a hash of all that shapes the clips
 
     @classmethod
     def open(cls, path: Path, size: tuple[int, int, int]) -> "Pool | None":
@@ -174,7 +174,8 @@ class Pool:
             n, rows = len(meta["captions"]), set(range(len(meta["captions"])))
             shape, bits = (n, *size, 3), (n, MASKS, -(-int(np.prod(size)) // 8))
             category = np.array(meta["mask_category"], np.int64).reshape(n, MASKS)
-            whole = (len(meta["categories"]) == n and rows >= {*meta["train"], *meta["held"]} and meta["train"] and meta["held"]
+            whole = (len(meta["categories"]) == n and meta["train"] and meta["held"]
+                     and rows >= {*meta["train"], *meta["held"]}
                      and all(isinstance(c, str) for c in (*meta["captions"], meta["summary"]))
                      and {c for row in meta["categories"] for c in row} <= set(range(29))
                      and (path / "video.u8").stat().st_size == np.prod(shape)
@@ -184,20 +185,20 @@ class Pool:
                 return None
             masks = np.memmap(path / "masks.u8", np.uint8, "r", shape=bits) if meta["masks"] else None
             return cls(np.memmap(path / "video.u8", np.uint8, "r", shape=shape), masks, category,
-                       *(meta[name] for name in ("captions", "categories", "train", "held", "summary")))
+                       *(meta[name] for name in ("captions", "categories", "train", "held", "summary")), path.name)
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
 
 
 class Writer:
-    """Writes a pool into an empty folder, clip by clip. Plain files, as writing to a mapped one on a full disk kills."""
+    """Writes a pool into a folder. Plain files: writing to a mapped one on a full disk would kill the process."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.video, self.masks = open(folder / "video.u8", "wb"), open(folder / "masks.u8", "wb")
         self.meta = {"captions": [], "categories": [], "mask_category": [], "masks": False}
 
-    def add(self, video: np.ndarray, caption: str, categories: list[int], masks: dict[int, np.ndarray] | None = None) -> int:
+    def add(self, video: np.ndarray, caption: str, categories: list[int], masks: dict | None = None) -> int:
         """One clip (F, H, W, 3) uint8 with {category: bool (F, H, W)}; returns its row."""
         self.video.write(np.ascontiguousarray(video).data)
         if masks is not None:
@@ -221,7 +222,7 @@ class Writer:
 
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[bool]:
-    """Let one process at a time build in `folder`; a killed one's lock vanishes with it. False where locks are unknown."""
+    """One process at a time builds in `folder`; a killed one's lock vanishes with it. False where locks are unknown."""
     try:
         import fcntl
         handle = os.open(folder, os.O_RDONLY)
@@ -255,8 +256,10 @@ def open_pool(cfg: Config, progress: bool = True) -> Pool:
     if pool is None:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(path.parent, os.W_OK):
+                raise PermissionError(0, "it is not writable")
         except OSError as e:
-            raise UserError(f"No folder for clips can be made at --pool_dir {cfg.pool_dir}: {e.strerror}.") from None
+            raise UserError(f"--pool_dir {cfg.pool_dir} cannot hold clips: {e.strerror}.") from None
         with only_one(path.parent) as locked:
             if locked:
                 for leftover in path.parent.glob(f"{path.name}.*"):  # of builds that were killed
@@ -285,13 +288,28 @@ def build(source: "World | Folder", settings: dict, path: Path, progress: bool) 
     except OSError as e:
         raise Stopped(f"The clips could not be written to {path.parent}: {e.strerror or e}.") from None
     except concurrent.futures.BrokenExecutor:
-        raise Stopped("A process that drew clips was killed, perhaps for want of memory; fewer --threads need less.") from None
+        raise Stopped("A process drawing clips was killed, for want of memory perhaps: fewer --threads need less.") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
 
 def cores(cfg: Config) -> int:
     return cfg.threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def bar(items: Iterable, what: str, total: int, unit: str, progress: bool) -> Iterable:
+    return tqdm(items, what, total, unit=unit, disable=not progress, leave=False)
+
+
+def ahead(executor: concurrent.futures.Executor, function, items: list, group: int, chunksize: int = 1) -> Iterator:
+    """executor.map in order, but never more than two groups under way: undelivered clips would fill the memory."""
+    waiting = collections.deque()
+    for start in range(0, len(items), group):
+        waiting.append(executor.map(function, items[start:start + group], chunksize=chunksize))
+        if len(waiting) == 2:
+            yield from waiting.popleft()
+    for results in waiting:
+        yield from results
 
 
 # -------------------------------------------------------------------------------------------------- source 1: the world
@@ -311,7 +329,7 @@ class World:
     def fill(self, add, progress: bool) -> tuple[list[int], list[int], str]:
         n, n_held = self.cfg.world_clips, self.cfg.val_clips
         indices = [*range(n), *range(HELD_OUT, HELD_OUT + n_held)]
-        for clip in tqdm(self.draw(indices), "drawing the world", len(indices), unit="clip", disable=not progress, leave=False):
+        for clip in bar(self.draw(indices), "drawing the world", len(indices), "clip", progress):
             masks = {}
             for actor in clip.actors:  # two actors of one phenomenon share its mask
                 masks[actor.category] = actor.mask | masks.get(actor.category, False)
@@ -325,17 +343,18 @@ class World:
         if workers == 1:
             yield from map(make, indices)
             return
+        chunk = int(np.clip(2**24 // (5 * np.prod(self.size)), 1, 32))  # 16 MB a parcel: three colours, two masks
         quiet = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
         with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), quiet) as executor:
-            for start in range(0, len(indices), 2048):  # in groups, or undelivered clips would fill the memory
-                with no_main():
-                    clips = executor.map(make, indices[start:start + 2048], chunksize=32)
-                yield from clips
+            with no_main():
+                for _ in range(workers):  # a process is started for each call that finds none idle
+                    executor.submit(int)
+            yield from ahead(executor, make, indices, group=4 * chunk * workers, chunksize=chunk)
 
 
 @contextlib.contextmanager
 def no_main():
-    """Processes started inside do not import the main script, and with it torch: seconds each, and nothing here needs it."""
+    """Processes started inside do not import the main script, and with it torch: seconds each, for nothing."""
     main, sys.modules["__main__"] = sys.modules["__main__"], types.ModuleType("__main__")
     try:
         yield
@@ -343,7 +362,7 @@ def no_main():
         sys.modules["__main__"] = main
 
 
-# ------------------------------------------------------------------------------------------- source 2: a folder of videos
+# ----------------------------------------------------------------------------------------- source 2: a folder of videos
 @dataclass
 class Video:
     name: str  # as the annotations write it
@@ -363,7 +382,7 @@ LABELS = {spelled(name): i for i, name in enumerate((*world.CATEGORIES, *OTHER_S
 def parse_labels(record: dict) -> tuple[list[int], list[str]]:
     """Categories in the answers q0 ... q4 of a WISA record, and the names that match none of them as a whole.
 
-    An answer is a list in disguise: parts end at commas, semicolons, lines and item numbers. Never guessed from the text.
+    An answer is a list in disguise: parts end at commas, semicolons, lines and item numbers.
     """
     known, unknown = [], []
     for question in ("q0", "q1", "q2", "q3", "q4"):
@@ -385,17 +404,17 @@ def first_text(record: dict, names: Iterable[str]) -> str:
 
 
 def listed(items: Iterable[str], most: int = 8) -> str:
-    items = list(items)
+    items = [item.encode("utf-8", "replace").decode() for item in items]  # JSON may hold what no terminal prints
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
 class Folder:
-    """The videos that the annotations name. About 5 % of the videos (not clips) are held out, chosen by a hash of the name,
-    so that adding videos or changing the seed moves no video from one side to the other by chance."""
+    """The videos that the annotations name. One in twenty videos (not clips) is held out, chosen by a hash of its name:
+    runs of every seed are validated on the same, and adding videos moves few from one side to the other."""
     name = "folder"
 
     def __init__(self, cfg: Config):
-        """Reads the annotations. Raises UserError with what is expected when there are none or they are something else."""
+        """Reads the annotations. Raises UserError with what is expected when they are missing or something else."""
         self.cfg, self.size, self.dir = cfg, (cfg.frames, cfg.height, cfg.width), Path(cfg.data_dir)
         self.skipped: list[str] = []  # "name (reason)"
         self.unknown = collections.Counter()  # category names that match none
@@ -432,15 +451,15 @@ class Folder:
             return
         inner = record.get("physical_annotation")
         record = {**inner, **record} if isinstance(inner, dict) else record
-        names = [str(record[f]) for f in ("file", "video_path", "video_id") if isinstance(record.get(f), str | int) and record[f] != ""]
+        ids = (record.get(field) for field in ("file", "video_path", "video_id"))
+        names = [str(name) for name in ids if isinstance(name, str | int) and name != ""]
         caption = first_text(record, ("en_caption", "caption", "captions"))
-        if not names or not caption:
-            self.skipped.append(f"{names[0] if names else label} ({'no caption' if names else 'names no file'})")
-            return
         found = next(filter(None, map(self.find, names)), None)
-        if found is None or found in self.videos:
-            inside = any(map(self.inside, names))
-            self.skipped.append(f"{names[0]} ({'named twice' if found else 'missing' if inside else 'outside the folder'})")
+        problem = ("names no file" if not names else "no caption" if not caption else
+                   "outside the folder" if not found and not any(map(self.inside, names)) else
+                   "missing" if not found else "named twice" if found in self.videos else "")
+        if problem:
+            self.skipped.append(f"{names[0] if names else label} ({problem})")
             return
         categories, unknown = parse_labels(record)
         self.unknown.update(unknown)
@@ -454,17 +473,19 @@ class Folder:
         """The file of that name in the folder; a bare id may lack its suffix."""
         if not self.inside(name):
             return None
-        paths = (self.dir / os.path.normpath(name + suffix) for suffix in ("", ".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif"))
+        endings = ("", ".mp4", ".webm", ".mkv", ".mov", ".avi", ".gif")
+        paths = (self.dir / os.path.normpath(name + ending) for ending in endings)
         return next((path for path in paths if os.path.isfile(path)), None)
 
     def settings(self) -> dict:
-        stats = [(v.name, v.caption, v.categories, v.path.stat().st_size, v.path.stat().st_mtime_ns) for v in self.videos.values()]
-        return {"dir": str(self.dir.resolve()), "fps": self.cfg.fps, "windows": self.cfg.windows, "videos": digest(stats),
-                "skipped": digest([self.skipped, self.unknown])}
+        stats = [(v.name, v.caption, v.categories, os.path.getsize(v.path), os.path.getmtime(v.path))
+                 for v in self.videos.values()]
+        return {"dir": str(self.dir.resolve()), "fps": self.cfg.fps, "windows": self.cfg.windows,
+                "videos": digest(stats), "skipped": digest([self.skipped, self.unknown])}
 
     def fill(self, add, progress: bool) -> tuple[list[int], list[int], str]:
         rows: dict[str, list[int]] = {}  # of each video that gave a clip
-        for video, clips in tqdm(self.read(), "reading videos", len(self.videos), unit="video", disable=not progress, leave=False):
+        for video, clips in bar(self.read(), "reading videos", len(self.videos), "video", progress):
             if isinstance(clips, str):
                 self.skipped.append(f"{video.name} ({clips})")
             else:
@@ -488,17 +509,16 @@ class Folder:
         return train, held, summary + skipped
 
     def read(self) -> Iterator[tuple[Video, list[np.ndarray] | str]]:
-        """Each video with its clips (F, H, W, 3), or with the reason why there are none. Threads do: decoders let go of the GIL."""
+        """Each video with its clips (F, H, W, 3), or with the reason why there are none."""
         def attempt(video: Video):
             try:
-                return read_windows(video.path, self.cfg)
+                return video, read_windows(video.path, self.cfg)
             except Exception as e:  # whatever decoders make of a damaged file concerns that file alone
-                return str(getattr(e, "strerror", None) or e or type(e).__name__)
+                return video, str(getattr(e, "strerror", None) or e or type(e).__name__)
 
-        videos = list(self.videos.values())
-        with concurrent.futures.ThreadPoolExecutor(cores(self.cfg)) as executor:
-            for start in range(0, len(videos), 64):  # in groups, or undelivered clips would fill the memory
-                yield from zip(videos[start:start + 64], executor.map(attempt, videos[start:start + 64]))
+        workers = cores(self.cfg)
+        with concurrent.futures.ThreadPoolExecutor(workers) as executor:  # threads do: decoders let go of the GIL
+            yield from ahead(executor, attempt, list(self.videos.values()), group=workers)
 
 
 def read_windows(path: Path, cfg: Config) -> list[np.ndarray]:
@@ -525,8 +545,8 @@ def read_windows(path: Path, cfg: Config) -> list[np.ndarray]:
 
 
 def timeline(path: Path) -> tuple[np.ndarray, float]:
-    """When each frame is shown and when the last one ends, in seconds, from the packets alone: nothing is decoded, so hours of
-    video cost seconds, and unlike the header it is true of truncated files too."""
+    """When each frame is shown and when the last one ends, in seconds, from the packets alone: nothing is decoded, so
+    hours of video cost seconds, and unlike the header it is true of truncated files too."""
     if not path.stat().st_size:
         raise ValueError("empty file")
     shown = []  # (start, duration) of each packet
@@ -555,10 +575,12 @@ class Player:
         self.gap = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
         # GIF and its like draw changes onto the picture before: they cannot be entered in the middle
         self.seeks = self.stream.codec_context.name not in ("gif", "apng", "webp")
+        self.asked = times[0]
         self.start()
 
     def start(self) -> None:
-        self.frames, self.now, self.next, self.ended, self.cached = self.container.decode(self.stream), None, None, False, None
+        self.frames, self.now, self.next, self.ended = self.container.decode(self.stream), None, None, False
+        self.fitted = None, None  # a frame and its picture
 
     def time(self, frame) -> float:
         return float((frame.pts if frame.pts is not None else frame.dts) * self.stream.time_base)
@@ -573,10 +595,11 @@ class Player:
 
     def picture(self, t: float, height: int, width: int) -> np.ndarray | None:
         """The picture (height, width, 3) uint8 on show at t seconds, None where the file does not decode that far."""
-        if self.seeks and t - (self.time(self.now) if self.now else self.times[0]) > SEEK_FROM:
+        if self.seeks and t - self.asked > SEEK_FROM:
             with contextlib.suppress(av.FFmpegError):  # where there is no seeking, walk
                 self.container.seek(int(t / self.stream.time_base), stream=self.stream)
                 self.start()
+        self.asked = t
         while not self.ended and (self.next is None or self.time(self.next) <= t + TOLERANCE):
             self.advance()
         if self.now is None:
@@ -585,13 +608,13 @@ class Player:
             last = self.time(self.now)
             if t >= (self.end if self.times[-1] - last < 2 * self.gap else last + self.gap) + TOLERANCE:
                 return None
-        if self.cached is None or self.cached[0] is not self.now:
-            self.cached = self.now, fit(self.now, height, width)
-        return self.cached[1]
+        if self.fitted[0] is not self.now:
+            self.fitted = self.now, fit(self.now, height, width)
+        return self.fitted[1]
 
 
 def fit(frame, height: int, width: int) -> np.ndarray:
-    """A decoded frame, turned upright, as (height, width, 3) uint8: the largest centred rectangle of that shape, resized."""
+    """A decoded frame, turned upright, its largest centred rectangle of that shape resized to (height, width, 3)."""
     rgb = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))  # both count anticlockwise
     h, w = rgb.shape[:2]
     scale = min(h / height, w / width)
@@ -600,7 +623,7 @@ def fit(frame, height: int, width: int) -> np.ndarray:
     return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, box=(x, y, w - x, h - y)))
 
 
-# ------------------------------------------------------------------------------------------------------------- the stream
+# ----------------------------------------------------------------------------------------------------------- the stream
 class Clips:
     """Batches from a pool. Position p of the endless stream is clip order[p mod n] of epoch p div n."""
 
@@ -635,16 +658,16 @@ class Clips:
         rows = [self.row(p) if train else self.pool.held[p] for p in positions]
         text, length = self.ids[rows], self.lengths[rows]  # (B, L), (B,)
         if train:
-            drop = torch.tensor([np.random.default_rng([self.cfg.seed, 2, p]).random() < self.cfg.caption_dropout for p in positions])
-            text[drop], length[drop] = 0, 0
-        video = torch.from_numpy(np.asarray(self.pool.video[rows])).permute(0, 4, 1, 2, 3)  # (B, F, H, W, 3) -> (B, 3, F, H, W)
+            drop = torch.tensor([np.random.default_rng([self.cfg.seed, 2, p]).random() for p in positions])
+            text[drop < self.cfg.caption_dropout], length[drop < self.cfg.caption_dropout] = 0, 0
+        video = torch.from_numpy(np.asarray(self.pool.video[rows])).permute(0, 4, 1, 2, 3)  # F, H, W, 3 -> 3, F, H, W
         video = video.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
         target, target_mask = self.targets(rows)
-        return Batch(video, text, length, [self.pool.captions[r] for r in rows], self.categories[rows], target, target_mask,
-                     torch.tensor(positions))
+        return Batch(video, text, length, [self.pool.captions[r] for r in rows], self.categories[rows],
+                     target, target_mask, torch.tensor(positions))
 
     def targets(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """target, target_mask (B, N, E_cat). Exact masks speak for every token of a present category; no masks, no word."""
+        """target, target_mask (B, N, E_cat). With exact masks every token of a present category counts."""
         target = torch.zeros(len(rows), int(np.prod(self.cfg.grid)), self.cfg.categories)
         mask = torch.zeros_like(target)
         if self.pool.masks is not None:
