@@ -182,6 +182,8 @@ def check(cfg: Config) -> Config:
         raise UserError("Stage two needs a trained backbone: give --base_steps, or --init_from RUN.")
     if cfg.top_k > cfg.refinement_experts:
         raise UserError(f"--top_k {cfg.top_k} is more than --refinement_experts {cfg.refinement_experts}.")
+    if cfg.batch_size == 1 and cfg.physics_steps and cfg.semantic and cfg.coarse_weight and cfg.coarse_loss == "relative":
+        raise UserError("--batch_size 1 leaves L_coarse no pair of clips to compare: use more, or --coarse_loss bce, or --coarse_weight 0.")
     if cfg.ood and cfg.data_dir:
         raise UserError("--ood is for the world; videos from --data_dir are as they are.")
     return cfg
@@ -218,7 +220,10 @@ def parse(argv: list[str], description: str) -> Config:
             # SUPPRESS: only flags that were given reach the namespace, so they override the preset and nothing else does.
             parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"{meanings()[f.name]} [{f.default}]".replace("%", "%%"), **kind)
     given = vars(parser.parse_args(argv))
-    return check(preset(**given))
+    cfg = preset(**given)
+    if cfg.resume:  # fields that were not given again are as the run was started
+        cfg = dataclasses.replace(load(cfg.run_dir / "config.json"), **given)
+    return check(cfg)
 
 
 def preset(config: str = "small", **overrides) -> Config:
@@ -237,6 +242,17 @@ def load(path: Path) -> Config:
         raise UserError(f"{path.parent} is no run folder: it has no {path.name}.") from None
     except (OSError, ValueError, KeyError, TypeError) as e:
         raise UserError(f"{path} is not a config of this version ({type(e).__name__}: {e}).") from None
+
+
+def write(path: Path, text: str) -> None:
+    """Write a text file to a temporary name and rename it, so that a killed process leaves the old one."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def entry(main, *args) -> None:

@@ -1,0 +1,472 @@
+"""Train nanoProPhy: first a small video DiT on the clips, then the physical branch beside it, in one command.
+
+    python train.py --config small              both stages, about twelve minutes on two CPU cores
+    python train.py --config small --resume     go on after Ctrl-C, SIGTERM or a crash, to the bit
+    python train.py --init_from runs/small ...  stage two alone, from another run's backbone
+
+The file reads in the order in which things happen: settle what `auto` means, open the run folder, open the clips, then one
+loop over steps. Inside the loop everything that happens once in a while (validation, preview, saving, the change of stage)
+comes first, and the single training step is fenced at the end. No random state is carried along: noise, clip order and
+caption dropout are functions of (seed, position in the stream), so a checkpoint holds weights, averages, optimizers and a step.
+"""
+import contextlib
+import dataclasses
+import errno
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import align
+import config
+import data
+import diffusion
+import sample
+from config import Config, Stopped, UserError
+from experts import ProPhy
+from model import CogVideoX
+
+BINS = 4  # the log has the diffusion loss of this many equal ranges of t: a loss says little, where it sits says more
+HELD_OUT_SEED = 2**31  # noise of the held-out split, the same in every run
+
+
+# --- what `auto` means ----------------------------------------------------------------------------------------------------
+def resolve(cfg: Config) -> tuple[Config, dict[str, str]]:
+    """Replace every `auto` by what this machine makes of it; also the reasons, {field: sentence}. Sets the thread count."""
+    why, found = {}, {}
+    torch.set_num_threads(cfg.threads or os.cpu_count())
+    found["threads"] = torch.get_num_threads()
+    if cfg.device == "auto":
+        mps = torch.backends.mps.is_available()
+        found["device"] = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+        why["device"] = f"{found['device']}: the best that torch sees here"
+    elif cfg.device == "cuda" and not torch.cuda.is_available() or cfg.device == "mps" and not torch.backends.mps.is_available():
+        raise UserError(f"--device {cfg.device} is not available here.")
+    device = found.get("device", cfg.device)
+    if cfg.precision == "auto":
+        gain = matmul_gain(device)
+        found["precision"] = "bf16" if gain > 1.2 else "fp32"
+        why["precision"] = f"{found['precision']}: a bf16 matrix product runs {gain:.1f} times as fast as fp32 here"
+    if cfg.compile == "auto":
+        steps, compiler = cfg.base_steps + cfg.physics_steps, shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+        if device == "mps" or steps < 500 or (device == "cpu" and not compiler):
+            found["compile"] = "off"
+            why["compile"] = "off: " + ("no C++ compiler here" if steps >= 500 and device == "cpu" else f"{steps} steps on {device} would not earn it back")
+        else:
+            found["compile"] = "on"
+            why["compile"] = f"on: {steps} steps earn back the minute it takes"
+    return dataclasses.replace(cfg, **found), why
+
+
+def matmul_gain(device: str) -> float:
+    """How many times as fast as fp32 a bf16 matrix product is, at the size of the small preset's widest layer."""
+    def best_time(dtype):
+        a, b = torch.ones(1920, 128, device=device, dtype=dtype), torch.ones(128, 512, device=device, dtype=dtype)
+        times = []
+        for _ in range(20):
+            start = time.perf_counter()
+            (a @ b).sum().item()  # .item() waits for a GPU
+            times.append(time.perf_counter() - start)
+        return min(times)
+    try:
+        return best_time(torch.float32) / best_time(torch.bfloat16)
+    except RuntimeError:  # a device without bf16
+        return 0.0
+
+
+# --- the run folder -------------------------------------------------------------------------------------------------------
+def open_run(cfg: Config) -> Path:
+    """Make the run folder, or check that it can be gone on with. Raises UserError before anything is touched."""
+    run = cfg.run_dir
+    if cfg.resume:
+        stored = config.load(run / "config.json")
+        changed = [f.name for f in dataclasses.fields(cfg) if f.name not in config.MAY_CHANGE and getattr(cfg, f.name) not in (getattr(stored, f.name), "auto")]
+        if changed:
+            raise UserError(f"--resume cannot change {', '.join('--' + c for c in changed)}: {run} was started with another value.")
+        if not list((run / "checkpoints").glob("step*.pt")):
+            raise UserError(f"{run} has no checkpoint to resume from; start it again without --resume.")
+    elif list(run.glob("checkpoints/*.pt")):
+        raise UserError(f"{run} already holds a run: go on with --resume, or give another --out_dir.")
+    try:
+        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (run / "samples").mkdir(exist_ok=True)
+    except OSError as e:
+        raise UserError(f"The run folder {run} cannot be made ({e.strerror}).") from None
+    return run
+
+
+def git_revision() -> str:
+    try:
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
+def describe_run(run: Path, cfg: Config, why: dict, categories: list[int], key: str) -> None:
+    """config.json: every field, what `auto` became and why, and what the run was made with and from."""
+    extra = dict(resolved=why, git=git_revision(), torch=torch.__version__, categories_present=categories, data=key)
+    config.write(run / "config.json", json.dumps(dataclasses.asdict(cfg) | extra, indent=2))
+
+
+class Log:
+    """log.jsonl, one object a line. A resumed run first drops the lines of steps it is about to take again."""
+
+    def __init__(self, path: Path, step: int):
+        self.path = path
+        if path.exists():
+            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            config.write(path, "".join(line + "\n" for line in lines))
+
+    def write(self, **values) -> None:
+        with self.path.open("a") as f:
+            f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}) + "\n")
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError):  # the last line of a killed run may be half-written
+        return math.inf
+
+
+# --- model, averages, optimizers ------------------------------------------------------------------------------------------
+class State:
+    """All that a checkpoint holds: model, averaged weights, optimizers, step, stage, best held-out loss."""
+
+    def __init__(self, cfg: Config, vocabulary: int):
+        self.cfg, self.device = cfg, torch.device(cfg.device)
+        self.step, self.seconds, self.skipped = 0, 0.0, 0
+        torch.manual_seed(cfg.seed)
+        self.model: nn.Module = CogVideoX(cfg, vocabulary).to(self.device)
+        self.begin("base", cfg.lr)
+
+    def begin(self, stage: str, lr: float) -> None:
+        """Fresh averages and optimizers for what this stage trains."""
+        self.stage, self.best = stage, math.inf
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.ema = {name: p.detach().clone() for name, p in self.trained.items()}
+        self.optimizers = make_optimizers(self.trained, self.cfg, lr)
+        if self.cfg.compile == "on":
+            for block in [*self.raw_blocks()]:
+                block.compile(dynamic=False)
+
+    def raw_blocks(self):
+        return [*self.model.backbone.blocks, *self.model.physical] if self.stage == "physics" else self.model.blocks
+
+    def attach_branch(self) -> None:
+        """Stage two: the branch beside the *averaged* backbone (the weights one would publish), which stays frozen unless told otherwise."""
+        self.load_ema()
+        torch.manual_seed(self.cfg.seed + 1)  # so that a run resumed at the border builds the same branch
+        self.model = ProPhy(self.model, self.cfg).to(self.device)
+        self.model.init_from_backbone()
+        self.model.backbone.requires_grad_(not self.cfg.freeze_backbone)
+        self.begin("physics", self.cfg.physics_lr)
+
+    @torch.no_grad()
+    def load_ema(self) -> None:
+        for name, p in self.trained.items():
+            p.copy_(self.ema[name])
+
+    @torch.no_grad()
+    def update_ema(self) -> None:
+        decay = min(self.cfg.ema, (1 + self.stage_step) / (10 + self.stage_step))  # young averages forget their random start
+        for name, p in self.trained.items():
+            self.ema[name].lerp_(p, 1 - decay)
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """The model with its averaged weights, in eval mode and uncompiled, for as long as the `with` block lasts."""
+        kept = {name: p.detach().clone() for name, p in self.trained.items()}
+        self.load_ema()
+        self.model.eval()
+        try:
+            with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                yield self.model
+        finally:
+            self.model.train()
+            with torch.no_grad():
+                for name, p in self.trained.items():
+                    p.copy_(kept[name])
+
+    @property
+    def stage_step(self) -> int:
+        return self.step - (self.cfg.base_steps if self.stage == "physics" else 0)
+
+    def state_dict(self) -> dict:
+        return dict(step=self.step, stage=self.stage, best=self.best, seconds=self.seconds, model=self.model.state_dict(), ema=self.ema,
+                    optimizers=[o.state_dict() for o in self.optimizers])
+
+    def load_state_dict(self, state: dict) -> None:
+        if state["stage"] == "physics":
+            self.attach_branch()
+        self.model.load_state_dict(state["model"])
+        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(stored)
+        with torch.no_grad():
+            for name, average in self.ema.items():
+                average.copy_(state["ema"][name])
+        self.step, self.best, self.seconds = state["step"], state["best"], state["seconds"]
+
+
+def make_optimizers(trained: dict[str, nn.Parameter], cfg: Config, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon on the 2-D matrices of blocks and AdamW on the rest, or AdamW alone. Vectors and biases do not decay."""
+    def is_block_matrix(name, p):
+        return p.ndim == 2 and ("blocks." in name or name.startswith("physical.")) and "norm" not in name
+    muon = [p for name, p in trained.items() if cfg.optimizer == "muon" and is_block_matrix(name, p)]
+    rest = [p for name, p in trained.items() if not (cfg.optimizer == "muon" and is_block_matrix(name, p))]
+    groups = [dict(params=[p for p in rest if p.ndim >= 2], weight_decay=cfg.weight_decay), dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0)]
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+    if not muon:
+        return [adamw]
+    # Matched RMS: an orthogonalised update is scaled to the size AdamW's would have, so one learning rate serves both.
+    return [torch.optim.Muon(muon, lr=lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"), adamw]
+
+
+def learning_rate(cfg: Config, stage: str, stage_step: int) -> float:
+    """Linear warm-up, then linear to zero at the stage's end, or constant."""
+    peak, steps = (cfg.lr, cfg.base_steps) if stage == "base" else (cfg.physics_lr, cfg.physics_steps)
+    rise = min(1.0, (stage_step + 1) / max(cfg.warmup, 1))
+    return peak * rise * (1.0 if cfg.schedule == "constant" else 1 - stage_step / steps)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------------------------------
+def save(state: State, path: Path) -> None:
+    """Write a checkpoint to a temporary name, flush it to disk, rename. Raises Stopped when the disk will not take it."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with temporary.open("wb") as f:
+            torch.save(state.state_dict(), f)
+            f.flush()
+            os.fsync(f.fileno())
+        temporary.replace(path)
+    except (OSError, RuntimeError) as e:  # torch wraps some write errors in RuntimeError
+        temporary.unlink(missing_ok=True)
+        raise Stopped(f"The checkpoint {path} could not be written ({e}); the previous one is intact.") from None
+
+
+def save_and_prune(state: State, folder: Path) -> None:
+    save(state, folder / f"step{state.step:06d}.pt")
+    for old in sorted(folder.glob("step*.pt"))[:-2]:
+        old.unlink()
+
+
+def load_newest(state: State, folder: Path) -> None:
+    """The newest checkpoint that reads; a damaged one is named and passed over."""
+    for path in sorted(folder.glob("step*.pt"), reverse=True):
+        try:
+            stored = torch.load(path, map_location=state.device, weights_only=True)
+        except Exception as e:  # a truncated zip raises one of many types
+            print(f"{path} is damaged ({type(e).__name__}); trying the one before.", file=sys.stderr)
+            continue
+        return state.load_state_dict(stored)
+    raise UserError(f"No checkpoint in {folder} can be read; start again without --resume in another --out_dir.")
+
+
+def take_backbone(state: State, cfg: Config) -> None:
+    """--init_from: the averaged backbone of another run, whose shape must be this run's."""
+    other = Path(cfg.init_from)
+    theirs = config.load(other / "config.json")
+    for name in ("dim", "depth", "heads", "time_dim", "patch_t", "patch", "text_len", "process", "predict"):
+        if getattr(theirs, name) != getattr(cfg, name):
+            raise UserError(f"--init_from {other} has --{name} {getattr(theirs, name)}, this run {getattr(cfg, name)}.")
+    path = other / "checkpoints" / "base.pt"
+    try:
+        stored = torch.load(path, map_location=state.device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"{other} has not finished its stage one: it has no checkpoints/base.pt.") from None
+    except Exception as e:
+        raise UserError(f"{path} cannot be read ({type(e).__name__}).") from None
+    state.model.load_state_dict(stored["ema"])
+    state.ema = {name: average.clone() for name, average in stored["ema"].items()}
+
+
+# --- losses ---------------------------------------------------------------------------------------------------------------
+def losses_of(state: State, process: diffusion.Process, batch: data.Batch, t: Tensor, eps: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Every term of Eq. 6 that this stage has, unweighted, and the diffusion loss a clip (B,)."""
+    cfg, x = state.cfg, batch.video
+    x_t = process.noise(x, t, eps)
+    with torch.autocast(state.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
+        out = state.model(x_t, process.model_time(t), batch.text, batch.text_length)
+    prediction, routing = out if state.stage == "physics" else (out, None)
+    per_clip = process.loss(prediction, x_t, t, x, eps)
+    losses = {"diffusion": per_clip.mean()}
+    if routing and routing.semantic_lift is not None:
+        told = (batch.text_length > 0) & (batch.categories.sum(1) > 0)  # an emptied caption or an unlabelled clip has nothing to be routed by
+        if told.sum() > (cfg.coarse_loss == "relative"):
+            losses["coarse"] = align.coarse_loss(routing.semantic_lift[told], batch.categories[told], cfg.coarse_loss, cfg.reduction)
+    if routing and routing.refinement_lift is not None:
+        losses["fine_align"] = align.fine_align_loss(routing.refinement_lift, batch.target, batch.target_mask, cfg.reduction)
+        losses["balance"] = align.balance_loss(routing.refinement, routing.chosen)
+    return losses, per_clip.detach()
+
+
+def total_loss(losses: dict[str, Tensor], cfg: Config) -> Tensor:
+    """Eq. 6."""
+    weights = dict(diffusion=1.0, coarse=cfg.coarse_weight, fine_align=cfg.fine_weight, balance=cfg.balance_weight)
+    return sum(weights[name] * loss for name, loss in losses.items())
+
+
+def held_out_loss(state: State, process: diffusion.Process, clips: data.Clips) -> dict[str, float]:
+    """Losses of the averaged weights on the held-out clips, at fixed times and noise: comparable within and between runs."""
+    n, size, totals = len(clips.pool.held), state.cfg.batch_size, {}
+    with state.averaged():
+        for first in range(0, n, size):
+            positions = range(first, min(first + size, n))
+            batch = clips.batch(positions, train=False).to(state.device)
+            t, eps = process.draw(HELD_OUT_SEED, positions, batch.video.shape[1:])
+            losses, _ = losses_of(state, process, batch, t.to(state.device), eps.to(state.device))
+            for name, loss in losses.items():
+                totals[name] = totals.get(name, 0.0) + loss.item() * len(positions) / n
+    return totals
+
+
+def preview_prompts(clips: data.Clips, most: int = 8) -> list[str]:
+    """Captions of held-out clips, each of which shows something the ones before do not, as far as there are such."""
+    shown, first, rest = set(), [], []
+    for row in clips.pool.held:
+        present = set(clips.categories[row].nonzero().flatten().tolist())
+        (first if present - shown else rest).append(clips.pool.captions[row])
+        shown |= present
+    return [caption for caption in first + rest if caption.strip()][:most] or ["a clip"]
+
+
+def by_noise(per_clip: Tensor, t: Tensor) -> list[float | None]:
+    """Mean diffusion loss of each range of t, cleanest first; None where no clip fell."""
+    which = (t * BINS).long().clamp(max=BINS - 1)
+    return [round(per_clip[which == b].mean().item(), 4) if (which == b).any() else None for b in range(BINS)]
+
+
+# --- the story ------------------------------------------------------------------------------------------------------------
+def main(cfg: Config) -> None:
+    cfg, why = resolve(config.check(cfg))
+    run = open_run(cfg)
+    try:
+        train(cfg, run, why)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise Stopped(f"The disk is full; free some space and go on with --resume ({run} keeps its last checkpoint).") from None
+
+
+def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
+    # --- clips and words
+    pool = data.open_pool(cfg)
+    words = Path(cfg.init_from or run) / "tokenizer.json"
+    tokenizer = data.Tokenizer.load(words) if cfg.resume or cfg.init_from else data.Tokenizer.from_captions(pool.captions)
+    clips, process = data.Clips(cfg, pool, tokenizer), diffusion.build(cfg)
+    if cfg.resume and json.loads((run / "config.json").read_text()).get("data") != pool.key:
+        raise UserError(f"The clips of {cfg.data_dir or 'the world'} are not those that {run} was started with; --resume needs the same.")
+
+    # --- weights, new or as they were
+    state = State(cfg, len(tokenizer))
+    if cfg.resume:
+        load_newest(state, run / "checkpoints")
+    elif cfg.init_from:
+        take_backbone(state, cfg)
+        cfg = state.cfg = dataclasses.replace(cfg, base_steps=0)
+    tokenizer.save(run / "tokenizer.json")
+    describe_run(run, cfg, why, clips.categories_present, pool.key)
+    log, prompts = Log(run / "log.jsonl", state.step), preview_prompts(clips)
+    for sentence in why.values():
+        print(sentence)
+
+    # --- Ctrl-C and SIGTERM end the run after the step in hand
+    stop = []
+    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    total, begun, bad = cfg.base_steps + cfg.physics_steps, state.step, 0
+    bar = tqdm(total=total, initial=state.step, unit="step", smoothing=0.05, dynamic_ncols=True)
+    clock = time.perf_counter() - state.seconds
+    try:
+        while True:
+            # --- once in a while, before the step: the change of stage, validation, preview, saving
+            border = state.stage == "base" and state.step == cfg.base_steps
+            stopping = bool(stop) or state.step == cfg.stop_at > begun
+            last = state.step >= total
+            if state.step > begun or last:
+                state.seconds = time.perf_counter() - clock
+                if border or last or state.step % cfg.eval_every == 0:
+                    held_out = held_out_loss(state, process, clips)
+                    log.write(step=state.step, stage=state.stage, seconds=state.seconds, held_out=held_out)
+                    if held_out["diffusion"] < state.best:
+                        state.best = held_out["diffusion"]
+                        save(state, run / "checkpoints" / "best.pt")
+                if border or last or (cfg.preview_every and state.step % cfg.preview_every == 0):
+                    with state.averaged() as model:
+                        sample.preview(run / "samples" / f"step{state.step:06d}.gif", model, process, tokenizer, cfg, prompts,
+                                       seed=cfg.seed, steps=cfg.preview_steps, guidance=cfg.guidance, precision=cfg.precision)
+                if border:
+                    save(state, run / "checkpoints" / "base.pt")
+                if border or last or stopping or state.step % cfg.save_every == 0:
+                    save_and_prune(state, run / "checkpoints")
+            if last or stopping:
+                break
+            if border:
+                state.attach_branch()
+                describe_parameters(state, bar)
+            elif state.step == begun:
+                describe_parameters(state, bar)
+
+            # ---------------------------------------- the training step ----------------------------------------
+            positions = range(state.step * cfg.batch_size, (state.step + 1) * cfg.batch_size)
+            batch = clips.batch(positions).to(state.device)
+            t, eps = process.draw(cfg.seed, positions, batch.video.shape[1:])
+            t, eps = t.to(state.device), eps.to(state.device)
+            lr = learning_rate(cfg, state.stage, state.stage_step)
+            losses, per_clip = losses_of(state, process, batch, t, eps)
+            loss = total_loss(losses, cfg)
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(state.trained.values(), cfg.clip)
+            finite = math.isfinite(loss.item()) and math.isfinite(grad_norm.item())
+            for optimizer in state.optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr
+                if finite:
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            if finite:
+                state.update_ema()
+            # ---------------------------------------------------------------------------------------------------
+
+            bad = 0 if finite else bad + 1
+            if bad == 3:
+                raise Stopped(f"The loss was not finite three steps in a row (step {state.step}); try a lower --lr, --precision fp32 or a lower --clip. "
+                              f"The checkpoints in {run} are from before.")
+            if state.step % cfg.log_every == 0 or not finite:
+                parts = {name: value.item() for name, value in losses.items()}
+                log.write(step=state.step, stage=state.stage, seconds=time.perf_counter() - clock, loss=loss.item(), **parts,
+                          grad_norm=grad_norm.item(), lr=lr, by_noise=by_noise(per_clip, t), skipped=not finite)
+                rate = bar.format_dict["rate"] or 0
+                bar.set_postfix_str(f"{state.stage} loss {loss.item():.3f}, {rate * cfg.batch_size:.0f} clips/s")
+            state.step += 1
+            bar.update()
+    finally:
+        bar.close()
+        for s, handler in handlers.items():
+            signal.signal(s, handler)
+    if last:
+        print(f"Done: {run}, held-out diffusion loss {state.best:.4f}. Next: python sample.py --run {run} --prompt \"{prompts[0]}\"")
+    else:
+        print(f"Stopped at step {state.step} of {total} and saved; go on with --resume.")
+
+
+def describe_parameters(state: State, bar: tqdm) -> None:
+    """Parameter counts of this stage, said above the progress bar."""
+    count = lambda parameters: f"{sum(p.numel() for p in parameters) / 1e6:.2f} M"
+    if state.stage == "base":
+        bar.write(f"stage one: backbone of {count(state.model.parameters())} parameters")
+    else:
+        bar.write(f"stage two: backbone {count(state.model.backbone.parameters())} + branch {count(state.model.branch_parameters())}, "
+                  f"training {count(state.trained.values())}")
+
+
+if __name__ == "__main__":
+    config.entry(lambda: main(config.parse(sys.argv[1:], "Train nanoProPhy: a video DiT, then its physical branch.")))
