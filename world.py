@@ -418,12 +418,12 @@ class Combustion(Phenomenon):
 class Reflection(Phenomenon):
     """A beam meets an upright mirror and sweeps evenly: angle = middle + omega (t - 1/2), from the normal; out = in."""
     name, cue = "reflection", "lime"
-    spans = dict(omega=Span(.55, .75, "speed", (.28, .40)), thickness=Span(.085, .105, "radius", (.125, .14)),
+    spans = dict(omega=Span(.55, .75, "speed", (.28, .40)), thickness=Span(.085, .105, "radius", (.12, .13)),
                  middle=Span(.70, .85))
     phrases = ("a {c} beam sweeps over a mirror", "a mirror reflects a moving {c} beam",
                "a {c} laser is reflected by a mirror")
     decoy_phrases = ("a still {c} beam on a mirror", "a mirror with a still {c} beam")
-    hit, arm = (.2, .49), .40  # where the beam meets the mirror; length of either half
+    hit, arm = (.175, .49), .37  # where the beam meets the mirror; length of either half
 
     def derive(self, p, rng):
         p["omega"] *= rng.choice((-1, 1))
@@ -434,12 +434,14 @@ class Reflection(Phenomenon):
 
     def paint(self, cell, p, s, colours):
         (x, y), arm = self.hit, self.arm
-        cell.paint(cell.box(x + .01, .07, x + .04, .88), STEEL)
         for angle, way in ((s["angle_in"], -1), (s["angle_out"], 1)):
             tip = x - arm * np.cos(angle), y + way * arm * np.sin(angle)
             cell.laser(x, y, *tip, p["thickness"], colours[0])
             if way < 0:
                 cell.paint(cell.disc(*tip, .05), STEEL, actor=True)  # the lamp
+        mirror = cell.box(x, .07, x + .07, .88)
+        cell.paint(mirror, GLASS)
+        cell.mask = cell.mask & (mirror < .5)  # it hides the beam's end
 
     def decoy(self, cell, p, colour, variant):
         self.paint(cell, p, self.states(p, np.array([.5])), (colour,))
@@ -448,11 +450,11 @@ class Reflection(Phenomenon):
 class Refraction(Reflection):
     """A beam enters water and sweeps evenly: sin(angle_in) = n sin(angle_out), angle_in = middle + omega (t - 1/2)."""
     name, cue = "refraction", "purple"
-    spans = dict(omega=Span(.45, .60, "speed", (.22, .32)), thickness=Span(.08, .10, "radius", (.115, .125)),
+    spans = dict(omega=Span(.45, .60, "speed", (.22, .32)), thickness=Span(.08, .10, "radius", (.11, .115)),
                  middle=Span(.42, .47), refractive_index=Span(1.33, 1.33))
     phrases = ("a {c} beam bends in water", "water refracts a moving {c} beam", "a {c} laser is refracted by water")
     decoy_phrases = ("a still {c} beam in water", "water with a still {c} beam")
-    hit, arm, arm_out = (.05, .48), .34, .28
+    hit, arm, arm_out = (.05, .48), .34, .26
 
     def states(self, p, t):
         angle = p["middle"] + p["omega"] * (t - .5)
@@ -693,10 +695,8 @@ def save_gif(path, frames, fps):
 
 def preview(seed=0, size=64, frames=24, colour_cues=False, ood="", columns=3):
     """Every phenomenon: its clip, the clip with the mask tinted over it, its caption. uint8 (F, H', W', 3)."""
-    tiles, scale = [], max(128 // size, 1)
-    for i, (name, one) in enumerate(PHENOMENA.items()):
-        if ood and not _has(one, ood):
-            continue
+    tiles, scale = [], max(128 // max(size, 1), 1)
+    for i, name in enumerate([n for n, one in PHENOMENA.items() if not ood or _has(one, ood)] or PHENOMENA):
         clip = make_clip(seed, i, frames=frames, height=size, width=size, decoys=1, colour_cues=colour_cues, ood=ood,
                          phenomenon=name)
         pair = [clip.video, tint(clip.video, clip.actors[0].mask)]
