@@ -535,7 +535,7 @@ def make_clip(seed, index, *, frames=12, height=32, width=32, decoys=.6, two=.4,
     """Clip number `index` of world `seed`: a pure function of its arguments, one scene at any frame count and size.
 
     frames 2..256; height, width 16..128 pixels. two: share of scenes with two phenomena. decoys: share of all scenes
-    with a still look-alike, in the empty cell; if these are too few, a small ball lies in front of two phenomena.
+    with a still look-alike: in the empty cell, or, beside two phenomena, a small ball in front of them.
     colour_cues: every phenomenon in its own colour. ood: "speed" | "radius" | "gravity" is drawn outside its training
     interval, in phenomena that have it. phenomenon: show this one alone. Raises ValueError with one sentence.
     """
@@ -545,8 +545,9 @@ def make_clip(seed, index, *, frames=12, height=32, width=32, decoys=.6, two=.4,
     names = [phenomenon] if phenomenon else [name for name, one in PHENOMENA.items() if not ood or _has(one, ood)]
     n_actors = 2 if rng.random() < two else 1
     chosen = [names[i] for i in rng.permutation(len(names))[:n_actors]]
-    share = min(decoys / (1 - two), 1) if n_actors == 1 and two < 1 else max(decoys - (1 - two), 0) / max(two, 1e-9)
-    has_decoy = rng.random() < share
+    # An empty cell is the better place for a decoy, but some phenomena must be seen alone: plain prompts ask for them.
+    single = min(decoys / .75, decoys / max(1 - two, 1e-9), 1)
+    has_decoy = rng.random() < (single if n_actors == 1 else (decoys - (1 - two) * single) / two)
     sides = ("left", "right") if rng.random() < .5 else ("right", "left")
     colours = [str(c) for c in rng.permutation(list(COLOURS))]  # of both actors, then their second colours
     t = np.arange(frames) / frames

@@ -261,6 +261,13 @@ def test_shares(decoys, two):
     assert {a.phenomenon for c in clips for a in c.actors} == set(PHENOMENA)
 
 
+def test_by_default_some_phenomena_are_seen_alone():
+    clips = [make_clip(6, i, frames=2, height=16, width=16) for i in range(300)]
+    decoy = "left.*right|right.*left|beside|next|near"
+    plain = [c for c in clips if len(c.actors) == 1 and not re.search(decoy, c.caption)]
+    assert 15 < len(plain) < 60
+
+
 def test_colour_cues_give_each_phenomenon_its_own():
     actors = [a for i in range(200) for a in make_clip(7, i, frames=2, height=16, width=16, colour_cues=True).actors]
     own = {(a.phenomenon, a.colour) for a in actors}
@@ -375,6 +382,8 @@ def test_preview_is_a_gif_of_everything(tmp_path, capsys):
     frames = iio.imread(path)
     assert frames.shape == world.preview(0, 16, 4).shape and len(list(tmp_path.iterdir())) == 1
     assert np.abs(frames.astype(int) - world.preview(0, 16, 4)).mean() < 4  # 256 colours a frame
+    info = iio.immeta(path, plugin="pillow")
+    assert (info["duration"], info["loop"]) == (500, 0)  # one second takes two, again and again
 
 
 @pytest.mark.parametrize("arguments", [[], ["--frames", "x"], ["--preview", "x.gif", "--size", "7"], ["--nonsense"],
