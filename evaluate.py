@@ -27,29 +27,35 @@ class View:
         self.x, self.y, self.pixel = self.room.x[0], self.room.y[0], 1 / self.room.scale
         self.rgb = np.moveaxis(frames[:, self.room.rows, self.room.columns] / np.float32(255), -1, 0)  # (3, F, h, w)
 
-    def amount(self, colour):
+    def share(self, rgb, colour):
         hue = lambda rgb: rgb - rgb.mean(0)
         back = hue(self.room.rgb)
-        d = hue(np.array(world.CUE_COLOURS[colour], np.float32).reshape(3, 1, 1, 1)) - back
-        q = hue(self.rgb) - back
+        d, q = hue(np.array(world.CUE_COLOURS[colour], np.float32).reshape(3, 1, 1, 1)) - back, hue(rgb) - back
         size = (d * d).sum(0)
         a = (q * d).sum(0) / size
-        away = np.sqrt(((q - a * d) ** 2).sum(0) / size)
-        return np.clip(a, 0, 1) * np.clip(2 - away / (.4 * np.abs(a) + .04), 0, 1)
+        return a, np.sqrt(((q - a * d) ** 2).sum(0) / size)
+
+    def amount(self, colour):
+        a, away = self.share(self.rgb, colour)
+        return np.where(a > .1, np.clip(a, 0, 1), 0) * np.clip(2 - away / (.4 * np.abs(a) + .04), 0, 1)
 
     def area(self, w):
         return w.sum((-2, -1)) * self.pixel ** 2
 
     def centre(self, w):
+        w = w ** 2
         total = w.sum((-2, -1)) + 1e-9
         return (w * self.x).sum((-2, -1)) / total, (w * self.y).sum((-2, -1)) / total
 
     def seen(self, w, least):
         """(F,) where there is at least this area, and it is a body rather than grain."""
-        p = np.pad(w, ((0, 0), (1, 1), (1, 1)))
-        near = (p[:, :-2, 1:-1] + p[:, 2:, 1:-1] + p[:, 1:-1, :-2] + p[:, 1:-1, 2:]) / 4
-        solid = (w * near).sum((1, 2)) / ((w * w).sum((1, 2)) + 1e-9)
-        return (self.area(w) > least) & (solid > .5)
+        solid = (w * near(w)).sum((1, 2)) / ((w * w).sum((1, 2)) + 1e-9)
+        return (self.area(w) > least) & (solid > .4)
+
+
+def near(w):
+    p = np.pad(w, ((0, 0), (1, 1), (1, 1)))
+    return (p[:, :-2, 1:-1] + p[:, 2:, 1:-1] + p[:, 1:-1, :-2] + p[:, 1:-1, 2:]) / 4
 
 
 def fit(columns, y):
@@ -150,9 +156,9 @@ def flux(view):
 def spreading(view):
     w = view.amount(view.scene.colour)
     ok = keep(view, view.seen(w, .3 * 2 * np.pi * span(view, "sigma0").low ** 2))
-    size = view.area(w) ** 2 / (view.area(w * w) + 1e-9)
+    size = view.area(w ** 3) ** 2 / (view.area(w ** 6) + 1e-9)
     (_, slope), rest = fit((1, view.t[ok]), size[ok])
-    return max(relative(slope / (8 * np.pi), constant(view, "diffusivity")), rest)
+    return max(relative(slope * 3 / (8 * np.pi), constant(view, "diffusivity")), rest)
 
 
 def squeezing(view):
@@ -172,11 +178,13 @@ def melting(view):
     view.room.vessel(half, .015, world.FLOOR - .2, world.FLOOR, world.GLASS)
     w = view.amount(view.scene.colour) * (np.abs(view.x) < half) * (view.y < world.FLOOR)
     ok = keep(view, view.seen(w, .3 * span(view, "side0").low ** 2))
-    middle, outer = np.abs(view.x[0]) < .08, (np.abs(view.x[0]) > .165) & (np.abs(view.x[0]) < .22)
+    middle, outer = np.abs(view.x[0]) < .08, (np.abs(view.x[0]) > .18) & (np.abs(view.x[0]) < .22)
     side = w[:, :, middle].mean(2).sum(1)[ok] * view.pixel
-    level = w[:, :, outer].mean(2).sum(1)[ok] * view.pixel / .5
+    dark = np.reshape([.5 * c + .04 for c in world.CUE_COLOURS[view.scene.colour]], (3, 1, 1, 1)).astype(np.float32)
+    dark = view.share(dark, view.scene.colour)[0].mean()
+    level = w[:, :, outer].mean(2).sum(1)[ok] * view.pixel / dark
     puddle = level * (2 * half - side)
-    block = view.area(w)[ok] - .5 * puddle
+    block = view.area(w)[ok] - dark * puddle
     t, rate = view.t[ok], constant(view, "melt_rate")
     (_, slope), rest = fit((1, t), block)
     (_, lost), _ = fit((1, t), block + puddle)
@@ -202,8 +210,8 @@ def burning(view):
 def ray(view, w, hit, above):
     dx, dy = view.x - hit[0], view.y - hit[1]
     r = np.hypot(dx, dy)
-    part = w * (r > .2) * (r < .36) * ((dy < 0) if above else (dy > 0))
-    return view.seen(part, .3 * .1 * .1), np.abs((part * dx / r).sum((1, 2))), np.abs((part * dy / r).sum((1, 2)))
+    part = w ** 2 * (r > .2) * (r < .36) * ((dy < 0) if above else (dy > 0))
+    return view.seen(w, .01) & (view.area(part) > .003), np.abs((part * dx / r).sum((1, 2))), np.abs((part * dy / r).sum((1, 2)))
 
 
 def mirror(view):
