@@ -6,7 +6,7 @@ Either source is turned once into a pool: clips of the training size as bytes, c
 masks. A pool is named by a hash of all that shapes it, so runs with the same settings share it. Everything behind it is
 a pure function of the position in the stream (order, caption dropout, targets): a restart has no state to restore.
 
-Why a pool for the world too: reading 16 clips costs about a tenth of drawing them, and training reads a clip often.
+Why a pool for the world too: reading clips costs a seventh of drawing them or less, and training reads each often.
 
 Videos, the rules. *Time*: a clip's k-th frame is the one shown k/fps seconds after its start (time stamps count, within
 a millisecond, so variable frame rates work). A video is cut into consecutive windows of `frames` such frames; of more
@@ -29,7 +29,6 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import sys
 import types
 from collections.abc import Iterable, Iterator
@@ -223,21 +222,23 @@ class Writer:
 @contextlib.contextmanager
 def only_one(folder: Path) -> Iterator[bool]:
     """One process at a time builds in `folder`; a killed one's lock vanishes with it. False where locks are unknown."""
+    handle, locked = None, False
     try:
         import fcntl
         handle = os.open(folder, os.O_RDONLY)
-    except (ImportError, OSError):
-        yield False
-        return
-    try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             print(f"Another run is building clips in {folder}; waiting for it.", flush=True)
             fcntl.flock(handle, fcntl.LOCK_EX)
-        yield True
+        locked = True
+    except (ImportError, OSError):  # Windows, some network drives: builds have folders of their own, so work is doubled
+        pass
+    try:
+        yield locked
     finally:
-        os.close(handle)
+        if handle is not None:
+            os.close(handle)
 
 
 def digest(value) -> str:
@@ -288,7 +289,7 @@ def build(source: "World | Folder", settings: dict, path: Path, progress: bool) 
     except OSError as e:
         raise Stopped(f"The clips could not be written to {path.parent}: {e.strerror or e}.") from None
     except concurrent.futures.BrokenExecutor:
-        raise Stopped("A process drawing clips was killed, for want of memory perhaps: fewer --threads need less.") from None
+        raise Stopped("A process drawing clips died, for want of memory perhaps: fewer --threads need less.") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -313,6 +314,18 @@ def ahead(executor: concurrent.futures.Executor, function, items: list, group: i
 
 
 # -------------------------------------------------------------------------------------------------- source 1: the world
+WORKER = """
+import multiprocessing, os, signal, threading
+
+def follow():  # a killed parent leaves no worker behind
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+threading.Thread(target=follow, daemon=True).start()
+"""  # run at a worker's start; as text, because a function of this file would make the worker import torch
+
+
 class World:
     """Clips 0, 1, ... of the world to train on, and as many as asked from HELD_OUT on to validate."""
     name = "world"
@@ -344,8 +357,8 @@ class World:
             yield from map(make, indices)
             return
         chunk = int(np.clip(2**24 // (5 * np.prod(self.size)), 1, 32))  # 16 MB a parcel: three colours, two masks
-        quiet = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-        with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), quiet) as executor:
+        spawn = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(workers, spawn, exec, (WORKER, {})) as executor:
             with no_main():
                 for _ in range(workers):  # a process is started for each call that finds none idle
                     executor.submit(int)
@@ -631,7 +644,7 @@ class Clips:
         self.cfg, self.pool, self.orders = cfg, pool, {}
         encoded = [tokenizer.encode(caption, cfg.text_len) for caption in pool.captions]
         self.ids, self.lengths = torch.stack([ids for ids, _ in encoded]), torch.tensor([n for _, n in encoded])
-        self.cut = sum(len(tokenizer.split(caption)) > cfg.text_len for caption in pool.captions)  # captions too long
+        self.cut = sum(len(tokenizer.split(caption)) > cfg.text_len for caption in pool.captions)  # captions cut short
         self.categories = torch.zeros(len(pool.captions), cfg.categories)
         for row, present in enumerate(pool.categories):
             self.categories[row, [c for c in present if c < cfg.categories]] = 1

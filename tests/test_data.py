@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import threading
+import time
 from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
@@ -506,7 +507,7 @@ def test_half_built_pools_are_ignored_and_cleaned(tmp_path):
     assert {p.name for p in (tmp_path / "pools").iterdir()} == {path.name, other.name}
 
 
-def test_a_killed_build_leaves_nothing_that_is_opened(tmp_path, monkeypatch):
+def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
     def dies(self, add, progress):
         add(np.zeros((4, 16, 16, 3), np.uint8), "half", [0], {})
         raise KeyboardInterrupt
@@ -539,6 +540,21 @@ def test_two_runs_build_once(tmp_path, monkeypatch, capsys):
     assert len(built) == 1
 
 
+def test_without_locks_pools_are_built_all_the_same(tmp_path, monkeypatch):
+    def refuses(*_):
+        raise OSError(37, "No locks available")  # some network drives
+
+    monkeypatch.setattr("fcntl.flock", refuses)
+    (tmp_path / "pools").mkdir()
+    cfg = cfg_of(tmp_path)
+    opened(cfg)
+    path, = (tmp_path / "pools").iterdir()
+    break_video(path)
+    beside = path.with_name(path.name + ".other")  # perhaps another run's, still being filled: it must be left alone
+    beside.mkdir()
+    assert len(opened(cfg).captions) == 16 and beside.is_dir()
+
+
 def test_a_full_disk_is_one_sentence_and_leaves_nothing(tmp_path):
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))  # writing more fails, as on a full disk
@@ -562,7 +578,7 @@ def test_a_killed_worker_is_one_sentence(tmp_path, monkeypatch):
         yield
 
     monkeypatch.setattr(data.World, "draw", dies)
-    with pytest.raises(Stopped, match="was killed"):
+    with pytest.raises(Stopped, match="drawing clips died"):
         opened(cfg_of(tmp_path))
 
 
@@ -585,6 +601,36 @@ data.open_pool(cfg, progress=False)
     pool = data.Pool.open(path, (4, 16, 16))
     for row in (0, 31, 32, 149):
         assert np.array_equal(pool.video[row], world.make_clip(0, row, frames=4, height=16, width=16).video)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="looks for the workers under /proc")
+def test_a_killed_build_leaves_no_process_and_nothing_that_is_opened(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import sys
+sys.path.insert(0, {str(Path(data.__file__).parent)!r})
+import data
+from config import preset
+data.open_pool(preset("debug", world_clips=99_999, threads=2, pool_dir={str(tmp_path / 'pools')!r}), progress=False)
+""")
+    run = subprocess.Popen([sys.executable, script])
+    try:
+        part = wait_for(lambda: [p for p in (tmp_path / "pools").glob("world-*/video.u8") if p.stat().st_size])[0].parent
+        workers = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+    finally:
+        run.kill()
+        run.wait()
+    assert len(workers) >= 2
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
+    assert part.suffix and data.Pool.open(part, (4, 16, 16)) is None
+
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not (answer := condition()):
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return answer
 
 
 def test_reading_ahead_is_in_order_and_bounded():
