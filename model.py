@@ -190,9 +190,11 @@ class CogVideoX(nn.Module):
         if text_length is None:
             text_length = (text > 0).sum(1)
         time = F.silu(self.time_embedding(sinusoid(t, self.cfg.dim)))  # (B, D_time)
-        rope = rope_3d(grid, text.shape[1], self.cfg.dim // self.cfg.heads, x.device)
-        tokens = torch.cat([y + self.text_position[: text.shape[1]], video], dim=1)
-        return tokens, Condition(time, rope, text.shape[1], grid, y, text_length)
+        n = text.shape[1]
+        rope = rope_3d(grid, n, self.cfg.dim // self.cfg.heads, x.device)
+        # CogVideoX-2B adds sines and cosines of the position, 5B rotates q and k by it. Both together (ours) learn left from right sooner.
+        tokens = torch.cat([y + self.text_position[:n], video], dim=1) + torch.cat(rope_3d(grid, n, self.cfg.dim, x.device), dim=-1)
+        return tokens, Condition(time, rope, n, grid, y, text_length)
 
     def head(self, tokens: Tensor, condition: Condition) -> Tensor:
         """tokens (B, S, D) -> prediction (B, C, F, H, W)."""

@@ -363,8 +363,11 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
     words = Path(cfg.init_from or run) / "tokenizer.json"
     tokenizer = data.Tokenizer.load(words) if cfg.resume or cfg.init_from else data.Tokenizer.from_captions(pool.captions)
     clips, process = data.Clips(cfg, pool, tokenizer), diffusion.build(cfg)
-    if cfg.resume and json.loads((run / "config.json").read_text()).get("data") != pool.key:
-        raise UserError(f"The clips of {cfg.data_dir or 'the world'} are not those that {run} was started with; --resume needs the same.")
+    if cfg.resume:
+        stored = json.loads((run / "config.json").read_text())
+        why = stored.get("resolved", why)
+        if stored.get("data") != pool.key:
+            raise UserError(f"The clips of {cfg.data_dir or 'the world'} are not those that {run} was started with; --resume needs the same.")
 
     # --- weights, new or as they were
     state = State(cfg, len(tokenizer))
