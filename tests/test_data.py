@@ -615,7 +615,8 @@ data.open_pool(preset("debug", world_clips=99_999, threads=2, pool_dir={str(tmp_
 """)
     run = subprocess.Popen([sys.executable, script])
     try:
-        part = wait_for(lambda: [p for p in (tmp_path / "pools").glob("world-*/video.u8") if p.stat().st_size])[0].parent
+        videos = (tmp_path / "pools").glob
+        part = wait_for(lambda: [p for p in videos("world-*/video.u8") if p.stat().st_size])[0].parent
         workers = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
     finally:
         run.kill()
