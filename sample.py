@@ -252,23 +252,27 @@ def routing_cell(clip, text: str, label: str, scale: int, routing: ClipRouting, 
         panel.write(0, top + h + 6 + i * LINE, line)
     if maps:
         legend = y_maps - LINE - 6
-        panel.write(0, legend, f"refinement router P'_r at t = {routing.t:.2f}", FAINT, 12, width - 120)
+        heading = f"refinement router P'_r at t = {routing.t:.2f}; only maps of phenomena in the clip mean something"
+        panel.write(0, legend, heading, FAINT, 12, width - 116)
         panel.write(width - 98, legend, "0", FAINT, 12, anchor="ra")
         ramp = overlay(np.full((1, 9, 80, 3), 100, np.uint8), np.linspace(0, 1, 80)[None, None], 1)
         panel.place(width - 94, legend + 3, ramp)
         panel.write(width - 1, legend, "1", FAINT, 12, anchor="ra")
     for i, (category, name) in enumerate(maps.items()):
         x, y = i % COLUMNS * (w_map + GAP), y_maps + i // COLUMNS * (h_map + LINE + GAP)
-        heat = routing.lift[..., category]
-        panel.write(x, y, name, INK if heat.max() >= 0.5 else FAINT, 12, w_map)
-        panel.place(x, y + LINE, overlay(clip, heat, small))
+        panel.write(x, y, name, FAINT, 12, w_map)
+        panel.place(x, y + LINE, overlay(clip, routing.lift[..., category], small))
     return panel.frames()
 
 
-def sheet(cells: list[np.ndarray], together: int = 1) -> np.ndarray:
-    """Cells (F, h, w, 3) in rows, shaped like a screen; `together` neighbours stay in one row. -> (F, H, W, 3)."""
-    n, h, w = len(cells), max(cell.shape[1] for cell in cells) + 2 * GAP, cells[0].shape[2] + 2 * GAP
-    columns = min(range(together, n + 1, together), key=lambda c: abs(math.log(c * w / (-(-n // c) * h) / 1.6)))
+def sheet(cells: list[np.ndarray], pair: int = 1, group: int = 1) -> np.ndarray:
+    """Cells (F, h, w, 3) in rows, together shaped like a screen -> (F, H, W, 3).
+
+    `pair` neighbours stay in one row, and rows hold whole groups or whole parts of one, so that prompts stay apart.
+    """
+    n, h, w = len(cells), max(c.shape[1] for c in cells) + 2 * GAP, max(c.shape[2] for c in cells) + 2 * GAP
+    options = [c for c in range(pair, n + 1, pair) if group % c == 0 or c % group == 0]
+    columns = min(options, key=lambda c: abs(math.log(c * w / (-(-n // c) * h) / 1.6)))
     out = np.empty((len(cells[0]), -(-n // columns) * h, columns * w, 3), np.uint8)
     out[:] = PAPER
     for i, cell in enumerate(cells):
@@ -306,19 +310,19 @@ def play_fps(cfg: Config) -> float:
 
 
 def preview(path, model, process, tokenizer, cfg: Config, prompts: list[str], *, seed: int, steps: int, guidance: float,
-            precision: str, scale: int = 4, present=None) -> None:
-    """A GIF of one clip a prompt, at least 128 pixels high; with the branch, the map of the highest peak beside each.
+            precision: str, scale: int = 4, present: list | None = None) -> None:
+    """A GIF of one clip a prompt, at least 128 pixels high; with the branch, a heat map beside each.
 
-    `present`: indices of the phenomena that the run trains, from which that one is taken; None = all.
+    `present`: for each prompt the indices of the phenomena it names; the map with the highest peak among them is shown.
+    Without it there is no map: that of a phenomenon which is not there was never trained there, and glows at random.
     """
     videos, routings = generate(model, process, tokenizer, cfg, prompts, seed=seed, steps=steps, guidance=guidance,
                                 precision=precision, progress=False)
-    scale, names = max(scale, math.ceil(128 / cfg.height)), data.category_names(cfg)
-    present, cells = list(range(cfg.categories)) if present is None else list(present), []
-    for clip, routing, prompt in zip(videos, routings, prompts):
+    scale, names, cells = max(scale, math.ceil(128 / cfg.height)), data.category_names(cfg), []
+    for clip, routing, prompt, named in zip(videos, routings, prompts, present or [()] * len(prompts)):
         beside = None
-        if routing and routing.lift is not None and present:
-            strongest = max(present, key=lambda c: routing.lift[..., c].max())
+        if named and routing and routing.lift is not None:
+            strongest = max(named, key=lambda c: routing.lift[..., c].max())
             beside = names[strongest], overlay(clip, routing.lift[..., strongest], scale)
         cells.append(plain_cell(clip, prompt, "", scale, beside))
     world.save_gif(path, sheet(cells), play_fps(cfg))
@@ -428,7 +432,8 @@ def main(argv: list[str]) -> None:
         for label, (videos, routings) in made.items():
             cells.append(routing_cell(videos[i], prompt, label, scale, routings[i], names) if args.show_routing
                          else plain_cell(videos[i], prompt, label, scale))
-    save(out, sheet(cells, len(versions)), args.fps or play_fps(cfg))
+    group = len(versions) * (args.n if len(args.prompt) > 1 else 1)
+    save(out, sheet(cells, len(versions), group), args.fps or play_fps(cfg))
     print(f"wrote {out}")
 
 

@@ -125,7 +125,8 @@ def test_untrained_branch_is_the_bare_backbone(loaded):
     fresh.init_from_backbone()
     bare, none = clips(loaded, model=backbone)
     branched, routings = clips(loaded, model=fresh)
-    assert np.array_equal(bare, branched) and none == [None] * 5 and routings[0].lift.shape == (*CFG.grid, CFG.categories)
+    assert np.array_equal(bare, branched)
+    assert none == [None] * 5 and routings[0].lift.shape == (*CFG.grid, CFG.categories)
 
 
 def test_routing_is_that_of_the_step_nearest_half(loaded, monkeypatch):
@@ -183,7 +184,7 @@ def test_which_checkpoint(tmp_path):
     for name, step in (("step1000000", 1_000_000), ("step000090", 90), ("base", 30)):
         torch.save(stored | dict(step=step), folder / f"{name}.pt")
     (folder / "step2000000.tmp").write_bytes(b"half a checkpoint")
-    for name, step in (("best", 1_000_000), ("last", 1_000_000), ("base", 30), ("step000090.pt", 90), ("step000050", 50)):
+    for name, step in (("best", 1_000_000), ("last", 1_000_000), ("base", 30), ("step000090.pt", 90)):
         assert sample.load_run(run, name)[4]["step"] == step
     torch.save(stored | dict(step=7), folder / "best.pt")
     assert sample.load_run(run)[4]["step"] == 7
@@ -279,6 +280,10 @@ def test_sheet_keeps_pairs_in_a_row_and_loses_no_cell():
         for i in range(0, 6, together):
             assert len({s[0][0] for s in spots[i : i + together]}) == 1
     assert sample.sheet(cells, 6).shape[2] == 6 * (20 + 2 * sample.GAP)
+    wide = [np.zeros((1, 10, 10 * columns, 3), np.uint8) for columns in (1, 9) for _ in range(6)]
+    for six in (wide[:6], wide[6:]):  # whatever their shape, rows of groups of three hold one, three or six
+        columns = sample.sheet(six, 1, 3).shape[2] // (six[0].shape[2] + 2 * sample.GAP)
+        assert columns in (1, 3, 6)
 
 
 @pytest.mark.parametrize("suffix, tolerance", [(".gif", 6), (".mp4", 12), (".MP4", 12)])
@@ -313,11 +318,11 @@ def test_preview_shows_the_clip_and_the_strongest_trained_map(loaded, tmp_path, 
     for i in range(4):
         clip[:, i, 4:12, 2 * i : 2 * i + 6] = (40, 200, 80)
     lift = np.zeros((*CFG.grid, 17), np.float32)
-    lift[:, 1, 1, 4], lift[..., 3], lift[..., 11] = 0.9, 1.0, 0.2  # 3 peaks, but was never trained
+    lift[:, 1, 1, 4], lift[..., 3], lift[..., 11] = 0.9, 1.0, 0.2  # 3 peaks, but is not in the prompt
     routing = sample.ClipRouting(lift, None, 0.5)
     monkeypatch.setattr(sample, "generate", lambda *a, **k: (clip, [routing, None]))
     sample.preview(tmp_path / "p.gif", model, process, tokenizer, cfg, ["a", "b"], seed=0, steps=4, guidance=1,
-                   precision="fp32", present=PRESENT)
+                   precision="fp32", present=[PRESENT, PRESENT])
     back = iio.imread(tmp_path / "p.gif")[..., :3].astype(int)
     scale = 8  # 16 pixels become the promised 128
     g, top = sample.GAP, sample.GAP + sample.LINE + 2
@@ -325,6 +330,7 @@ def test_preview_shows_the_clip_and_the_strongest_trained_map(loaded, tmp_path, 
     assert len(back) == 4
     assert np.abs(back[:, top : top + 128, g : g + 128] - large).mean() < 6
     assert np.abs(back[:, top : top + 128, 2 * g + 128 : 2 * g + 256] - heat).mean() < 6
+    assert (back[:, top : top + 128, 3 * g + 384 + 16 :] == sample.PAPER).mean() > 0.99  # a bare backbone has no map
     duration = iio.immeta(tmp_path / "p.gif")["duration"]
     assert duration * 4 == 1000  # a world clip lasts one second
 
@@ -361,7 +367,7 @@ def test_command_repeats_indices_for_each_prompt(command, loaded, tmp_path):
     path, frames, fps = command("--prompt", PROMPTS[0], "--prompts", str(tmp_path / "prompts.txt"), "--n", "2")
     videos, _ = clips(loaded, [p for p in PROMPTS[:3] for _ in range(2)], indices=[0, 1] * 3, batch=3)
     cells = [sample.plain_cell(video, PROMPTS[i // 2], "", 8) for i, video in enumerate(videos)]
-    assert np.array_equal(frames, sample.sheet(cells))
+    assert np.array_equal(frames, sample.sheet(cells, 1, 2))
     assert fps == 4 and path.name == "a-red-ball-bounces.gif" and path.parent.name == "samples" and path.parent.is_dir()
 
 
