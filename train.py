@@ -361,7 +361,7 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
     # --- clips and words
     pool = data.open_pool(cfg)
     words = Path(cfg.init_from or run) / "tokenizer.json"
-    tokenizer = data.Tokenizer.load(words) if cfg.resume or cfg.init_from else data.Tokenizer.from_captions(pool.captions)
+    tokenizer = data.Tokenizer.load(words) if cfg.resume or cfg.init_from else data.Tokenizer.from_captions([pool.captions[row] for row in pool.train])
     clips, process = data.Clips(cfg, pool, tokenizer), diffusion.build(cfg)
     if cfg.resume:
         stored = json.loads((run / "config.json").read_text())
