@@ -1,0 +1,301 @@
+"""diffusion.py against closed forms, the Gaussian that can be solved by hand, and diffusers' own CogVideoX scheduler."""
+import math
+
+import pytest
+import torch
+from torch.special import ndtri
+
+import config
+import diffusion
+from diffusion import FlowMatching, VPrediction
+
+BOTH = {"flow": FlowMatching, "vpred": VPrediction}
+SHAPE = (2, 3, 4, 5)  # C F H W
+
+
+@pytest.fixture(params=BOTH)
+def kind(request):
+    return request.param
+
+
+def pair(batch: int, seed: int = 0):
+    """A clip and a noise, (B, C, F, H, W) each."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, *SHAPE, generator=g), torch.randn(batch, *SHAPE, generator=g)
+
+
+def a_and_s(process, t):
+    """The coefficients of x_t = a x + s eps from their definition, (B, 1, 1, 1, 1) in float64."""
+    t = t.double().view(-1, 1, 1, 1, 1)
+    if isinstance(process, FlowMatching):
+        return 1 - t, t
+    alpha_bar = process.alpha_bar[(t * 999).round().long()]
+    return alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
+
+
+def true_v(process, x, eps, t):
+    a, s = a_and_s(process, t)
+    return eps.double() - x.double() if isinstance(process, FlowMatching) else a * eps - s * x
+
+
+def exact(process, x, eps, t):
+    """What a network that knows x and eps outputs."""
+    return {"x": x, "eps": eps, "v": true_v(process, x, eps, t).float()}[process.predict]
+
+
+# --- noising
+def test_flow_endpoints_are_exact():
+    (x, eps), process = pair(3), FlowMatching()
+    assert torch.equal(process.noise(x, torch.zeros(3), eps), x) and torch.equal(process.noise(x, torch.ones(3), eps), eps)
+    torch.testing.assert_close(process.noise(x, torch.full((3,), 0.25), eps), 0.75 * x + 0.25 * eps)
+
+
+@pytest.mark.parametrize("snr_shift", [1, 3])
+def test_vpred_endpoints(snr_shift):
+    (x, eps), process = pair(3), VPrediction(snr_shift=snr_shift)
+    assert process.alpha_bar[-1] == 0  # zero terminal SNR is exactly zero, in float64 already
+    a, s = process.coefficients(torch.ones(1))
+    assert a == 0 and s == 1
+    assert torch.equal(process.noise(x, torch.ones(3), eps), eps)
+    first = 1 - 0.00085  # the first beta; the rescaling keeps it
+    first = first / (snr_shift + (1 - snr_shift) * first)
+    torch.testing.assert_close(process.noise(x, torch.zeros(3), eps), math.sqrt(first) * x + math.sqrt(1 - first) * eps)
+
+
+def test_at_pure_noise_v_is_minus_x_to_the_bit():
+    (x, eps), process, t = pair(3), VPrediction(), torch.ones(3)
+    assert torch.equal(process.to_x(-x, eps, t), x) and torch.equal(process.loss(-x, eps, t, x, eps), torch.zeros(3))
+
+
+def test_signal_falls_with_time(kind):
+    a, s = BOTH[kind]().coefficients(torch.linspace(0, 1, 1000))
+    assert (a.diff() < 0).all() and (s.diff() > 0).all()
+
+
+# --- predictions and loss
+@pytest.mark.parametrize("predict", ["x", "v", "eps"])
+def test_an_exact_denoiser_has_no_loss_and_gives_back_x(kind, predict):
+    process, t = BOTH[kind](predict), torch.tensor([0.06, 0.3, 0.5, 0.9, 0.94, 0.98])
+    x, eps = pair(len(t))
+    x_t = process.noise(x, t, eps)
+    assert process.loss(exact(process, x, eps, t), x_t, t, x, eps).max() < 1e-8
+    few = t < 0.9  # eps near pure noise says nothing of x
+    torch.testing.assert_close(process.to_x(exact(process, x, eps, t), x_t, t)[few], x[few], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("predict", ["x", "v", "eps"])
+def test_loss_is_the_mean_squared_error_of_v(kind, predict):
+    """||v_hat - v||^2, with v_hat from the definition of v and the network's output, whatever that is."""
+    process, t = BOTH[kind](predict), torch.tensor([0.1, 0.2, 0.5, 0.8])
+    (x, eps), (prediction, _) = pair(4), pair(4, seed=1)
+    x_t = process.noise(x, t, eps)
+    a, s = a_and_s(process, t)
+    x_hat, eps_hat = prediction.double(), prediction.double()
+    if predict == "x":
+        eps_hat = (x_t - a * x_hat) / s
+    else:
+        x_hat = (x_t - s * eps_hat) / a
+    v_hat = prediction if predict == "v" else true_v(process, x_hat, eps_hat, t)
+    expected = (v_hat - true_v(process, x, eps, t)).square().mean((1, 2, 3, 4))
+    torch.testing.assert_close(process.loss(prediction, x_t, t, x, eps), expected.float(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_weight_of_nearly_clean_clips_is_cut():
+    process, t = FlowMatching("x"), torch.tensor([0.001])
+    x, eps = pair(1)
+    loss = process.loss(x + 1, process.noise(x, t, eps), t, x, eps)
+    torch.testing.assert_close(loss, torch.tensor([1 / 0.05**2]))
+
+
+# --- draws
+def test_draw_is_a_function_of_seed_and_position_alone(kind):
+    process = BOTH[kind]()
+    t, eps = process.draw(3, range(5), SHAPE)
+    for i in (4, 0, 2):  # alone, and in another order
+        t_1, eps_1 = process.draw(3, [i], SHAPE)
+        assert torch.equal(t_1[0], t[i]) and torch.equal(eps_1[0], eps[i])
+    other_t, other_eps = process.draw(4, range(5), SHAPE)
+    assert (other_t != t).any() and (other_eps != eps).all(dim=0).any()
+    assert len({e.sum().item() for e in eps}) == 5 and t.dtype == eps.dtype == torch.float32 and eps.shape == (5, *SHAPE)
+
+
+def test_drawn_noise_is_standard_normal():
+    _, eps = FlowMatching().draw(0, range(200), SHAPE)
+    n = eps.numel()
+    assert abs(eps.mean()) < 4 / n**0.5 and abs(eps.var() - 1) < 4 * (2 / n) ** 0.5  # four standard errors
+    neighbours = (eps[1:] * eps[:-1]).mean()
+    assert abs(neighbours) < 4 / n**0.5
+
+
+QUANTILES = torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("mean, std, shift", [(0.0, 1.0, 1.0), (0.6, 1.0, 1.0), (-0.5, 0.7, 3.0)])
+def test_flow_times_are_logit_normal(mean, std, shift):
+    """logit t ~ N(mean, std^2); the shift s t / (1 + (s - 1) t) adds log s to the logit."""
+    t, _ = FlowMatching("x", mean, std, shift).draw(0, range(4000), (1,))
+    expected = mean + math.log(shift) + std * ndtri(QUANTILES)
+    torch.testing.assert_close(t.double().logit().quantile(QUANTILES), expected, atol=0.01, rtol=0)
+
+
+def test_each_single_clip_has_the_training_distribution():
+    """Over seeds, one position: the evenness of a run of clips must not cost any clip its distribution."""
+    t = torch.cat([FlowMatching().draw(seed, [7], (1,))[0] for seed in range(1000)]).double().logit().sort().values
+    u = torch.special.ndtr(t)
+    distance = (u - (torch.arange(1000) + 0.5) / 1000).abs().max()
+    assert distance < 1.63 / 1000**0.5  # Kolmogorov-Smirnov, 1 %
+
+
+def test_a_run_of_clips_covers_the_times_evenly():
+    t, _ = FlowMatching().draw(0, range(1000, 1032), (1,))
+    u = torch.special.ndtr(t.double().logit()).sort().values
+    assert (u - (torch.arange(32) + 0.5) / 32).abs().max() < 0.06  # independent draws: about 0.15
+
+
+def test_vpred_draws_every_step_equally_often():
+    process = VPrediction()
+    u = (torch.arange(10_000, dtype=torch.float64) + 0.5) / 10_000
+    steps = process.model_time(process.warp(u).float())
+    assert torch.equal(steps, torch.arange(1000).repeat_interleave(10))  # through float32 and back, to the bit
+
+
+def test_shift_formula():
+    process = FlowMatching(shift=3.0)
+    assert process.times(4) == pytest.approx([1, 3 * 0.75 / 2.5, 0.75, 0.75 / 1.5, 0])
+    assert process.times(4)[0] == 1 and process.times(4)[-1] == 0
+    assert FlowMatching().times(5) == pytest.approx([1, 0.8, 0.6, 0.4, 0.2, 0])
+
+
+# --- units
+def test_the_network_receives_its_lineages_unit():
+    t = torch.tensor([0.0, 0.5, 1.0])
+    assert torch.equal(FlowMatching().model_time(t), torch.tensor([0.0, 500.0, 1000.0]))
+    step = VPrediction().model_time(t)
+    assert step.dtype == torch.int64 and step.tolist() == [0, 500, 999]  # 499.5 rounds to even
+    heard = []
+    VPrediction().sample(lambda x, t: heard.append(t.tolist()) or x, torch.randn(2, *SHAPE), 50)
+    assert heard == [[n, n] for n in range(999, 0, -20)]
+
+
+def test_vpred_has_no_more_than_its_steps():
+    assert [round(t * 999) for t in VPrediction().times(1000)[:-1]] == list(range(999, -1, -1))
+    with pytest.raises(ValueError, match="1000"):
+        VPrediction().times(1001)
+
+
+# --- sampling
+def denoiser(process, mean: float, sd: float):
+    """The exact denoiser of clips whose every number is N(mean, sd^2): E[x | x_t] turned into the process's own output."""
+    def denoise(x_t, model_time):
+        t = (model_time / (1000 if isinstance(process, FlowMatching) else 999)).float()
+        a, s = a_and_s(process, t)
+        x = mean + a * sd**2 / (a**2 * sd**2 + s**2) * (x_t - a * mean)
+        eps = (x_t - a * x) / s
+        return {"x": x, "eps": eps, "v": true_v(process, x, eps, t)}[process.predict]
+    return denoise
+
+
+def test_a_gaussian_is_sampled_to_its_mean_and_variance(kind):
+    """The deterministic flow from N(0, 1) to N(mean, sd^2) is mean + sd eps. Euler's error is of first order: half the step, half the error."""
+    process, mean, sd = BOTH[kind]("v"), 0.7, 0.4
+    noise = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0))
+    error = {}
+    for steps in (125, 250, 500):
+        x = process.sample(denoiser(process, mean, sd), noise, steps)
+        error[steps] = (x - (mean + sd * noise)).abs().max().item()
+        assert abs(x.mean() - (mean + sd * noise.mean())) < 1 / steps and abs(x.std() / (sd * noise.std()) - 1) < 8 / steps
+    assert 1.6 < error[125] / error[250] < 2.4 and 1.6 < error[250] / error[500] < 2.4
+
+
+def test_x_v_and_eps_predictions_give_equal_samples(kind):
+    noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
+    samples = [p.sample(denoiser(p, 0.0, 0.5), noise, 10) for p in map(BOTH[kind], ("x", "v", "eps"))]  # mean 0: at pure noise eps says x = 0
+    assert samples[0].std() > 0.2
+    torch.testing.assert_close(samples[1], samples[0], atol=2e-5, rtol=0)
+    torch.testing.assert_close(samples[2], samples[0], atol=2e-5, rtol=0)
+
+
+def wavy(x_t, model_time):
+    """A stand-in for a network: smooth, dependent on the time, and the same for any batch."""
+    return torch.sin(2 * x_t + model_time.view(-1, 1, 1, 1, 1) / 300) * 0.8
+
+
+def visited(process, noise, steps, network=wavy):
+    """x_t as the network sees it at every step, and the sample at the end."""
+    path = []
+    path.append(process.sample(lambda x, t: path.append(x) or network(x, t), noise, steps))
+    return path
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_sampling_is_euler(shift):
+    process, noise = FlowMatching("v", shift=shift), torch.randn(2, *SHAPE)
+    path, x = visited(process, noise, 20), noise.double()
+    for i in range(20):
+        torch.testing.assert_close(path[i], x.float(), atol=2e-5, rtol=0)
+        now, then = (shift * u / (1 + (shift - 1) * u) for u in (1 - i / 20, 1 - (i + 1) / 20))
+        x = x + (then - now) * wavy(x, torch.tensor([1000 * now]))  # dx/dt = v = eps - x
+    torch.testing.assert_close(path[20], x.float(), atol=2e-5, rtol=0)
+
+
+def cogvideox_scheduler(snr_shift, prediction_type="v_prediction"):
+    diffusers = pytest.importorskip("diffusers")
+    return diffusers.CogVideoXDDIMScheduler(snr_shift_scale=snr_shift, prediction_type=prediction_type, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+
+
+@pytest.mark.parametrize("snr_shift", [1.0, 3.0])
+def test_the_noise_table_is_cogvideoxs(snr_shift):
+    reference = cogvideox_scheduler(snr_shift).alphas_cumprod
+    table = VPrediction(snr_shift=snr_shift).alpha_bar
+    torch.testing.assert_close(table, reference, rtol=2e-15, atol=0)  # float64 roundings of the same product
+    assert table[-1] == reference[-1] == 0
+
+
+@pytest.mark.parametrize("predict, prediction_type", [("v", "v_prediction"), ("x", "sample")])
+@pytest.mark.parametrize("snr_shift", [1.0, 3.0])
+def test_vpred_sampling_is_cogvideoxs_ddim_step_by_step(predict, prediction_type, snr_shift):
+    scheduler, noise = cogvideox_scheduler(snr_shift, prediction_type), torch.randn(2, *SHAPE)
+    scheduler.set_timesteps(50)
+    path, x = visited(VPrediction(predict, snr_shift), noise, 50), noise.double()
+    for i, step in enumerate(scheduler.timesteps):
+        torch.testing.assert_close(path[i], x.float(), atol=5e-5, rtol=0)
+        x = scheduler.step(wavy(x, step.view(1)), int(step), x).prev_sample
+    torch.testing.assert_close(path[50], x.float(), atol=5e-5, rtol=0)
+
+
+# --- guidance
+def test_guidance_1_is_the_conditional_model(kind):
+    process, noise = BOTH[kind]("v"), torch.randn(2, *SHAPE)
+
+    def never(x_t, t):
+        raise AssertionError("the unconditional network was called")
+
+    assert torch.equal(process.sample(wavy, noise, 5, guidance=1, unconditional=never), process.sample(wavy, noise, 5))
+
+
+@pytest.mark.parametrize("w", [0.0, 0.5, 1.5, 6.0])
+def test_guidance_formula(kind, w):
+    """u + w (c - u) at every step, which is the sample of a network that outputs just that."""
+    process, noise = BOTH[kind]("v"), torch.randn(2, *SHAPE)
+    other = lambda x, t: torch.cos(x) * 0.3
+    guided = process.sample(wavy, noise, 5, guidance=w, unconditional=other)
+    torch.testing.assert_close(guided, process.sample(lambda x, t: (1 - w) * other(x, t) + w * wavy(x, t), noise, 5), atol=1e-4, rtol=1e-4)
+
+
+def test_a_sampled_clip_does_not_depend_on_its_batch(kind):
+    process, noise = BOTH[kind]("x"), torch.randn(3, *SHAPE)
+    whole = process.sample(wavy, noise, 6)
+    assert all(torch.equal(process.sample(wavy, noise[i : i + 1], 6)[0], whole[i]) for i in range(3))
+
+
+def test_watch_hears_each_steps_start(kind):
+    process, heard = BOTH[kind](), []
+    process.sample(wavy, torch.randn(1, *SHAPE), 7, watch=heard.append)
+    assert heard == process.times(7)[:-1]
+
+
+def test_build_hands_every_field_on():
+    flow = diffusion.build(config.preset(predict="eps", time_mean=0.3, time_std=0.7, shift=2.0))
+    assert isinstance(flow, FlowMatching) and (flow.predict, flow.mean, flow.std, flow.shift) == ("eps", 0.3, 0.7, 2.0)
+    vpred = diffusion.build(config.preset(process="vpred", predict="v", snr_shift=3.0))
+    assert isinstance(vpred, VPrediction) and vpred.predict == "v" and torch.equal(vpred.alpha_bar, VPrediction("v", 3.0).alpha_bar)

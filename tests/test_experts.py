@@ -1,0 +1,295 @@
+"""experts.py: the untrained branch changes nothing, dispatch is its naive loop, equations 1 and 2 by hand, who touches which rows."""
+import itertools
+
+import pytest
+import torch
+
+import config
+from experts import ProPhy, RefinementExpertBlock, SemanticExpertBlock, dispatch, invert
+from model import CogVideoX
+
+VOCABULARY, L, N, D = 11, 24, 3 * 2 * 5, 32
+SMALL = dict(frames=3, patch_t=1, height=8, width=20, patch=4, depth=3, physical_blocks="0,2")
+
+
+def awake(module, seed: int = 0):
+    """Move every parameter off its initial value, so that nothing is zero, one or shut any more."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.add_(torch.randn(p.shape, generator=g) * 0.2)
+    return module
+
+
+def build(**fields) -> ProPhy:
+    """A branch fresh from `init_from_backbone` beside a backbone that is no longer at its zero-initialisation."""
+    torch.manual_seed(0)
+    cfg = config.preset("debug", **{**SMALL, **fields})
+    net = ProPhy(CogVideoX(cfg, VOCABULARY), cfg)
+    awake(net.backbone)
+    net.init_from_backbone()
+    return net
+
+
+def inputs(B: int = 2, seed: int = 1):
+    g = torch.Generator().manual_seed(seed)
+    text = torch.randint(1, VOCABULARY, (B, L), generator=g)
+    text[0, 4:] = 0
+    return torch.randn(B, 3, 3, 8, 20, generator=g), torch.linspace(100, 900, B), text, (text > 0).sum(1)
+
+
+def close(a, b, tolerance=1e-5):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+# --- untrained, the branch changes nothing
+PARTS = [dict(semantic=s, refinement=r, residual=a, renormalise=n, top_k=k)
+         for s, r, a, n, k in itertools.product((True, False), (True, False), (True, False), (True, False), (1, 2, 4)) if r or (a, n, k) == (True, False, 2)]
+PLACES = [dict(physical_blocks=p) for p in ("", "0", "1", "2", "1,2", "0,1,2")]
+
+
+@pytest.mark.parametrize("fields", PARTS + PLACES, ids=str)
+def test_the_untrained_branch_changes_nothing_to_the_bit(fields):
+    net = build(**fields)
+    alone = net.backbone(*inputs())
+    assert alone.std() > 0.1
+    for edit in (None, invert, lambda logits: logits + torch.tensor([0.0, 9.0, 0.0, 0.0])):
+        assert torch.equal(net(*inputs(), edit=edit)[0], alone)
+
+
+def test_plain_injection_does_change_it():
+    net = build(injection="plain")
+    assert (net(*inputs())[0] - net.backbone(*inputs())).abs().max() > 0.1
+
+
+def test_the_zero_injection_can_learn_and_then_changes_it():
+    net = build()
+    prediction, _ = net(*inputs())
+    (prediction - 1).square().mean().backward()
+    assert all(linear.weight.grad.abs().max() > 0 and linear.bias.grad.abs().max() > 0 for linear in net.inject)
+    awake(net.inject)
+    assert (net(*inputs())[0] - net.backbone(*inputs())).abs().max() > 0.1
+
+
+def test_a_gradient_reaches_every_parameter_of_the_branch():
+    net = awake(build())
+    prediction, routing = net(*inputs())
+    loss = (prediction - 1).square().mean() + routing.semantic_lift.square().mean() + routing.refinement_lift.square().mean()
+    loss.backward()
+    assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
+
+
+# --- dispatch
+def naive(x, gate, chosen, weight, bias):
+    """Token by token, choice by choice."""
+    rows = []
+    for m in range(len(x)):
+        rows.append(sum(gate[m, j] * (x[m] @ weight[e] + bias[e]) for j, e in enumerate(chosen[m].tolist())))
+    return torch.stack(rows)
+
+
+def choices(case: str, M: int, E: int):
+    g = torch.Generator().manual_seed(0)
+    scores = torch.rand(M, E, generator=g)
+    if case == "an empty expert":
+        scores[:, 1] = -1
+    if case == "one takes all":
+        return torch.full((M, 1), 2)
+    return scores.topk({"k = 1": 1, "k = E_r": E}.get(case, 2)).indices
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("case", ["k = 1", "k = 2", "k = E_r", "an empty expert", "one takes all"])
+def test_dispatch_is_the_naive_loop_forward_and_backward(case, dtype, tolerance):
+    M, E, dim = 23, 4, 6
+    g = torch.Generator().manual_seed(1)
+    chosen = choices(case, M, E)
+    leaves = [torch.randn(shape, generator=g).to(dtype).requires_grad_() for shape in ((M, dim), chosen.shape, (E, dim, dim), (E, dim))]
+    x, gate, weight, bias = leaves
+    ours, reference = dispatch(x, gate, chosen, weight, bias), naive(x, gate, chosen, weight, bias)
+    assert ours.dtype == dtype
+    close(ours, reference, tolerance)
+    pull = torch.randn(M, dim, generator=g).to(dtype)
+    gradients = torch.autograd.grad((ours * pull).sum(), leaves)
+    for ours_grad, reference_grad in zip(gradients, torch.autograd.grad((reference * pull).sum(), leaves)):
+        close(ours_grad, reference_grad, tolerance)
+    idle = [e for e in range(E) if not (chosen == e).any()]
+    assert idle == {"an empty expert": [1], "one takes all": [0, 1, 3]}.get(case, [])
+    assert all((gradients[2][e] == 0).all() and (gradients[3][e] == 0).all() for e in idle)
+
+
+# --- Eq. 2
+@pytest.mark.parametrize("residual, renormalise, k", list(itertools.product((True, False), (True, False), (1, 2, 4))))
+def test_eq_2(residual, renormalise, k):
+    block = awake(RefinementExpertBlock(D, 4, k, 17, residual, renormalise))
+    x = torch.randn(2, 7, D)
+    y, rho, chosen = block(x)
+    assert chosen.shape == (2, 7, k) and rho.shape == (2, 7, 4)
+    for b in range(2):
+        for n in range(7):
+            scores = torch.exp(block.router.weight @ x[b, n] + block.router.bias)
+            p = scores / scores.sum()
+            close(rho[b, n], p)
+            best = sorted(range(4), key=lambda e: -p[e].item())[:k]
+            assert chosen[b, n].tolist() == best
+            total = sum(p[e] for e in best) if renormalise else 1
+            expected = sum(p[e] / total * (x[b, n] @ block.weight[e] + block.bias[e]) for e in best)
+            close(y[b, n], expected + x[b, n] if residual else expected)
+
+
+# --- Eq. 1
+def test_eq_1_by_hand():
+    """Two experts, two tokens of width one: X + .25 (1, 2) + .75 (10, 20)."""
+    block = SemanticExpertBlock((1, 1, 2), dim=1, text_dim=4, experts=2, categories=17)
+    with torch.no_grad():
+        block.maps.copy_(torch.tensor([1.0, 2.0, 10.0, 20.0]).view(2, 1, 1, 1, 2))
+    x = torch.tensor([[[100.0], [200.0]], [[0.0], [0.0]]])
+    out = block(x, torch.tensor([[0.25, 0.75], [1.0, 0.0]]), (1, 1, 2))
+    assert out.tolist() == [[[107.75], [215.5]], [[1.0], [2.0]]]
+
+
+def semantic(experts: int = 1, grid=(3, 2, 5)) -> SemanticExpertBlock:
+    torch.manual_seed(0)
+    return awake(SemanticExpertBlock(grid, D, text_dim=D, experts=experts, categories=17))
+
+
+def test_a_map_lies_on_the_tokens_in_their_order():
+    block = semantic()
+    out = block(torch.zeros(1, N, D), torch.ones(1, 1), (3, 2, 5))
+    cells = itertools.product(range(3), range(2), range(5))
+    for n, (t, i, j) in enumerate(cells):
+        assert torch.equal(out[0, n], block.maps[0, :, t, i, j])
+
+
+def test_maps_on_another_grid():
+    block = semantic(grid=(3, 2, 4))
+    x = torch.zeros(1, 6 * 4 * 8, D)
+    with torch.no_grad():
+        block.maps.copy_(torch.arange(D).view(1, D, 1, 1, 1).expand_as(block.maps))  # constant over the grid
+        close(block(x, torch.ones(1, 1), (6, 4, 8)), torch.arange(D).float().expand_as(x))
+        block.maps.copy_(torch.arange(4.0).expand_as(block.maps))  # rises along the width, 1 a token; halved tokens rise by 1/2
+        row = block(x, torch.ones(1, 1), (6, 4, 8)).view(6, 4, 8, D)
+        close(row, torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])[:, None].expand_as(row))
+
+
+def test_on_its_own_grid_a_map_is_itself():
+    block, x = semantic(), torch.randn(1, N, D)
+    expected = block(x, torch.ones(1, 1), (3, 2, 5))
+    assert torch.equal(expected, x + block.maps[0].flatten(1).T)
+    assert torch.equal(block(x, torch.ones(1, 1), [3, 2, 5]), expected)  # a list is a grid too
+
+
+# --- the semantic router
+def test_the_router_reads_the_mean_of_real_words_only():
+    block, y, length = semantic(4), torch.randn(2, 6, D), torch.tensor([2, 6])
+    logits, rho, lift = block.route(y, length)
+    close(logits[0], block.router((y[0, 0] + y[0, 1]) / 2))
+    close(logits[1], block.router(y[1].mean(0)))
+    close(rho, torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True))
+    close(lift, rho @ block.lift.weight.T + block.lift.bias)
+    other = y.clone()
+    other[0, 2:] = 1e3
+    assert torch.equal(block.route(other, length)[0], logits)
+
+
+def test_padding_does_not_reach_the_router_of_the_whole_model():
+    net = awake(build())
+    x, t, text, length = inputs()
+    longer = text.clone()
+    longer[0, 4:] = 7  # other ids where the length says padding
+    assert torch.equal(net(x, t, longer, length)[1].semantic_logits, net(x, t, text, length)[1].semantic_logits)
+    assert not torch.equal(net(x, t, longer, length + torch.tensor([20, 0]))[1].semantic_logits, net(x, t, text, length)[1].semantic_logits)
+
+
+def test_an_empty_text_is_finite():
+    net = awake(build())
+    x, t, _, _ = inputs()
+    prediction, routing = net(x, t, torch.zeros(2, L, dtype=torch.long))
+    close(routing.semantic_logits, net.semantic.router(torch.zeros(2, D)))
+    assert prediction.isfinite().all() and all(v.isfinite().all() for v in (routing.semantic, routing.semantic_lift, routing.refinement))
+
+
+# --- edits
+def test_inversion_flips_the_ranking():
+    net = awake(build())
+    as_is, flipped = net(*inputs())[1], net(*inputs(), edit=invert)[1]
+    assert torch.equal(flipped.semantic_logits, -as_is.semantic_logits)
+    assert torch.equal(flipped.semantic.argsort(1), as_is.semantic.argsort(1).flip(1))
+    close(flipped.semantic_lift, net.semantic.lift(flipped.semantic))
+    assert (net(*inputs(), edit=invert)[0] - net(*inputs())[0]).abs().max() > 1e-4  # and reaches the picture
+
+
+def test_one_expert_up():
+    net = awake(build())
+    up = net(*inputs(), edit=lambda logits: logits + torch.tensor([0.0, 0.0, 50.0, 0.0]))[1]
+    close(up.semantic, torch.tensor([0.0, 0.0, 1.0, 0.0]).expand(2, 4))
+
+
+# --- wiring
+def test_text_rows_are_touched_by_no_expert_and_no_injection():
+    net = awake(build(physical_blocks="0,1"))
+    seen = {}
+    net.backbone.blocks[0].register_forward_hook(lambda m, args, out: seen.update(tokens=args[0], out=out))
+    net.backbone.blocks[1].register_forward_hook(lambda m, args, out: seen.update(injected=args[0]))
+    net.physical[0].register_forward_hook(lambda m, args, out: seen.update(branch=args[0]))
+    net.physical[1].register_forward_hook(lambda m, args, out: seen.update(middle=args[2]))
+    net(*inputs())
+    h = torch.randn(2, L + N, D)
+    for before, after in ((seen["tokens"], seen["branch"]), (seen["out"], seen["injected"]), (h, seen["middle"](h))):
+        assert torch.equal(before[:, :L], after[:, :L])
+        assert ((before - after)[:, L:].abs().sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("injection", ["zero", "plain"])
+def test_forward_is_the_figure_drawn_by_hand(injection):
+    """Blocks 0 and 2 have a physical block beside them; the second, and only it, has the REB in its middle."""
+    net = awake(build(injection=injection))
+    x, t, text, length = inputs()
+    tokens, c = net.backbone.embed(x, t, text, length)
+    _, rho, _ = net.semantic.route(net.backbone.text_embedding(text), length)
+    text_rows, video = tokens[:, :L], tokens[:, L:]
+    branch = torch.cat([text_rows, net.semantic(video, rho, (3, 2, 5))], 1)
+    video_only = lambda f, h: torch.cat([h[:, :L], f(h[:, L:])], 1)
+
+    tokens = net.backbone.blocks[0](tokens, c)
+    branch = net.physical[0](branch, c)
+    tokens = tokens + video_only(net.inject[0], torch.cat([torch.zeros_like(branch[:, :L]), branch[:, L:]], 1))
+    tokens = net.backbone.blocks[1](tokens, c)
+    tokens = net.backbone.blocks[2](tokens, c)
+    branch = net.physical[1](branch, c, lambda h: video_only(lambda v: net.refinement(v)[0], h))
+    tokens = tokens + video_only(net.inject[1], torch.cat([torch.zeros_like(branch[:, :L]), branch[:, L:]], 1))
+    close(net(x, t, text, length)[0], net.backbone.head(tokens, c))
+
+
+def test_init_from_backbone_copies_exactly_and_shares_nothing():
+    net = build()
+    awake(net)
+    net.init_from_backbone()
+    for i, block in zip((0, 2), net.physical):
+        theirs = net.backbone.blocks[i].state_dict()
+        assert block.state_dict().keys() == theirs.keys() and all(torch.equal(p, theirs[name]) for name, p in block.state_dict().items())
+    before = net.backbone.blocks[0].ff[0].weight.clone()
+    awake(net.physical)
+    assert torch.equal(net.backbone.blocks[0].ff[0].weight, before)
+
+
+def test_branch_and_backbone_together_are_all():
+    net = build()
+    branch, backbone = {id(p) for p in net.branch_parameters()}, {id(p) for p in net.backbone.parameters()}
+    assert branch and not branch & backbone and branch | backbone == {id(p) for p in net.parameters()}
+
+
+def test_routing_shapes_and_sums():
+    _, routing = awake(build(categories=29, top_k=3))(*inputs())
+    assert routing.semantic_logits.shape == routing.semantic.shape == (2, 4) and routing.semantic_lift.shape == (2, 29)
+    assert routing.refinement.shape == (2, N, 4) and routing.refinement_lift.shape == (2, N, 29) and routing.chosen.shape == (2, N, 3)
+    close(routing.semantic.sum(-1), torch.ones(2), 1e-6)
+    close(routing.refinement.sum(-1), torch.ones(2, N), 1e-6)
+    assert torch.equal(routing.chosen, routing.refinement.topk(3).indices) and all(len(set(row)) == 3 for row in routing.chosen.flatten(0, 1).tolist())
+
+
+def test_switched_off_parts_have_no_routing_and_no_parameters():
+    net = build(semantic=False, refinement=False)
+    assert set(vars(net(*inputs())[1]).values()) == {None}
+    assert {name.split(".")[0] for name, _ in net.named_parameters()} == {"backbone", "physical", "inject"}
+    assert net(*inputs(), edit=invert)[1].semantic is None
