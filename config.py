@@ -92,7 +92,7 @@ class Config:
     balance_weight: float = 0.01  # of L_fine_balance
     coarse_loss: str = "relative"  # relative (Eq. 3-4) | bce (the ablation's rival)
     reduction: str = "mean"  # of L_coarse over pairs and L_fine_align over entries: mean (ours) | sum (as printed)
-    negatives: float = 0.0  # pull to zero outside the positive entries of VLM maps (ours); exact masks always have it
+    negatives: float = 0.0  # weight of a pull to zero where the paper's mask M is 0: absent phenomena, and of VLM maps the rest (ours; 0 = paper)
 
     # --- training
     base_steps: int = 2600  # stage one: the backbone alone
@@ -130,7 +130,7 @@ class Config:
 
 
 PRESETS = {
-    "small": {},  # the defaults above: two CPU cores, about twelve minutes
+    "small": dict(negatives=0.1),  # the defaults above: two CPU cores, about twelve minutes
     "debug": dict(frames=4, height=16, width=16, patch=4, dim=32, depth=2, heads=2, time_dim=16, physical_blocks="0,1",
                   semantic_experts=4, refinement_experts=4, world_clips=64, val_clips=8, batch_size=8, base_steps=30, physics_steps=20,
                   warmup=5, ema=0.9, precision="fp32", compile="off", log_every=5, eval_every=25, save_every=25, preview_every=0, preview_steps=4),
@@ -263,6 +263,8 @@ def entry(main, *args) -> None:
         sys.exit(_say(e, 2))
     except Stopped as e:
         sys.exit(_say(e, 1))
+    except KeyboardInterrupt:  # outside the training loop, which saves first
+        sys.exit(_say(Stopped("Interrupted."), 130))
     except BrokenPipeError:  # `python evaluate.py | head`
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
 

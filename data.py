@@ -680,11 +680,15 @@ class Clips:
                      target, target_mask, torch.tensor(positions))
 
     def targets(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """target, target_mask (B, N, E_cat). With exact masks every token of a present category counts."""
+        """target, target_mask (B, N, E_cat). With exact masks every token of a present category counts.
+
+        `negatives` above 0 also pulls the maps of absent categories to zero (ours): then all maps can be read side by side.
+        """
         target = torch.zeros(len(rows), int(np.prod(self.cfg.grid)), self.cfg.categories)
         mask = torch.zeros_like(target)
         if self.pool.masks is not None:
             size = self.pool.video.shape[1:4]
+            mask += self.cfg.negatives
             clip, slot = np.nonzero(self.pool.mask_category[rows] >= 0)  # (P,) the clips' phenomena
             of = np.asarray(rows)[clip]
             bits = np.unpackbits(self.pool.masks[of, slot], axis=-1, count=int(np.prod(size))).reshape(-1, *size)

@@ -174,6 +174,7 @@ class CogVideoX(nn.Module):
         self.patch_proj = nn.Linear(patch_dim, cfg.dim)
         self.text_embedding = nn.Embedding(vocabulary, cfg.dim)
         self.text_position = nn.Parameter(torch.empty(cfg.text_len, cfg.dim))  # T5 brings word order along; our embedding has none
+        self.position_gain = nn.Parameter(torch.full((cfg.dim,), 0.3))
         self.time_embedding = nn.Sequential(nn.Linear(cfg.dim, cfg.time_dim), nn.SiLU(), nn.Linear(cfg.time_dim, cfg.time_dim))
         self.blocks = nn.ModuleList(CogBlock(cfg.dim, cfg.heads, cfg.time_dim) for _ in range(cfg.depth))
         self.norm_final, self.norm_out = nn.LayerNorm(cfg.dim), nn.LayerNorm(cfg.dim)  # two in a row, as the checkpoint has them
@@ -192,8 +193,9 @@ class CogVideoX(nn.Module):
         time = F.silu(self.time_embedding(sinusoid(t, self.cfg.dim)))  # (B, D_time)
         n = text.shape[1]
         rope = rope_3d(grid, n, self.cfg.dim // self.cfg.heads, x.device)
-        # CogVideoX-2B adds sines and cosines of the position, 5B rotates q and k by it. Both together (ours) learn left from right sooner.
-        tokens = torch.cat([y + self.text_position[:n], video], dim=1) + torch.cat(rope_3d(grid, n, self.cfg.dim, x.device), dim=-1)
+        # CogVideoX-2B adds sines and cosines of the position, 5B rotates q and k by it. Both together (ours) tell left from right sooner.
+        tokens = torch.cat([y + self.text_position[:n], video], dim=1)
+        tokens = tokens + self.position_gain * torch.cat(rope_3d(grid, n, self.cfg.dim, x.device), dim=-1)
         return tokens, Condition(time, rope, n, grid, y, text_length)
 
     def head(self, tokens: Tensor, condition: Condition) -> Tensor:

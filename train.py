@@ -45,13 +45,9 @@ def resolve(cfg: Config) -> tuple[Config, dict[str, str]]:
     why, found = {}, {}
     torch.set_num_threads(cfg.threads or os.cpu_count())
     found["threads"] = torch.get_num_threads()
+    device = found["device"] = sample.pick_device(cfg.device)
     if cfg.device == "auto":
-        mps = torch.backends.mps.is_available()
-        found["device"] = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
-        why["device"] = f"{found['device']}: the best that torch sees here"
-    elif cfg.device == "cuda" and not torch.cuda.is_available() or cfg.device == "mps" and not torch.backends.mps.is_available():
-        raise UserError(f"--device {cfg.device} is not available here.")
-    device = found.get("device", cfg.device)
+        why["device"] = f"{device}: the best that torch sees here"
     if cfg.precision == "auto":
         gain = matmul_gain(device)
         found["precision"] = "bf16" if gain > 1.2 else "fp32"
@@ -329,14 +325,15 @@ def held_out_loss(state: State, process: diffusion.Process, clips: data.Clips) -
     return totals
 
 
-def preview_prompts(clips: data.Clips, most: int = 8) -> list[str]:
-    """Captions of held-out clips, each of which shows something the ones before do not, as far as there are such."""
-    shown, first, rest = set(), [], []
+def preview_prompts(clips: data.Clips, most: int = 8) -> dict[str, list[int]]:
+    """{caption: its categories} of held-out clips, first those that show something the ones before do not."""
+    shown, first, rest = set(), {}, {}
     for row in clips.pool.held:
-        present = set(clips.categories[row].nonzero().flatten().tolist())
-        (first if present - shown else rest).append(clips.pool.captions[row])
-        shown |= present
-    return [caption for caption in first + rest if caption.strip()][:most] or ["a clip"]
+        present = clips.categories[row].nonzero().flatten().tolist()
+        (first if set(present) - shown else rest)[clips.pool.captions[row]] = present
+        shown |= set(present)
+    told = {caption: present for caption, present in (first | rest).items() if caption.strip()}
+    return dict(list(told.items())[:most]) or {"a clip": []}
 
 
 def by_noise(per_clip: Tensor, t: Tensor) -> list[float | None]:
@@ -404,8 +401,8 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
                         save(state, run / "checkpoints" / "best.pt")
                 if border or last or (cfg.preview_every and state.step % cfg.preview_every == 0):
                     with state.averaged() as model:
-                        sample.preview(run / "samples" / f"step{state.step:06d}.gif", model, process, tokenizer, cfg, prompts,
-                                       seed=cfg.seed, steps=cfg.preview_steps, guidance=cfg.guidance, precision=cfg.precision)
+                        sample.preview(run / "samples" / f"step{state.step:06d}.gif", model, process, tokenizer, cfg, list(prompts), seed=cfg.seed,
+                                       steps=cfg.preview_steps, guidance=cfg.guidance, precision=cfg.precision, present=list(prompts.values()))
                 if border:
                     save(state, run / "checkpoints" / "base.pt")
                 if border or last or stopping or state.step % cfg.save_every == 0:
@@ -456,7 +453,7 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
         for s, handler in handlers.items():
             signal.signal(s, handler)
     if last:
-        print(f"Done: {run}, held-out diffusion loss {state.best:.4f}. Next: python sample.py --run {run} --prompt \"{prompts[0]}\"")
+        print(f"Done: {run}, held-out diffusion loss {state.best:.4f}. Next: python sample.py --run {run} --prompt \"{next(iter(prompts))}\"")
     else:
         print(f"Stopped at step {state.step} of {total} and saved; go on with --resume.")
 
