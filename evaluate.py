@@ -5,19 +5,19 @@
 
 *Law errors.* Each phenomenon of the world has one law and one detector, which measures the law from pixels alone. It
 knows what a caption tells (side, colours, phenomenon), the constants of nature and the furniture of the room; it does
-not know how large or how fast this actor is. A detector follows a state y(t) (a height, an area, an angle), fits the law
-to it, and reports, unless its docstring says more,
+not know how large or how fast this actor is. A detector follows a state y(t) (a height, an area, an angle), fits the
+law to it, and reports, unless its docstring says more,
 
     error = min(1, max(|k^ / k - 1|, 1 - R^2))
 
-with k^ the fitted constant, k the true one, and 1 - R^2 the share of y's variance that the fit leaves unexplained. The
-second term is what shuffled frames fail by; frames that stand still have k^ = 0, or explain nothing. Where too little of
-the right colour is found on the right side, the error is 1. The true clips, their frames shuffled, their middle frame
-repeated, and noise are judged by the same detectors: what these rows say is what the figures are worth.
+with k^ the fitted constant, k the true one, and 1 - R^2 the share of y's variance that the fit leaves unexplained:
+that is what shuffled frames fail by, and still ones have k^ = 0. Where too little of the right colour is found on the
+right side, the error is 1. The same detectors judge the true clips, their frames shuffled, their middle frame repeated,
+and noise: these rows say what the figures are worth.
 
-*Localisation.* True clips with decoys are noised to t, passed once through the network, and the refinement router's maps
-P'_r compared with the exact masks: AUC over a clip's tokens, for each phenomenon in it. Rivals: where that phenomenon
-usually is, and the frozen backbone's own attention from video to the words of that phenomenon.
+*Localisation.* True clips with decoys are noised to t, passed once through the network, and the refinement router's
+maps P'_r compared with the exact masks: AUC over a clip's tokens, for each phenomenon in it. Rivals: where that
+phenomenon usually is, and the backbone's own attention from video to the words of that phenomenon.
 
 Left out on purpose: how the clips look (a blurred ball that falls rightly is right), and judges that are networks.
 
@@ -99,7 +99,7 @@ class View:
         return a, np.sqrt(((q - a * d) ** 2).sum(0) / size)
 
     def amount(self, colour):
-        """Weights (F, h, w) in 0..1: how much of a pixel is the actor. Hues are full up to 22 degrees off, none at 39."""
+        """Weights (F, h, w) in 0..1: how much of a pixel is the actor. Hues 22 degrees off count fully, 39 not."""
         a, beside = self.share(self.rgb, colour)
         return np.where(a > FAINT, np.clip(a, 0, 1), 0) * np.clip(2 - beside / (.4 * np.abs(a) + .04), 0, 1)
 
@@ -177,19 +177,21 @@ def gravity(view):
 
 
 def bounce(view):
-    """Bouncing ball: two arcs of one gravity that meet in a contact, y = a + v s + g s^2 / 2 until it, v' since (s from
-    the contact on); the larger of the errors of g and of the restitution e = -v' / v."""
+    """Bouncing ball: two arcs of one gravity that meet in a contact, y = a + v s + g s^2 / 2 with s the time since the
+    contact, and v' for v after it. The larger of the errors of g and of the restitution e = -v' / v."""
     t, y = _ball(view)
-    [(_, v, v_after, g)], rest = fit_contact(t, [y], lambda before, after: (1, before, after, (before + after) ** 2 / 2))
+    def arcs(before, after):
+        return 1, before, after, (before + after) ** 2 / 2
+    [(_, v, v_after, g)], rest = fit_contact(t, [y], arcs)
     if v < .1:  # the ball must come down before it can bounce
         return 1.
     return max(off(-v_after / v, view.low("restitution")), off(g, view.low("gravity")), rest)
 
 
 def collision(view):
-    """Two pucks, straight lines with one kink at a common time, masses m = their areas. The larger of the momentum lost,
-    |m dv + m2 dv2| / (m |v| + m2 |v2|), and (1 + u' / u) / 2 with u = v - v2 before and u' after: 0 when they part as
-    fast as they met, as elastic bodies do, 1/2 when they stick, 1 when they pass through each other."""
+    """Two pucks, straight lines with one kink at a common time, masses m = their areas. The larger of the momentum
+    lost, |m dv + m2 dv2| / (m |v| + m2 |v2|), and (1 + u' / u) / 2 with u = v - v2 before and u' after: 0 when they
+    part as fast as they met, as elastic bodies do, 1/2 when they stick, 1 when they pass through each other."""
     view.room.paint(view.room.box(*world.Collision.table), world.PANEL)
     pucks = [view.amount(colour) for colour in (view.colour, view.colour2)]
     ok = enough(*(view.seen(w, np.pi * view.low("radius") ** 2) for w in pucks))
@@ -223,11 +225,11 @@ def smoke(view):
 def candle(view):
     """Burning candle: the wax area falls by rate x width, the width read off below the flame; k = burning rate."""
     w = view.amount(view.colour)
-    ok = enough(view.seen(w, view.low("width") * (view.low("height0") - view.low("burn_rate"))))
-    foot = ((view.y > .72) & (view.y < .88))[:, 0]
-    width = np.median(w[:, foot].sum(2)) * view.pixel
+    foot = (view.y > .72) & (view.y < .88)
+    ok = enough(view.seen(w * foot, view.low("width") * .16))  # the flame alone, a little red and yellow, is no candle
+    width = np.median(w[ok][:, foot[:, 0]].sum(2)) * view.pixel
     (_, slope), rest = fit((1, view.t[ok]), view.area(w)[ok])
-    return max(off(-slope / max(width, view.pixel), view.low("burn_rate")), rest)
+    return max(off(-slope / width, view.low("burn_rate")), rest)
 
 
 def melting(view):
@@ -258,8 +260,8 @@ def boiling(view):
 
 
 def pressing(view):
-    """Pressed block: ln width = c - p ln height, where p = 1 keeps the area and p = 0 keeps the width; besides |p - 1|,
-    how far the speed of the falling height lies outside the world's range. The width is the median of the fuller rows."""
+    """Pressed block: ln width = c - p ln height, where p = 1 keeps the area and p = 0 keeps the width; the larger of
+    |p - 1| and how far the speed of the height lies outside the world's range. Width: the median of the fuller rows."""
     w = view.amount(view.colour)
     ok = enough(view.seen(w, view.low("width0") * view.low("height0")))
     rows = w[ok].sum(2) * view.pixel  # (F, h)
@@ -340,8 +342,8 @@ def law_error(frames, scene) -> tuple[float, bool]:
 
 
 def law_errors(videos, scenes) -> dict:
-    """Means over clips: {"found": share, "seven": mean over the SEVEN laws, "all": over all, law: error ...}, where a law
-    goes by its detector's name; "se" is the standard error of "all" over clips. Laws without a clip are left out."""
+    """Means over clips: {"found": share, "seven": mean over the SEVEN laws, "all": over all, law: error ...}; a law
+    goes by its detector's name, "se" is the standard error of "all". Laws without a clip are left out."""
     errors, found = {}, []
     for frames, scene in zip(videos, scenes, strict=True):
         error, there = law_error(frames, scene)
@@ -350,18 +352,20 @@ def law_errors(videos, scenes) -> dict:
     means = {name: float(np.mean(errors[name])) for name in LAWS if name in errors}
     seven = [means[name] for name in SEVEN if name in means]
     se = math.sqrt(sum(np.var(e) / len(e) for e in errors.values())) / len(errors)
-    return {"found": float(np.mean(found)), **({"seven": float(np.mean(seven))} if seven else {}),
-            "all": float(np.mean(list(means.values()))), **{LAWS[name].__name__: e for name, e in means.items()}, "se": se}
+    total = {"seven": float(np.mean(seven))} if seven else {}
+    return {"found": float(np.mean(found)), **total, "all": float(np.mean(list(means.values()))),
+            **{LAWS[name].__name__: error for name, error in means.items()}, "se": se}
 
 
-# --------------------------------------------------------------------------------------------------------- table of laws
+# -------------------------------------------------------------------------------------------------------- table of laws
 def drawing(cfg, **changed) -> dict:
     """Arguments of world.make_clip that draw what the run was trained on, with some changed."""
-    return {name: getattr(cfg, name) for name in ("frames", "height", "width", "decoys", "two", "colour_cues")} | changed
+    names = "frames", "height", "width", "decoys", "two", "colour_cues"
+    return {name: getattr(cfg, name) for name in names} | changed
 
 
 def law_table(loaded, batch, n, seed, steps, guidance, precision) -> dict:
-    """{"rows": {row: law_errors}} over n clips of each phenomenon: what bounds the figures, then what the model makes."""
+    """{"rows": {row: law_errors}} over n clips a law: first what bounds the figures, then what the model makes."""
     cfg, model, process, tokenizer, _ = loaded
     rng = np.random.default_rng([seed, 4])
     clips = [world.make_clip(JUDGED_SEED, 1000 * i + j, phenomenon=name, **drawing(cfg, two=0))
@@ -385,7 +389,7 @@ def law_table(loaded, batch, n, seed, steps, guidance, precision) -> dict:
 
 # --------------------------------------------------------------------------------------------------------- localisation
 def auc(scores, positive) -> float:
-    """Chance that a positive's score exceeds a negative's, ties counting half. scores, positive (N,), both kinds there."""
+    """Chance that a positive's score exceeds a negative's, ties counting half. Both (N,), both kinds present."""
     _, which, count = np.unique(scores, return_inverse=True, return_counts=True)
     rank = np.cumsum(count) - (count - 1) / 2  # equal scores share the mean of their ranks, which start at 1
     n = positive.sum()
@@ -444,8 +448,8 @@ def attention_maps(backbone, x_t, time, text, length) -> torch.Tensor:
 
 @torch.no_grad()
 def observe(loaded, first, clips, t, seed, ood, precision, batch):
-    """Yield (sight, P'_r (N,) or None, attention to its words (layers, 2, heads, N)) for each phenomenon in `clips` clips
-    of the world from index `first` on, all with a decoy, noised to t."""
+    """Yield (sight, P'_r (N,) or None, attention to its words (layers, 2, heads, N)) for each phenomenon in `clips`
+    clips of the world from index `first` on, all with a decoy, noised to t."""
     cfg, model, process, tokenizer, _ = loaded
     device, branch = next(model.parameters()).device, isinstance(model, ProPhy)
     backbone = model.backbone if branch else model
@@ -499,7 +503,7 @@ def localisation_table(loaded, batch, clips, seed, ood, precision) -> dict:
     return {"rows": rows, "scored": len(scored), "skipped": len(seen) - len(scored), "attention": heads}
 
 
-# ------------------------------------------------------------------------------------------------------- tables and runs
+# ------------------------------------------------------------------------------------------------------ tables and runs
 def markdown(rows) -> str:
     """{row: {column: value, or (mean, deviation)}} as a Markdown table that is also straight in a terminal."""
     def cell(value):
@@ -512,7 +516,7 @@ def markdown(rows) -> str:
 
 
 def over_runs(tables) -> dict:
-    """Tables of several runs -> {row: {column: (mean, standard deviation over runs)}}, for rows that all of them have."""
+    """Tables of several runs -> {row: {column: (mean, standard deviation over runs)}}, rows that all of them have."""
     return {name: {column: (float(np.mean(values)), float(np.std(values, ddof=1)))
                    for column in row if column != "se" for values in [[table[name][column] for table in tables]]}
             for name, row in tables[0].items() if all(name in table for table in tables)}
@@ -529,8 +533,8 @@ def evaluate_run(run, args) -> dict:
     if cfg.data_dir:
         raise UserError(f"{run} was trained on videos; laws and exact masks are known of the physics world alone.")
     if "laws" in parts and (cfg.frames < FEWEST_FRAMES or min(cfg.height, cfg.width) < FEWEST_PIXELS):
-        raise UserError(f"Laws are measured on {FEWEST_FRAMES} frames of {FEWEST_PIXELS} pixels or more, and {run} makes "
-                        f"{cfg.frames} of {cfg.width} x {cfg.height}; --only localisation works.")
+        raise UserError(f"Laws are measured on {FEWEST_FRAMES} frames of {FEWEST_PIXELS} pixels or more, and {run} "
+                        f"makes {cfg.frames} of {cfg.width} x {cfg.height}; --only localisation works.")
     steps = args.steps or cfg.preview_steps
     try:
         process.times(steps)
@@ -572,8 +576,8 @@ def read_stored(path) -> dict:
 def describe(part, table) -> None:
     print(markdown(table["rows"]))
     if part == "laws":
-        print(f"Errors in 0..1, {table['settings']['n']} clips a law; standard error of the generated clips' mean over all "
-              f"laws {table['rows']['generated']['se']:.3f}.")
+        print(f"Errors in 0..1, {table['settings']['n']} clips a law; standard error of the generated clips' mean over "
+              f"all laws {table['rows']['generated']['se']:.3f}.")
     else:
         heads = "; ".join(f"{level}: {head}" for level, head in table["attention"].items())
         print(f"AUC, {table['scored']} phenomena ({table['skipped']} more had no positive or no negative token). "
@@ -593,10 +597,10 @@ def parse(argv):
     add("--guidance", type=float, default=0, help="classifier-free guidance; 0 = that of the run's previews")
     add("--only", choices=list(PARTS), help="one table")
     add("--ood", choices=config.CHOICES["ood"], default="",
-        help="draw this of the localisation's clips outside its usual range (captions, which laws start from, do not tell)")
+        help="draw this of the localisation's clips outside its usual range (captions do not tell it: no use for laws)")
     add("--batch", type=int, default=16, help="clips at a time")
     add("--device", choices=config.CHOICES["device"], default="auto", help="auto = cuda, else mps, else cpu")
-    add("--precision", choices=config.CHOICES["precision"], default="auto", help="auto = as trained, on the same device")
+    add("--precision", choices=config.CHOICES["precision"], default="auto", help="auto = the run's, on its device")
     args = parser.parse_args(argv)
     for name, least in (("n", 1), ("clips", 1), ("batch", 1), ("seed", 0), ("steps", 0), ("guidance", 0)):
         if not least <= getattr(args, name) < math.inf:
