@@ -70,9 +70,9 @@ class Config:
     # --- diffusion
     process: str = "flow"  # flow (rectified flow) | vpred (CogVideoX: scaled-linear betas, zero terminal SNR)
     predict: str = "x"  # what the network outputs under flow: x | v | eps; the loss is always weighted as v
-    time_mean: float = 0.6  # flow: t = sigmoid(N(mean, std)); above 0 leans towards noise
-    time_std: float = 1.0  # flow: spread of the logit-normal times
-    shift: float = 1.0  # flow: t -> s t / (1 + (s - 1) t), for training times and sampling steps alike
+    time_mean: float = 0.0  # flow: t = sigmoid(N(mean, std)); above 0 leans towards noise
+    time_std: float = 1.2  # flow: spread of the logit-normal times
+    shift: float = 3.0  # flow: t -> s t / (1 + (s - 1) t), training and sampling alike: what a caption decides is decided near pure noise
     snr_shift: float = 1.0  # vpred: CogVideoX-2B has 3, 5B has 1
 
     # --- physical branch
@@ -95,7 +95,7 @@ class Config:
     negatives: float = 0.0  # weight of a pull to zero where the paper's mask M is 0: absent phenomena, and of VLM maps the rest (ours; 0 = paper)
 
     # --- training
-    base_steps: int = 2600  # stage one: the backbone alone
+    base_steps: int = 2800  # stage one: the backbone alone
     physics_steps: int = 700  # stage two: the branch, attached to the trained backbone
     freeze_backbone: bool = True  # stage two trains the branch only, as the paper does
     batch_size: int = 16  # clips a step

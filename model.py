@@ -194,8 +194,8 @@ class CogVideoX(nn.Module):
         n = text.shape[1]
         rope = rope_3d(grid, n, self.cfg.dim // self.cfg.heads, x.device)
         # CogVideoX-2B adds sines and cosines of the position, 5B rotates q and k by it. Both together (ours) tell left from right sooner.
+        video = video + self.position_gain * torch.cat(rope_3d(grid, 0, self.cfg.dim, x.device), dim=-1)
         tokens = torch.cat([y + self.text_position[:n], video], dim=1)
-        tokens = tokens + self.position_gain * torch.cat(rope_3d(grid, n, self.cfg.dim, x.device), dim=-1)
         return tokens, Condition(time, rope, n, grid, y, text_length)
 
     def head(self, tokens: Tensor, condition: Condition) -> Tensor:
@@ -218,7 +218,7 @@ def init_weights(model: CogVideoX) -> None:
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-    nn.init.normal_(model.text_embedding.weight, std=0.02)
+    nn.init.normal_(model.text_embedding.weight, std=0.3)
     nn.init.normal_(model.text_position, std=0.02)
     zero = [model.modulate_out, model.proj_out] + [m.linear for m in model.modules() if isinstance(m, ExpertNorm)]
     for linear in zero:  # adaLN-zero: every gate starts shut

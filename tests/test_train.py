@@ -733,7 +733,7 @@ def test_learning_rate_by_hand():
 
 @pytest.fixture(scope="module")
 def physics(pools):
-    """A state at the beginning of stage two, the process, and a batch of six clips with captions and categories."""
+    """A state at the beginning of stage two, the process, and a batch of four clips with captions and categories."""
     cfg = settings("", pools, caption_dropout=0.0)
     pool = data.open_pool(cfg, progress=False)
     tokenizer = data.Tokenizer.from_captions(pool.captions)
