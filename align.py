@@ -39,7 +39,7 @@ def fine_align_loss(p_r: Tensor, target: Tensor, mask: Tensor, reduction: str = 
     between weigh it. The mean (ours) is over the mask's total, so the weight does not depend on resolution; an empty mask gives 0.
     """
     error = torch.where(mask > 0, mask * (p_r.float() - target).square(), 0)
-    return error.sum() if reduction == "sum" else error.sum() / mask.sum().clamp(min=1)
+    return error.sum() if reduction == "sum" else error.sum() / mask.sum().clamp(min=1e-6)
 
 
 def balance_loss(rho_r: Tensor, chosen: Tensor) -> Tensor:

@@ -12,13 +12,13 @@ import dataclasses
 import statistics
 import sys
 import time
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import config
-import data
 import diffusion
 import experts
 import train
@@ -44,13 +44,14 @@ def in_turns(functions: dict, rounds: int) -> dict[str, float]:
     return {name: statistics.median(t) for name, t in times.items()}
 
 
-def random_batch(cfg: Config) -> data.Batch:
+def random_batch(cfg: Config) -> SimpleNamespace:
     """A batch of the right shapes: speed does not depend on what is in it."""
     B, N, E = cfg.batch_size, cfg.grid[0] * cfg.grid[1] * cfg.grid[2], cfg.categories
     length = torch.randint(1, cfg.text_len + 1, (B,))
     text = torch.randint(2, VOCABULARY, (B, cfg.text_len)) * (torch.arange(cfg.text_len) < length[:, None])
-    return data.Batch(torch.rand(B, 3, cfg.frames, cfg.height, cfg.width) * 2 - 1, text, length, [""] * B,
-                      (torch.rand(B, E) < 0.2).float(), (torch.rand(B, N, E) < 0.2).float(), torch.ones(B, N, E), torch.arange(B)).to(cfg.device)
+    fields = dict(video=torch.rand(B, 3, cfg.frames, cfg.height, cfg.width) * 2 - 1, text=text, text_length=length,
+                  categories=(torch.rand(B, E) < 0.2).float(), target=(torch.rand(B, N, E) < 0.2).float(), target_mask=torch.ones(B, N, E))
+    return SimpleNamespace(**{name: value.to(cfg.device) for name, value in fields.items()})
 
 
 # --- 1. the training step -------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ checked `Config`; `check` holds the rules that tie fields together. Nothing here
 """
 import argparse
 import dataclasses
+import functools
 import inspect
 import json
 import math
@@ -155,6 +156,8 @@ def check(cfg: Config) -> Config:
         if f.name in CHOICES and value not in CHOICES[f.name]:
             raise UserError(f"--{f.name} must be one of {', '.join(str(c) or '(empty)' for c in CHOICES[f.name])}, not {value!r}.")
         if f.type in (int, float) and f.name not in CHOICES:
+            if f.type is int and abs(value) >= 2**63:
+                raise UserError(f"--{f.name} is too large a number.")
             if not math.isfinite(value) or (value <= 0 and f.name not in MAY_BE_ZERO) or (value < 0 and f.name != "time_mean"):
                 raise UserError(f"--{f.name} must be {'zero or more' if f.name in MAY_BE_ZERO else 'more than zero'}, not {value}.")
     for name in ("decoys", "two", "caption_dropout", "ema"):
@@ -182,6 +185,8 @@ def check(cfg: Config) -> Config:
         raise UserError("Stage two needs a trained backbone: give --base_steps, or --init_from RUN.")
     if cfg.top_k > cfg.refinement_experts:
         raise UserError(f"--top_k {cfg.top_k} is more than --refinement_experts {cfg.refinement_experts}.")
+    if cfg.process == "vpred" and cfg.preview_steps > 1000:
+        raise UserError(f"--process vpred has 1000 steps; --preview_steps {cfg.preview_steps} cannot be taken.")
     if cfg.batch_size == 1 and cfg.physics_steps and cfg.semantic and cfg.coarse_weight and cfg.coarse_loss == "relative":
         raise UserError("--batch_size 1 leaves L_coarse no pair of clips to compare: use more, or --coarse_loss bce, or --coarse_weight 0.")
     if cfg.ood and cfg.data_dir:
@@ -189,6 +194,7 @@ def check(cfg: Config) -> Config:
     return cfg
 
 
+@functools.cache
 def meanings() -> dict[str, str]:
     """{field: its trailing comment}, read from this file so that each meaning is written once."""
     return dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.M))
@@ -213,7 +219,7 @@ class Parser(argparse.ArgumentParser):
 def parse(argv: list[str], description: str) -> Config:
     """Command line -> checked Config: the preset's values, then the flags given. Raises UserError."""
     parser = Parser(description)
-    parser.add_argument("--config", default="small", help=f"preset: {', '.join(PRESETS)}")
+    parser.add_argument("--config", default=argparse.SUPPRESS, help=f"preset: {', '.join(PRESETS)} [small]")
     for f in dataclasses.fields(Config):
         if f.name != "config":
             kind = dict(type=boolean, nargs="?", const=True, metavar="true|false") if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
@@ -240,7 +246,7 @@ def load(path: Path) -> Config:
         return Config(**{f.name: f.type(stored[f.name]) for f in dataclasses.fields(Config)})
     except FileNotFoundError:
         raise UserError(f"{path.parent} is no run folder: it has no {path.name}.") from None
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as e:
         raise UserError(f"{path} is not a config of this version ({type(e).__name__}: {e}).") from None
 
 

@@ -66,6 +66,8 @@ class Process:
         prediction = prediction.float()
         if self.predict == "v":  # no division: exact at every t
             error = prediction - self.v(x, eps, a, s)
+        elif self.predict == "eps":  # v_hat - v = (eps_hat - eps) / a
+            error = (prediction - eps) / a.clamp(min=self.s_min)
         else:
             error = (self.to_x(prediction, x_t, t) - x) / s.clamp(min=self.s_min)
         return error.square().flatten(1).mean(1)

@@ -145,7 +145,7 @@ def recorded(patch):
     return fed
 
 
-@pytest.fixture(scope="module", params=[{}], ids=["default"])
+@pytest.fixture(scope="module")
 def whole(tmp_path_factory, pools):
     """Ten steps in one go, and what they were fed. Not to be written into."""
     with pytest.MonkeyPatch.context() as patch:
@@ -360,21 +360,16 @@ def test_a_switch_of_both_stages_trains(fields, six, go):
 
 # --- training trains ----------------------------------------------------------------------------------------------------
 def test_training_lowers_what_it_is_to_lower(tmp_path, pools):
-    cfg = settings(tmp_path / "run", pools, **LEARN)
-    pool = data.open_pool(cfg, progress=False)
-    clips = data.Clips(cfg, pool, data.Tokenizer.from_captions(pool.captions))
-    untrained = train.held_out_loss(train.State(cfg, 2 + len(data.Tokenizer.from_captions(pool.captions).words)), diffusion.build(cfg), clips)
+    """Measured with seeds 0 and 1: diffusion 2.06 -> .31, .30 -> .26, .26; coarse .82 -> .31, .50; fine_align .22 -> .16, .15."""
+    cfg = settings(tmp_path / "run", pools, base_steps=60, physics_steps=60, batch_size=8, world_clips=64, val_clips=16, warmup=5, eval_every=61,
+                   log_every=50, physics_lr=1e-2)
     train.main(cfg)
-    run = Path(cfg.out_dir)
-    base, physics = held_out(run, "base"), held_out(run, "physics")
-    print("LEARN", untrained, base, physics[0], physics[-1])
-    assert base[-1]["diffusion"] < 0.6 * untrained["diffusion"]
-    assert physics[-1]["fine_align"] < 0.7 * physics[0]["fine_align"]
-    assert physics[-1]["coarse"] < 0.9 * physics[0]["coarse"]
-    assert physics[-1]["diffusion"] < base[-1]["diffusion"]
-
-
-LEARN = dict(base_steps=60, physics_steps=60, batch_size=8, world_clips=64, val_clips=16, warmup=5, eval_every=61)
+    run, pool = Path(cfg.out_dir), data.open_pool(cfg, progress=False)
+    tokenizer = data.Tokenizer.load(run / "tokenizer.json")
+    untrained = train.held_out_loss(train.State(cfg, len(tokenizer)), diffusion.build(cfg), data.Clips(cfg, pool, tokenizer))["diffusion"]
+    base, (begun, *_, done) = held_out(run, "base")[-1]["diffusion"], held_out(run, "physics")  # begun: one step into stage two
+    assert untrained > 1.5 and base < 0.45 and done["diffusion"] < 0.95 * base
+    assert done["fine_align"] < 0.85 * begun["fine_align"] and done["coarse"] < 0.8 * begun["coarse"]
 
 
 # --- init_from ----------------------------------------------------------------------------------------------------------
@@ -478,7 +473,7 @@ def test_a_truncated_checkpoint_is_passed_over(left, whole, go, capsys):
     size = newest.stat().st_size
     os.truncate(newest, int(left * size) if left < 1 else left)
     capsys.readouterr()
-    again(run)
+    again(run, "--stop_at", 0)  # it goes on from step 4, and 5 is where it was told to stop
     assert re.search(r"step000005\.pt is damaged \(\w+\); trying the one before", capsys.readouterr().err)
     assert differences(checkpoint(run, "step000010.pt"), checkpoint(whole[0], "step000010.pt")) == []
     assert [line["step"] for line in steps(run)] == list(range(10))
@@ -516,11 +511,13 @@ def test_best_is_not_replaced_by_worse(go, monkeypatch):
 
 
 # --- losses that are no numbers -----------------------------------------------------------------------------------------
-def frozen_state(state):
-    return {key: value for key, value in torch.load_state(state).items()} if hasattr(torch, "load_state") else \
-        {name: p.detach().clone() for name, p in state.model.state_dict().items()} | {f"ema {n}": p.clone() for n, p in state.ema.items()} \
-        | {f"optimizer {i} {j} {key}": value.clone() for i, o in enumerate(state.optimizers) for j, entry in o.state_dict()["state"].items()
-           for key, value in entry.items() if isinstance(value, torch.Tensor)}
+def tensors(state):
+    """Copies of weights, averages and optimizer states."""
+    stored = state.state_dict()
+    moments = {f"optimizer {i} {j} {key}": value for i, o in enumerate(stored["optimizers"]) for j, entry in o["state"].items()
+               for key, value in entry.items()}
+    averages = {f"ema {name}": p for name, p in stored["ema"].items()}
+    return {name: torch.as_tensor(p).clone() for name, p in (stored["model"] | averages | moments).items()}
 
 
 def nan_loss(state, losses):
@@ -541,15 +538,12 @@ def test_a_step_that_is_no_number_is_skipped(spoil, stage, at, go, monkeypatch):
     states = {}
 
     def spoiled(n, state, batch, t, eps, losses):
-        if n in (at - 1, at, at + 1, at + 2):
-            states[n] = frozen_state(state)
+        if abs(n - at) <= 1:
+            states[n] = tensors(state)
         return spoil(state, losses) if n == at else None
     training_calls(monkeypatch, spoiled)
     run = go(log_every=100)  # a skipped step is logged in any case
-    assert differences(states[at], states[at + 1]) == [] if at + 1 in states else True
-    assert differences(states[at - 1], states[at])
-    if at + 2 in states:
-        assert differences(states[at + 1], states[at + 2])
+    assert differences(states[at - 1], states[at]) and differences(states[at], states[at + 1]) == []
     raw = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [(line["step"], line["stage"]) for line in raw if line.get("skipped")] == [(at, stage)]
     assert not any(value.isnan().any() for value in checkpoint(run, "step000010.pt")["model"].values())
@@ -565,7 +559,7 @@ def test_three_in_a_row_stop_the_run(go, tmp_path, monkeypatch):
 
     def spoiled(n, state, batch, t, eps, losses):
         if n == 3:
-            good.update(frozen_state(state))
+            good.update(tensors(state))
         return nan_loss(state, losses) if n >= 3 else None
     training_calls(monkeypatch, spoiled)
     with pytest.raises(Stopped) as caught:
@@ -714,7 +708,6 @@ def test_a_folder_of_videos_from_training_to_sampling(tmp_path, pools, monkeypat
     sample.main(["--run", str(run), "--checkpoint", "last", "--prompt", "a block slides", "--n", "1", "--steps", "2", "--out", str(out), "--device", "cpu"])
     assert len(iio.imread(out)) == 4
 
-    (folder / "captions.json").write_text(json.dumps(captions | {"bad.mp4": "something"}))  # the bad file's: the clips are as before
     (folder / "captions.json").write_text(json.dumps(captions | {"a.mp4": "a block flies"}))
     with pytest.raises(UserError, match="are not those"):
         again(run)
