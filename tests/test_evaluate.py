@@ -257,6 +257,7 @@ def test_the_whole_command(tmp_path, capsys):
     rows = stored["laws"]["rows"]
     assert list(rows) == ["simulator", "frames shuffled", "frozen", "noise", "generated", "backbone alone"]
     assert rows["simulator"]["all"] < .1 and rows["noise"]["all"] == rows["frozen"]["all"] == 1
+    assert rows["frames shuffled"]["all"] > .7
     assert f"| simulator       | 1.000 | {rows['simulator']['seven']:.3f} | {rows['simulator']['all']:.3f} |" in shown
     assert set(LAWS[name].__name__ for name in LAWS) < set(rows["generated"])
     places = stored["localisation"]["rows"]
@@ -304,26 +305,49 @@ def test_generated_clips_are_judged_by_their_captions(tmp_path, monkeypatch):
 
 
 def test_exact_maps_score_one(tmp_path, monkeypatch):
-    """A router that knows the masks is given 1, a constant one 1/2."""
-    loaded = cfg, model, *_ = sample.load_run(write_run(tmp_path / "run"))
-    clips, batch = 6, 4
+    """A router that knows the masks is given 1, a constant one 1/2; so is the one head that knows them, which is found.
+    A phenomenon without positive tokens is left out."""
+    loaded = cfg, *_ = sample.load_run(write_run(tmp_path / "run"))
+    clips, batch, N, honest = 6, 4, int(np.prod(CFG.grid)), evaluate.sights
     indices = [i for _ in evaluate.LEVELS for first, n in ((evaluate.SELECTED, clips // 2), (evaluate.SCORED, clips))
                for i in range(first, first + n)]
-    knows = True
+    again, knows, hidden = list(indices), True, ""
+
+    def sights(clip, cfg):
+        return [dataclasses.replace(one, positive=one.positive & (actor.phenomenon != hidden))
+                for one, actor in zip(honest(clip, cfg), clip.actors)]
 
     def forward(self, x, t, text, text_length=None, edit=None):
-        lift = torch.zeros(len(x), np.prod(cfg.grid), cfg.categories)
-        for b in range(len(x)):
-            i = indices.pop(0)
-            for sight in evaluate.sights(world.make_clip(0, i, **evaluate.drawing(cfg, decoys=1.)), cfg):
-                lift[b, :, sight.category] = torch.from_numpy(sight.positive).float() * knows
+        lift = torch.zeros(len(x), N, cfg.categories)
+        for row, i in zip(lift, indices):
+            for sight in sights(world.make_clip(0, i, **evaluate.drawing(cfg, decoys=1.)), cfg):
+                row[:, sight.category] = torch.from_numpy(sight.positive).float() * knows
         return x, Routing(refinement_lift=lift)
+
+    def attention_maps(backbone, x_t, time, text, length):
+        maps = torch.rand(len(x_t), cfg.depth, 2, cfg.heads, N, text.shape[1])
+        for one in maps:
+            for sight in sights(world.make_clip(0, indices.pop(0), **evaluate.drawing(cfg, decoys=1.)), cfg):
+                one[1, 1, 0, :, sight.words] = torch.from_numpy(sight.positive).float()[:, None]
+        return maps
     monkeypatch.setattr(ProPhy, "forward", forward)
-    again = list(indices)
-    for knows, expected in ((True, 1), (False, .5)):
+    monkeypatch.setattr(evaluate, "attention_maps", attention_maps)
+    monkeypatch.setattr(evaluate, "sights", sights)
+    for knows, hidden, expected in ((True, "", 1), (False, "", .5), (True, "liquid motion", 1)):
         indices[:] = again
         table = evaluate.localisation_table(loaded, batch, clips, seed=0, ood="", precision="fp32")
         assert set(table["rows"]["refinement maps"].values()) == {expected} and not indices
+        assert set(table["rows"]["backbone's best attention"].values()) == {1}
+        assert set(table["attention"].values()) == {"layer 1, head 0, share"}
+        scenes = [world.make_clip(0, i, **evaluate.drawing(cfg, decoys=1.)) for i in again[clips // 2:clips // 2 + clips]]
+        shown = [actor.phenomenon for scene in scenes for actor in scene.actors]
+        assert "liquid motion" in shown and table["skipped"] == shown.count(hidden)
+        assert table["scored"] + table["skipped"] == len(shown)
+        priors, scored = evaluate.location_priors(cfg), [one for scene in scenes for one in sights(scene, cfg)]
+        for row, key in (("location prior", lambda one: one.category),
+                         ("prior given the side", lambda one: (one.category, one.side))):
+            values = [evaluate.auc(priors.get(key(one), np.zeros(N)), one.positive) for one in scored if one.scorable]
+            assert set(table["rows"][row].values()) == {np.mean(values)}
 
 
 def test_mistakes_are_one_sentence(tmp_path):
