@@ -200,12 +200,12 @@ def test_signals_save_and_end_with_0(go, tmp_path, pools):
     run = Path(cfg.out_dir)
     for number, flags, stage in ((signal.SIGINT, given, "base"), (signal.SIGTERM, ["--config", "debug", "--out_dir", str(run), "--resume"], "physics")):
         program = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        log, deadline = run / "log.jsonl", time.monotonic() + 60
+        log, deadline = run / "log.jsonl", time.monotonic() + 240  # a busy machine may take long to start
         while not (log.exists() and log.read_text().count(f'"{stage}", "seconds"') > 3):
             assert program.poll() is None and time.monotonic() < deadline, program.communicate()
             time.sleep(0.01)
         program.send_signal(number)
-        out, err = program.communicate(timeout=60)
+        out, err = program.communicate(timeout=240)
         assert program.returncode == 0 and "Traceback" not in err
         step = int(re.search(r"Stopped at step (\d+) of 80 and saved", out)[1])
         stored = checkpoint(run, f"step{step:06d}.pt")
@@ -672,7 +672,7 @@ def test_mistakes_are_one_sentence_and_exit_code_2(tmp_path, pools):
     programs = {flags: subprocess.Popen([sys.executable, "train.py", *common, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
                 for flags in cases}
     for flags, program in programs.items():
-        out, err = program.communicate(timeout=60)
+        out, err = program.communicate(timeout=240)
         assert program.returncode == 2 and err.count("\n") == 1 and err.endswith(".\n"), err
         assert cases[flags] in err and "Traceback" not in err + out
 
@@ -748,8 +748,8 @@ def test_muon_has_the_block_matrices_and_nothing_is_twice(physics):
         blocks = {name for name in trained if re.match(r"(physical|backbone\.blocks)\.\d+\.", name)}
         assert matrices == {name for name in blocks if trained[name].ndim == 2 and "norm" not in name} and len(matrices) >= 12
         assert all(re.search(r"\.(to_q|to_k|to_v|to_out|ff\.[02])\.weight$", name) for name in matrices)
-        assert undecayed == {name for name, p in trained.items() if p.ndim == 1}
-        assert {name for name in undecayed if name.endswith("bias")} == {n for n, p in trained.items() if n.endswith("bias") and p.ndim == 1}
+        assert {name for name, p in trained.items() if p.ndim == 1} <= undecayed and len(decayed) > 5
+        assert {name for name in undecayed if trained[name].ndim > 1} <= {"refinement.bias"}  # of which the next test speaks
         assert (muon.param_groups[0]["weight_decay"], *[g["weight_decay"] for g in adamw.param_groups]) == (0.3, 0.3, 0.0)
         assert frozen == (not any(name.startswith("backbone.") for name in trained))
         assert all(g["lr"] == 0.5 for o in (muon, adamw) for g in o.param_groups) and adamw.param_groups[0]["betas"] == (0.9, 0.95)

@@ -76,8 +76,8 @@ def compare(run: Path, whole: Path, steps: int) -> list[str]:
         found += differences(a, b, name)
     a, b = ([json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()] for folder in (run, whole))
     if len(a) != len(b):
-        found.append(f"log.jsonl: {len(a)} lines, {len(b)} in the run left alone")
-    return found + differences(a[: len(b)], b[: len(a)], "log.jsonl")
+        return found + [f"log.jsonl has {len(a)} lines, {len(b)} in the run left alone"]
+    return found + differences(a, b, "log.jsonl")
 
 
 def main() -> int:
