@@ -82,7 +82,7 @@ class Config:
     physical_blocks: str = "1,3,5"  # backbone blocks beside which a physical block stands (ours); empty = no branch
     injection: str = "zero"  # zero (through a zero-initialised linear; ours) | plain (the figure's bare +)
     semantic_experts: int = 8  # E_s (ours)
-    refinement_experts: int = 8  # E_r (ours)
+    refinement_experts: int = 16  # E_r (ours): more than the world has phenomena
     top_k: int = 2  # experts a token (ours)
     residual: bool = True  # x + REB(x) (ours); false = REB(x) alone
     renormalise: bool = False  # divide the chosen probabilities by their sum (ours: no)
@@ -96,8 +96,8 @@ class Config:
     negatives: float = 0.0  # weight of a pull to zero where the paper's mask M is 0: absent phenomena, and of VLM maps the rest (ours; 0 = paper)
 
     # --- training
-    base_steps: int = 2800  # stage one: the backbone alone
-    physics_steps: int = 700  # stage two: the branch, attached to the trained backbone
+    base_steps: int = 2600  # stage one: the backbone alone
+    physics_steps: int = 600  # stage two: the branch, attached to the trained backbone
     freeze_backbone: bool = True  # stage two trains the branch only, as the paper does
     batch_size: int = 16  # clips a step
     optimizer: str = "muon"  # muon (block matrices; AdamW for the rest) | adamw (everything)

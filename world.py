@@ -220,7 +220,10 @@ class ElasticMotion(RigidBodyMotion):
 
 
 class Collision(Phenomenon):
-    """Two pucks meet head-on on an air table, seen from above: m v + m2 v2 and m v^2 + m2 v2^2 last; m = radius^2."""
+    """Two pucks meet head-on on an air table, seen from above: m v + m2 v2 and m v^2 + m2 v2^2 last; m = radius^2.
+
+    The puck named first comes from the upper end, so that a caption tells which colour is where.
+    """
     name, cue = "collision", "blue"
     spans = dict(radius=Span(.10, .12, "radius", (.07, .085)), radius2=Span(.10, .12, "radius", (.07, .085)),
                  speed=Span(.28, .35, "speed", (.14, .20)), speed2=Span(.20, .34, "speed", (.12, .18)),
@@ -232,12 +235,11 @@ class Collision(Phenomenon):
     def derive(self, p, rng):
         if rng.random() < .5:
             p["speed2"] = 0.  # the second puck waits
-        down = rng.choice((-1, 1))  # the way the first puck goes
         m, m2 = p["mass"], p["mass2"] = p["radius"] ** 2, p["radius2"] ** 2
-        v, v2 = p["velocity"], p["velocity2"] = down * p["speed"], -down * p["speed2"]
+        v, v2 = p["velocity"], p["velocity2"] = p["speed"], -p["speed2"]
         centre = (m * v + m2 * v2) / (m + m2)  # of mass: seen from it, both velocities just turn round
         p["velocity_after"], p["velocity2_after"] = 2 * centre - v, 2 * centre - v2
-        p["contact"], p["contact2"] = -down * p["radius"], down * p["radius2"]
+        p["contact"], p["contact2"] = -p["radius"], p["radius2"]
         ends = self._along(p, np.array([0., 1.]))
         reach = [y + side * r for y, r in zip(ends, (p["radius"], p["radius2"])) for side in (-1, 1)]
         shift = (self.table[1] + self.table[3] - np.min(reach) - np.max(reach)) / 2  # the motion's middle: the table's
