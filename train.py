@@ -378,6 +378,8 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
     log, prompts = Log(run / "log.jsonl", state.step), preview_prompts(clips)
     for sentence in why.values():
         print(sentence)
+    if clips.cut:
+        print(f"{clips.cut} captions have more than {cfg.text_len} words and are cut there (--text_len).", file=sys.stderr)
 
     # --- Ctrl-C and SIGTERM end the run after the step in hand
     stop = []

@@ -1,4 +1,4 @@
-"""train.py: runs cut in two against whole ones to the bit, each switch against the run without it, full disks, NaN, mistakes.
+"""train.py: runs cut in two against whole ones to the bit, each switch against the run without it, disks full, NaN.
 
 Almost every test runs the real `train.main` on ten steps of the debug preset. `interrupted` stands for whatever ends a
 process without asking it: the exception passes through everything and nothing is saved.
@@ -29,8 +29,9 @@ import train
 from config import Stopped, UserError
 
 ROOT = Path(__file__).parent.parent
-TEN = dict(base_steps=6, physics_steps=4, batch_size=4, world_clips=16, val_clips=4, log_every=1, eval_every=3, save_every=100,
-           preview_steps=1, guidance=1.0, threads=1, device="cpu", warmup=2)
+TEN = dict(base_steps=6, physics_steps=4, batch_size=4, world_clips=16, val_clips=4, log_every=1, eval_every=3,
+           save_every=100, preview_steps=1, guidance=1.0, threads=1, device="cpu", warmup=2)
+PIPES = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 SIX = dict(base_steps=4, physics_steps=2)  # gates start shut, so block matrices first move in step three
 TERMS = {"diffusion", "coarse", "fine_align", "balance"}
 REAL_PREVIEW = sample.preview
@@ -79,6 +80,10 @@ def again(run, *flags):
 def checkpoint(run, name):
     stored = torch.load(run / "checkpoints" / name, weights_only=True)
     return {key: value for key, value in stored.items() if key != "seconds"}
+
+
+def backbone_of(stored):
+    return {name.removeprefix("backbone."): p for name, p in stored["model"].items() if name.startswith("backbone.")}
 
 
 def names(run):
@@ -140,8 +145,12 @@ def training_calls(patch, what):
 def recorded(patch):
     """The list that every training batch will be put into: where, what clips and words, which noise."""
     fed = []
-    training_calls(patch, lambda n, state, batch, t, eps, losses: fed.append(
-        (state.stage, batch.index.tolist(), batch.video.sum().item(), batch.text.tolist(), t.tolist(), eps.sum().item())))
+
+    def record(n, state, batch, t, eps, losses):
+        torch.rand(1)  # whoever draws from the global stream must not matter, the border's new weights included
+        fed.append((state.stage, batch.index.tolist(), batch.video.sum().item(), batch.text.tolist(), t.tolist(),
+                    eps.sum().item()))
+    training_calls(patch, record)
     return fed
 
 
@@ -159,7 +168,7 @@ def six(tmp_path_factory, pools):
     return launch(tmp_path_factory.mktemp("six") / "run", pools, **SIX)
 
 
-# --- a run cut in two is the run ----------------------------------------------------------------------------------------
+# --- a run cut in two is the run --------------------------------------------------------------------------------------
 @pytest.mark.parametrize("stops", [[3], [5], [6], [7], [8], [2, 6, 9]], ids=str)  # stage two begins at 6
 def test_resumed_equals_whole_to_the_bit(stops, whole, go, monkeypatch):
     fed = recorded(monkeypatch)
@@ -198,8 +207,9 @@ def test_signals_save_and_end_with_0(go, tmp_path, pools):
     given = [text for field, value in dataclasses.asdict(cfg).items() if value != getattr(config.Config(), field)
              for text in (f"--{field}", str(value))]
     run = Path(cfg.out_dir)
-    for number, flags, stage in ((signal.SIGINT, given, "base"), (signal.SIGTERM, ["--config", "debug", "--out_dir", str(run), "--resume"], "physics")):
-        program = subprocess.Popen([sys.executable, "train.py", *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    resume = ["--config", "debug", "--out_dir", str(run), "--resume"]
+    for number, flags, stage in ((signal.SIGINT, given, "base"), (signal.SIGTERM, resume, "physics")):
+        program = subprocess.Popen([sys.executable, "train.py", *flags], **PIPES)
         log, deadline = run / "log.jsonl", time.monotonic() + 240  # a busy machine may take long to start
         while not (log.exists() and log.read_text().count(f'"{stage}", "seconds"') > 3):
             assert program.poll() is None and time.monotonic() < deadline, program.communicate()
@@ -216,7 +226,7 @@ def test_signals_save_and_end_with_0(go, tmp_path, pools):
     assert lines(run) == lines(whole)
 
 
-# --- the log and config.json --------------------------------------------------------------------------------------------
+# --- the log and config.json ------------------------------------------------------------------------------------------
 def test_log_of_a_killed_and_resumed_run_is_that_of_the_whole(whole, go, tmp_path, monkeypatch):
     def kill(n, *_):
         if n == 7:
@@ -255,7 +265,8 @@ def test_a_run_that_died_before_its_first_checkpoint_may_be_started_again(whole,
 def test_log_says_what_design_promises(whole):
     for line in steps(whole[0]):
         terms = {"diffusion"} if line["stage"] == "base" else TERMS
-        assert line.keys() == {"step", "stage", "loss", "grad_norm", "lr", "by_noise", "skipped"} | terms and not line["skipped"]
+        assert line.keys() == {"step", "stage", "loss", "grad_norm", "lr", "by_noise", "skipped"} | terms
+        assert not line["skipped"]
         weights = dict(diffusion=1, coarse=0.1, fine_align=0.02, balance=0.01)
         assert line["loss"] == pytest.approx(sum(weights[term] * line[term] for term in terms), abs=2e-6)
         assert len(line["by_noise"]) == train.BINS
@@ -269,11 +280,13 @@ def test_config_json_has_every_field_and_the_reasons_also_after_resume(go):
             again(run, "--stop_at", 5)
         stored = json.loads((run / "config.json").read_text())
         assert {f.name for f in dataclasses.fields(config.Config)} <= stored.keys()
-        assert stored["device"] in ("cpu", "cuda", "mps") and stored["precision"] in ("fp32", "bf16") and stored["threads"] == 1
+        assert stored["device"] in ("cpu", "cuda", "mps") and stored["precision"] in ("fp32", "bf16")
+        assert stored["threads"] == 1
         assert stored["resolved"].keys() == {"device", "precision"}
         assert stored["resolved"]["precision"].startswith(stored["precision"] + ": ")
         assert stored["torch"] == torch.__version__ and re.fullmatch(r"[0-9a-f]{40}|", stored["git"])
-        assert stored["categories_present"] == sorted(set(stored["categories_present"])) and stored["data"].startswith("world-")
+        assert stored["categories_present"] == sorted(set(stored["categories_present"])) != []
+        assert stored["data"].startswith("world-")
 
 
 def test_auto_is_resolved_by_what_the_machine_can(monkeypatch):
@@ -291,7 +304,7 @@ def test_auto_is_resolved_by_what_the_machine_can(monkeypatch):
             train.resolve(config.preset("debug", device="cuda"))
 
 
-# --- switches -----------------------------------------------------------------------------------------------------------
+# --- switches ---------------------------------------------------------------------------------------------------------
 BRANCH_SWITCHES = {  # field values -> terms of the loss in stage two; none of them may touch stage one
     "as_is": (dict(), TERMS),
     "no_semantic": (dict(semantic=False), TERMS - {"coarse"}),
@@ -327,14 +340,15 @@ def test_a_switch_of_the_branch_changes_what_it_says(switch, six, go):
         assert (first["fine_align"] == reference_first["fine_align"]) == (switch == "bce")
 
     # a frozen backbone stays the averaged one to the bit; a free one moves
-    backbone = {name.removeprefix("backbone."): p for name, p in mine["model"].items() if name.startswith("backbone.")}
+    backbone = backbone_of(mine)
     moved = differences(backbone, base["ema"])
     assert bool(moved) == (switch == "free")
     assert {name.startswith("backbone.") for name in mine["ema"]} == ({True, False} if switch == "free" else {False})
 
     # parts that are switched off do not exist, all others do and learn
     parts = {name.split(".")[0] for name in mine["model"]}
-    off = {"no_semantic": {"semantic"}, "no_refinement": {"refinement"}, "neither": {"semantic", "refinement"}, "plain": {"inject"}}
+    off = {"no_semantic": {"semantic"}, "no_refinement": {"refinement"}, "neither": {"semantic", "refinement"},
+           "plain": {"inject"}}
     assert parts == {"backbone", "semantic", "refinement", "physical", "inject"} - off.get(switch, set())
     blocks = {name.split(".")[1] for name in mine["model"] if name.startswith("physical.")}
     assert blocks == ({"0"} if switch in ("first_block", "last_block") else {"0", "1"})
@@ -345,8 +359,9 @@ def test_a_switch_of_the_branch_changes_what_it_says(switch, six, go):
         assert not torch.equal(mine["model"][f"physical.{i}.{name}"], base["ema"][f"blocks.{stands_at}.{name}"])
 
 
-@pytest.mark.parametrize("fields", [dict(optimizer="adamw"), dict(process="vpred", predict="v"), dict(process="vpred", predict="x"),
-                                    dict(predict="v"), dict(predict="eps"), dict(schedule="constant"), dict(shift=1.0)], ids=str)
+@pytest.mark.parametrize("fields", [
+    dict(optimizer="adamw"), dict(process="vpred", predict="v"), dict(process="vpred", predict="x"), dict(predict="v"),
+    dict(predict="eps"), dict(schedule="constant"), dict(shift=1.0)], ids=str)
 def test_a_switch_of_both_stages_trains(fields, six, go):
     run = go(**SIX, **fields)
     base, reference = checkpoint(run, "base.pt"), checkpoint(six, "base.pt")
@@ -354,31 +369,33 @@ def test_a_switch_of_both_stages_trains(fields, six, go):
     assert len(base["optimizers"]) == (1 if fields.get("optimizer") == "adamw" else 2)
     for line in lines(run):
         assert all(math.isfinite(value) for value in (line.get("held_out") or {"loss": line.get("loss")}).values())
-    backbone = {name.removeprefix("backbone."): p for name, p in checkpoint(run, "step000006.pt")["model"].items() if name.startswith("backbone.")}
+    backbone = backbone_of(checkpoint(run, "step000006.pt"))
     assert differences(backbone, base["ema"]) == []
 
 
-# --- training trains ----------------------------------------------------------------------------------------------------
+# --- training trains --------------------------------------------------------------------------------------------------
 def test_training_lowers_what_it_is_to_lower(tmp_path, pools):
-    """Measured with seeds 0 and 1: diffusion 2.06 -> .31, .30 -> .26, .26; coarse .82 -> .31, .50; fine_align .22 -> .16, .15."""
-    cfg = settings(tmp_path / "run", pools, base_steps=60, physics_steps=60, batch_size=8, world_clips=64, val_clips=16, warmup=5, eval_every=61,
-                   log_every=50, physics_lr=1e-2)
+    cfg = settings(tmp_path / "run", pools, base_steps=60, physics_steps=60, batch_size=8, world_clips=64, val_clips=16,
+                   warmup=5, eval_every=61, log_every=50, physics_lr=1e-2)
     train.main(cfg)
     run, pool = Path(cfg.out_dir), data.open_pool(cfg, progress=False)
     tokenizer = data.Tokenizer.load(run / "tokenizer.json")
-    untrained = train.held_out_loss(train.State(cfg, len(tokenizer)), diffusion.build(cfg), data.Clips(cfg, pool, tokenizer))["diffusion"]
-    base, (begun, *_, done) = held_out(run, "base")[-1]["diffusion"], held_out(run, "physics")  # begun: one step into stage two
+    fresh, clips = train.State(cfg, len(tokenizer)), data.Clips(cfg, pool, tokenizer)
+    untrained = train.held_out_loss(fresh, diffusion.build(cfg), clips)["diffusion"]
+    base, (begun, *_, done) = held_out(run, "base")[-1]["diffusion"], held_out(run, "physics")  # begun: after one step
+    print("LEARN", untrained, base, begun, done)
     assert untrained > 1.5 and base < 0.45 and done["diffusion"] < 0.95 * base
     assert done["fine_align"] < 0.85 * begun["fine_align"] and done["coarse"] < 0.8 * begun["coarse"]
 
 
-# --- init_from ----------------------------------------------------------------------------------------------------------
+# --- init_from --------------------------------------------------------------------------------------------------------
 def test_init_from_takes_the_averaged_backbone_and_skips_stage_one(whole, go):
     run = go(init_from=str(whole[0]))
     assert [(line["step"], line["stage"]) for line in steps(run)] == [(i, "physics") for i in range(4)]
-    assert [line["lr"] for line in steps(run)] == pytest.approx([train.learning_rate(settings("", ""), "physics", i) for i in range(4)])
+    rates = [train.learning_rate(settings("", ""), "physics", i) for i in range(4)]
+    assert [line["lr"] for line in steps(run)] == pytest.approx(rates)
     stored, base = checkpoint(run, "step000004.pt"), checkpoint(whole[0], "base.pt")
-    backbone = {name.removeprefix("backbone."): p for name, p in stored["model"].items() if name.startswith("backbone.")}
+    backbone = backbone_of(stored)
     assert differences(backbone, base["ema"]) == []
     assert differences(backbone, base["model"])  # the averages, not the last weights
     assert json.loads((run / "tokenizer.json").read_text()) == json.loads((whole[0] / "tokenizer.json").read_text())
@@ -402,8 +419,9 @@ def test_init_from_resumes_by_its_own_command_line_again(whole, go):
     assert differences(checkpoint(run, "step000004.pt"), checkpoint(complete, "step000004.pt")) == []
 
 
-@pytest.mark.parametrize("field, value", [("dim", 64), ("depth", 3), ("heads", 1), ("time_dim", 8), ("patch_t", 1), ("patch", 8),
-                                          ("text_len", 8), ("process", "vpred"), ("predict", "v")])
+@pytest.mark.parametrize("field, value", [
+    ("dim", 64), ("depth", 3), ("heads", 1), ("time_dim", 8), ("patch_t", 1), ("patch", 8), ("text_len", 8),
+    ("process", "vpred"), ("predict", "v")])
 def test_init_from_refuses_another_shape_by_name(field, value, whole, go):
     with pytest.raises(UserError, match=rf"--{field} .*{value}\b"):
         go(init_from=str(whole[0]), **{field: value})
@@ -420,7 +438,7 @@ def test_init_from_refuses_what_is_no_trained_run(go, tmp_path):
         go(init_from=str(tmp_path / "nowhere"))
 
 
-# --- saves --------------------------------------------------------------------------------------------------------------
+# --- saves ------------------------------------------------------------------------------------------------------------
 def full_after_some_bytes(state, f):
     f.write(b"half a checkpoint")
     raise OSError(errno.ENOSPC, "No space left on device")
@@ -435,15 +453,19 @@ def full(*_):
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-@pytest.mark.parametrize("owner, name, fails", [(torch, "save", full_after_some_bytes), (torch, "save", wrapped), (os, "fsync", full)],
-                         ids=["write", "torch", "fsync"])
-def test_a_full_disk_leaves_the_checkpoint_before(owner, name, fails, whole, go, monkeypatch):
-    run = go(save_every=2, stop_at=3)
+@pytest.mark.parametrize("victim, cadence", [("step000004.pt", dict(save_every=2)), ("best.pt", dict(eval_every=2))],
+                         ids=["newest", "best"])
+@pytest.mark.parametrize("owner, name, fails", [
+    (torch, "save", full_after_some_bytes), (torch, "save", wrapped), (os, "fsync", full)], ids=["write", "torch", "fsync"])
+def test_a_full_disk_leaves_the_checkpoints_before(owner, name, fails, victim, cadence, whole, go, monkeypatch):
+    run = go(**cadence, stop_at=3)
     before = contents(run / "checkpoints")
+    assert "best.pt" in before
     with monkeypatch.context() as patch, pytest.raises(Stopped) as caught:
         patch.setattr(owner, name, fails)
         again(run)
-    assert re.fullmatch(r"The checkpoint \S*step000004\.pt could not be written \(.*\); the previous one is intact\.", str(caught.value))
+    sentence = rf"The checkpoint \S*/{re.escape(victim)} could not be written \(.*\); the previous one is intact\."
+    assert re.fullmatch(sentence, str(caught.value))
     assert contents(run / "checkpoints") == before  # and no .tmp
     again(run)
     assert differences(checkpoint(run, "step000010.pt"), checkpoint(whole[0], "step000010.pt")) == []
@@ -497,9 +519,8 @@ def test_the_last_two_the_best_and_the_base_are_kept(go):
     run = go(save_every=1)
     assert names(run) == ["base.pt", "best.pt", "step000009.pt", "step000010.pt"]
     assert checkpoint(run, "base.pt")["stage"] == "base" and checkpoint(run, "base.pt")["step"] == 6
-    scores = {line["step"]: line["held_out"]["diffusion"] for line in lines(run) if "held_out" in line and line["stage"] == "physics"}
-    best = checkpoint(run, "best.pt")
-    assert best["best"] == min(scores.values()) == scores[best["step"]] and best["stage"] == "physics"
+    best, scores = checkpoint(run, "best.pt"), [scores["diffusion"] for scores in held_out(run, "physics")]
+    assert best["stage"] == "physics" and best["best"] == min(scores) == scores[[9, 10].index(best["step"])]
 
 
 def test_best_is_not_replaced_by_worse(go, monkeypatch):
@@ -510,12 +531,20 @@ def test_best_is_not_replaced_by_worse(go, monkeypatch):
     assert (best["step"], best["best"]) == (8, 5.0)
 
 
-# --- losses that are no numbers -----------------------------------------------------------------------------------------
+def test_best_is_remembered_by_a_resumed_run(go, monkeypatch):
+    scores = iter([2.0, 9.0])
+    monkeypatch.setattr(train, "held_out_loss", lambda *_: {"diffusion": next(scores)})
+    run = again(go(eval_every=2, stop_at=3), "--stop_at", 5)
+    best = checkpoint(run, "best.pt")
+    assert (best["step"], best["best"]) == (2, 2.0) and checkpoint(run, "step000005.pt")["best"] == 2.0
+
+
+# --- losses that are no numbers ---------------------------------------------------------------------------------------
 def tensors(state):
     """Copies of weights, averages and optimizer states."""
     stored = state.state_dict()
-    moments = {f"optimizer {i} {j} {key}": value for i, o in enumerate(stored["optimizers"]) for j, entry in o["state"].items()
-               for key, value in entry.items()}
+    moments = {f"optimizer {i} {j} {key}": value for i, o in enumerate(stored["optimizers"])
+               for j, entry in o["state"].items() for key, value in entry.items()}
     averages = {f"ema {name}": p for name, p in stored["ema"].items()}
     return {name: torch.as_tensor(p).clone() for name, p in (stored["model"] | averages | moments).items()}
 
@@ -551,7 +580,7 @@ def test_a_step_that_is_no_number_is_skipped(spoil, stage, at, go, monkeypatch):
 
 def test_the_log_of_a_skipped_step_is_json(go, monkeypatch):
     training_calls(monkeypatch, lambda n, state, batch, t, eps, losses: nan_loss(state, losses) if n == 2 else None)
-    assert [line["step"] for line in steps(go()) if line["skipped"]] == [2]  # `lines` reads as strictly as other programs do
+    assert [line["step"] for line in steps(go()) if line["skipped"]] == [2]  # `lines` is strict
 
 
 def test_three_in_a_row_stop_the_run(go, tmp_path, monkeypatch):
@@ -564,7 +593,8 @@ def test_three_in_a_row_stop_the_run(go, tmp_path, monkeypatch):
     training_calls(monkeypatch, spoiled)
     with pytest.raises(Stopped) as caught:
         go(save_every=2)
-    assert "not finite three steps in a row (step 5)" in str(caught.value) and "--lr" in str(caught.value) and "\n" not in str(caught.value)
+    said = str(caught.value)
+    assert "not finite three steps in a row (step 5)" in said and "--lr" in said and "\n" not in said
     stored = checkpoint(tmp_path / "run", "step000004.pt")
     assert names(tmp_path / "run") == ["best.pt", "step000002.pt", "step000004.pt"]
     assert differences(stored["model"], {name: good[name] for name in stored["model"]}) == []
@@ -577,7 +607,7 @@ def test_two_in_a_row_are_borne_again_and_again(go, monkeypatch):
     assert [line["step"] for line in skipped if line.get("skipped")] == [1, 2, 4, 5, 7, 8]
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory, pools):
     """A run stopped at step 3 of 6 + 4. Not to be written into."""
@@ -589,9 +619,10 @@ def half(stopped, tmp_path):
     return shutil.copytree(stopped, tmp_path / "half")
 
 
-@pytest.mark.parametrize("field, value", [("lr", 0.5), ("seed", 3), ("dim", 64), ("semantic", "false"), ("physical_blocks", "0"),
-                                          ("batch_size", 8), ("process", "vpred"), ("world_seed", 2), ("threads", 2), ("data_dir", "x"),
-                                          ("val_clips", 5), ("precision", "bf16"), ("init_from", "x")])
+@pytest.mark.parametrize("field, value", [
+    ("lr", 0.5), ("seed", 3), ("dim", 64), ("semantic", "false"), ("physical_blocks", "0"), ("batch_size", 8),
+    ("process", "vpred"), ("world_seed", 2), ("threads", 2), ("data_dir", "x"), ("val_clips", 5), ("precision", "bf16"),
+    ("init_from", "x")])
 def test_resume_refuses_a_changed_field_by_name(field, value, half):
     before = contents(half)
     with pytest.raises(UserError, match=rf"--resume cannot change --{field}: "):
@@ -606,8 +637,8 @@ def test_resume_names_all_changed_fields(half):
 
 def test_resume_lets_the_rest_change(half, tmp_path, pools):
     moved, elsewhere = half.rename(tmp_path / "moved"), shutil.copytree(pools, tmp_path / "pools")
-    again(moved, "--physics_steps", 6, "--log_every", 3, "--eval_every", 4, "--save_every", 5, "--preview_steps", 2, "--guidance", 2.0,
-          "--pool_dir", elsewhere)
+    again(moved, "--physics_steps", 6, "--log_every", 3, "--eval_every", 4, "--save_every", 5, "--preview_steps", 2,
+          "--guidance", 2.0, "--pool_dir", elsewhere)
     assert checkpoint(moved, "step000012.pt")["step"] == 12
     assert [line["step"] for line in steps(moved)] == [0, 1, 2, 3, 6, 9]
 
@@ -668,22 +699,23 @@ def test_resume_refuses_other_clips(half, monkeypatch):
 
 def test_mistakes_are_one_sentence_and_exit_code_2(tmp_path, pools):
     common = ["--config", "debug", "--out_dir", str(tmp_path / "run"), "--pool_dir", str(pools)]
-    cases = {("--nonsense", "1"): "--nonsense", ("--data_dir", str(tmp_path / "nowhere")): "nowhere", ("--base_steps", "many"): "--base_steps"}
-    programs = {flags: subprocess.Popen([sys.executable, "train.py", *common, *flags], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-                for flags in cases}
+    cases = {("--nonsense", "1"): "--nonsense", ("--data_dir", str(tmp_path / "nowhere")): "nowhere",
+             ("--base_steps", "many"): "--base_steps"}
+    programs = {flags: subprocess.Popen([sys.executable, "train.py", *common, *flags], **PIPES) for flags in cases}
     for flags, program in programs.items():
         out, err = program.communicate(timeout=240)
         assert program.returncode == 2 and err.count("\n") == 1 and err.endswith(".\n"), err
         assert cases[flags] in err and "Traceback" not in err + out
 
 
-# --- a folder of real videos --------------------------------------------------------------------------------------------
+# --- a folder of real videos ------------------------------------------------------------------------------------------
 def test_a_folder_of_videos_from_training_to_sampling(tmp_path, pools, monkeypatch, capsys):
     monkeypatch.setattr(sample, "preview", REAL_PREVIEW)
     folder, rng = tmp_path / "videos", np.random.default_rng(0)
     folder.mkdir()
     captions = {}
-    for i, (name, (h, w)) in enumerate({"a.mp4": (48, 64), "b.mp4": (64, 32), "c.gif": (30, 45), "d.gif": (20, 20), "e.mp4": (16, 96)}.items()):
+    sizes = {"a.mp4": (48, 64), "b.mp4": (64, 32), "c.gif": (30, 45), "d.gif": (20, 20), "e.mp4": (16, 96)}
+    for i, (name, (h, w)) in enumerate(sizes.items()):
         frames = np.full((12, h, w, 3), 30 + 40 * i, np.uint8)
         for f in range(12):
             frames[f, h // 4 : h // 2, (f * w) // 16 : (f * w) // 16 + w // 4] = rng.integers(100, 255, 3)
@@ -695,17 +727,19 @@ def test_a_folder_of_videos_from_training_to_sampling(tmp_path, pools, monkeypat
     (folder / "bad.mp4").write_bytes(b"not a video at all")
     (folder / "captions.json").write_text(json.dumps(captions | {"bad.mp4": "nothing"}))
 
-    run = launch(tmp_path / "run", pools, data_dir=str(folder), base_steps=3, physics_steps=3, preview_every=2, stop_at=5)
+    short = dict(base_steps=3, physics_steps=3, preview_every=2, stop_at=5)
+    run = launch(tmp_path / "run", pools, data_dir=str(folder), **short)
     said = capsys.readouterr().out
     assert "bad.mp4" in said and "skipped 1" in said and "from 5 videos" in said
     for line in steps(run, "physics"):  # no labels and no masks: nothing to route by, no target
         assert "coarse" not in line and line["fine_align"] == 0 and math.isfinite(line["loss"])
-    assert sorted(path.name for path in (run / "samples").iterdir()) == ["step000002.gif", "step000003.gif", "step000004.gif"]
+    assert sorted(path.name for path in (run / "samples").iterdir()) == [f"step00000{i}.gif" for i in (2, 3, 4)]
     preview = iio.imread(run / "samples" / "step000004.gif")
     assert len(preview) == 4 and preview.shape[1] >= 128 and preview.std() > 1
 
     out = tmp_path / "clip.gif"
-    sample.main(["--run", str(run), "--checkpoint", "last", "--prompt", "a block slides", "--n", "1", "--steps", "2", "--out", str(out), "--device", "cpu"])
+    sample.main(["--run", str(run), "--checkpoint", "last", "--prompt", "a block slides", "--n", "1", "--steps", "2",
+                 "--out", str(out), "--device", "cpu"])
     assert len(iio.imread(out)) == 4
 
     (folder / "captions.json").write_text(json.dumps(captions | {"a.mp4": "a block flies"}))
@@ -713,7 +747,7 @@ def test_a_folder_of_videos_from_training_to_sampling(tmp_path, pools, monkeypat
         again(run)
 
 
-# --- parts, by hand -----------------------------------------------------------------------------------------------------
+# --- parts, by hand ---------------------------------------------------------------------------------------------------
 def test_learning_rate_by_hand():
     cfg = config.preset("debug", lr=1.0, physics_lr=0.1, warmup=4, base_steps=10, physics_steps=20)
     rate = train.learning_rate
@@ -746,15 +780,18 @@ def test_muon_has_the_block_matrices_and_nothing_is_twice(physics):
         everything = [p for o in (muon, adamw) for g in o.param_groups for p in g["params"]]
         assert len(everything) == len({id(p) for p in everything}) == len(trained)
         blocks = {name for name in trained if re.match(r"(physical|backbone\.blocks)\.\d+\.", name)}
-        assert matrices == {name for name in blocks if trained[name].ndim == 2 and "norm" not in name} and len(matrices) >= 12
+        assert matrices == {name for name in blocks if trained[name].ndim == 2 and "norm" not in name}
+        assert len(matrices) >= 12
         assert all(re.search(r"\.(to_q|to_k|to_v|to_out|ff\.[02])\.weight$", name) for name in matrices)
         assert {name for name, p in trained.items() if p.ndim == 1} <= undecayed and len(decayed) > 5
         assert {name for name in undecayed if trained[name].ndim > 1} <= {"refinement.bias"}  # of which the next test speaks
-        assert (muon.param_groups[0]["weight_decay"], *[g["weight_decay"] for g in adamw.param_groups]) == (0.3, 0.3, 0.0)
+        assert [g["weight_decay"] for o in (muon, adamw) for g in o.param_groups] == [0.3, 0.3, 0.0]
         assert frozen == (not any(name.startswith("backbone.") for name in trained))
-        assert all(g["lr"] == 0.5 for o in (muon, adamw) for g in o.param_groups) and adamw.param_groups[0]["betas"] == (0.9, 0.95)
+        assert all(g["lr"] == 0.5 for o in (muon, adamw) for g in o.param_groups)
+        assert adamw.param_groups[0]["betas"] == (0.9, 0.95)
     rest = train.make_optimizers(state.trained, dataclasses.replace(state.cfg, optimizer="adamw"), 0.5)
-    assert [type(o) for o in rest] == [torch.optim.AdamW] and sum(len(g["params"]) for g in rest[0].param_groups) == len(state.trained)
+    assert [type(o) for o in rest] == [torch.optim.AdamW]
+    assert sum(len(g["params"]) for g in rest[0].param_groups) == len(state.trained)
 
 
 def test_biases_do_not_decay(physics):
@@ -766,7 +803,8 @@ def test_biases_do_not_decay(physics):
 
 
 def test_total_loss_is_equation_6():
-    losses = dict(diffusion=torch.tensor(2.0), coarse=torch.tensor(3.0), fine_align=torch.tensor(5.0), balance=torch.tensor(7.0))
+    values = dict(diffusion=2.0, coarse=3.0, fine_align=5.0, balance=7.0)
+    losses = {name: torch.tensor(value) for name, value in values.items()}
     cfg = config.preset("debug")
     assert train.total_loss(losses, cfg).item() == pytest.approx(2 + 0.1 * 3 + 0.02 * 5 + 0.01 * 7)
     assert train.total_loss({"diffusion": losses["diffusion"]}, cfg).item() == 2

@@ -3,8 +3,8 @@
     python tests/drills/kill.py             20 kills (about five minutes on two quiet cores)
     python tests/drills/kill.py --kills 4 --steps 120
 
-Two runs of the debug preset are the same but for this: one is left alone, the other gets `kill -9` and `--resume`, over and
-over. It saves every third step and logs each, so that kills fall into saves, validations, previews, log lines and the
+Two runs of the debug preset are the same but for this: one is left alone, the other gets `kill -9` and `--resume`, over
+and over. It saves every third step and logs each, so that kills fall into saves, validations, previews, log lines and the
 change of stage; every fifth one falls while the program is starting. At the end the last, the best and the base
 checkpoint must agree to the bit, and so must the logs but for the clock. Exit code 1 when anything differs.
 """
@@ -26,13 +26,15 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def command(folder: Path, out: Path, steps: int) -> list[str]:
-    fields = dict(config="debug", out_dir=out, pool_dir=folder / "pool", base_steps=steps // 2, physics_steps=steps - steps // 2, batch_size=4,
-                  threads=1, device="cpu", save_every=3, log_every=1, eval_every=7, preview_every=20, preview_steps=1, guidance=1)
-    return [sys.executable, "train.py", *(word for field, value in fields.items() for word in (f"--{field}", str(value)))]
+    fields = dict(config="debug", out_dir=out, pool_dir=folder / "pool", base_steps=steps // 2,
+                  physics_steps=steps - steps // 2, batch_size=4, threads=1, device="cpu", save_every=3, log_every=1,
+                  eval_every=7, preview_every=20, preview_steps=1, guidance=1)
+    return [sys.executable, "train.py", *(word for f, value in fields.items() for word in (f"--{f}", str(value)))]
 
 
 def start(line: list[str]) -> subprocess.Popen:
-    return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=alone)
 
 
 def finish(line: list[str]) -> None:
@@ -106,9 +108,9 @@ def main() -> int:
             step = max(int((i + moments.random()) / args.kills * args.steps), before + 1)
             hit = kill_at(program, run, step, moments.uniform(0, 0.15))
         landed += hit
-        saves, half = sorted(p.name for p in (run / "checkpoints").glob("step*.pt")), list((run / "checkpoints").glob("*.tmp"))
-        print(f"kill {i + 1:2d} of {args.kills}: {'after step' if hit else 'came too late, after step'} {logged(run)} was logged, newest save "
-              f"{saves[-1] if saves else 'none'}{', half a save beside it' if half else ''}", flush=True)
+        saves, half = (sorted(p.name for p in (run / "checkpoints").glob(kind)) for kind in ("step*.pt", "*.tmp"))
+        print(f"kill {i + 1:2d} of {args.kills}: {'after' if hit else 'came too late, after'} step {logged(run)} was logged, "
+              f"newest save {saves[-1] if saves else 'none'}{', half a save beside it' if half else ''}", flush=True)
         if not hit:
             break
     finish(command(folder, run, args.steps) + ["--resume"] * bool(list((run / "checkpoints").glob("step*.pt"))))
