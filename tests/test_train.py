@@ -456,7 +456,8 @@ def full(*_):
 @pytest.mark.parametrize("victim, cadence", [("step000004.pt", dict(save_every=2)), ("best.pt", dict(eval_every=2))],
                          ids=["newest", "best"])
 @pytest.mark.parametrize("owner, name, fails", [
-    (torch, "save", full_after_some_bytes), (torch, "save", wrapped), (os, "fsync", full)], ids=["write", "torch", "fsync"])
+    (torch, "save", full_after_some_bytes), (torch, "save", wrapped), (os, "fsync", full)],
+    ids=["write", "torch", "fsync"])
 def test_a_full_disk_leaves_the_checkpoints_before(owner, name, fails, victim, cadence, whole, go, monkeypatch):
     run = go(**cadence, stop_at=3)
     before = contents(run / "checkpoints")
@@ -784,7 +785,7 @@ def test_muon_has_the_block_matrices_and_nothing_is_twice(physics):
         assert len(matrices) >= 12
         assert all(re.search(r"\.(to_q|to_k|to_v|to_out|ff\.[02])\.weight$", name) for name in matrices)
         assert {name for name, p in trained.items() if p.ndim == 1} <= undecayed and len(decayed) > 5
-        assert {name for name in undecayed if trained[name].ndim > 1} <= {"refinement.bias"}  # of which the next test speaks
+        assert {name for name in undecayed if trained[name].ndim > 1} <= {"refinement.bias"}  # see below
         assert [g["weight_decay"] for o in (muon, adamw) for g in o.param_groups] == [0.3, 0.3, 0.0]
         assert frozen == (not any(name.startswith("backbone.") for name in trained))
         assert all(g["lr"] == 0.5 for o in (muon, adamw) for g in o.param_groups)

@@ -4,8 +4,8 @@
     python tests/drills/kill.py --kills 4 --steps 120
 
 Two runs of the debug preset are the same but for this: one is left alone, the other gets `kill -9` and `--resume`, over
-and over. It saves every third step and logs each, so that kills fall into saves, validations, previews, log lines and the
-change of stage; every fifth one falls while the program is starting. At the end the last, the best and the base
+and over. It saves every third step and logs each, so that kills fall into saves, validations, previews, log lines and
+the change of stage; every fifth one falls while the program is starting. At the end the last, the best and the base
 checkpoint must agree to the bit, and so must the logs but for the clock. Exit code 1 when anything differs.
 """
 import argparse
@@ -109,8 +109,8 @@ def main() -> int:
             hit = kill_at(program, run, step, moments.uniform(0, 0.15))
         landed += hit
         saves, half = (sorted(p.name for p in (run / "checkpoints").glob(kind)) for kind in ("step*.pt", "*.tmp"))
-        print(f"kill {i + 1:2d} of {args.kills}: {'after' if hit else 'came too late, after'} step {logged(run)} was logged, "
-              f"newest save {saves[-1] if saves else 'none'}{', half a save beside it' if half else ''}", flush=True)
+        print(f"kill {i + 1:2d} of {args.kills}: {'after' if hit else 'came too late, after'} step {logged(run)} "
+              f"was logged, newest save {saves[-1] if saves else 'none'}{', half a save beside it' if half else ''}", flush=True)
         if not hit:
             break
     finish(command(folder, run, args.steps) + ["--resume"] * bool(list((run / "checkpoints").glob("step*.pt"))))
