@@ -357,8 +357,8 @@ def main(cfg: Config) -> None:
 def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
     # --- clips and words
     pool = data.open_pool(cfg)
-    words = Path(cfg.init_from or run) / "tokenizer.json"
-    tokenizer = data.Tokenizer.load(words) if cfg.resume or cfg.init_from else data.Tokenizer.from_captions([pool.captions[row] for row in pool.train])
+    words = run if cfg.resume else Path(cfg.init_from) if cfg.init_from else None  # a run resumed needs its own folder only
+    tokenizer = data.Tokenizer.load(words / "tokenizer.json") if words else data.Tokenizer.from_captions([pool.captions[row] for row in pool.train])
     clips, process = data.Clips(cfg, pool, tokenizer), diffusion.build(cfg)
     if cfg.resume:
         stored = json.loads((run / "config.json").read_text())
