@@ -102,7 +102,7 @@ class Config:
     batch_size: int = 16  # clips a step
     optimizer: str = "muon"  # muon (block matrices; AdamW for the rest) | adamw (everything)
     lr: float = 4e-3  # peak, stage one
-    physics_lr: float = 2e-3  # peak, stage two
+    physics_lr: float = 4e-3  # peak, stage two
     schedule: str = "linear"  # after the warm-up: linear (to zero at the stage's end) | constant
     warmup: int = 50  # steps from zero to the peak, each stage
     weight_decay: float = 0.01  # on matrices
@@ -131,7 +131,7 @@ class Config:
 
 
 PRESETS = {
-    "small": dict(negatives=0.1),  # the defaults above: two CPU cores, about twelve minutes
+    "small": dict(negatives=0.02),  # the defaults above: two CPU cores, about twelve minutes
     "debug": dict(frames=4, height=16, width=16, patch=4, dim=32, depth=2, heads=2, time_dim=16, physical_blocks="0,1",
                   semantic_experts=4, refinement_experts=4, world_clips=64, val_clips=8, batch_size=8, base_steps=30, physics_steps=20,
                   warmup=5, ema=0.9, precision="fp32", compile="off", log_every=5, eval_every=25, save_every=25, preview_every=0, preview_steps=4),

@@ -86,7 +86,7 @@ class RefinementExpertBlock(nn.Module):
         self.router = nn.Linear(dim, experts)  # depth: ours
         self.weight = nn.Parameter(torch.randn(experts, dim, dim) * dim**-0.5)  # e_i(x) = x W_i + b_i
         self.bias = nn.Parameter(torch.zeros(experts, dim))
-        self.lift = nn.Sequential(nn.Linear(experts, 64), nn.SiLU(), nn.Linear(64, categories))  # P'_r, Eq. 5
+        self.lift = nn.Sequential(nn.Linear(experts, 64), nn.SiLU(), nn.Linear(64, categories))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Video tokens (B, N, D) -> their refinement (B, N, D), rho_r (B, N, E_r), chosen experts (B, N, k)."""
@@ -96,6 +96,11 @@ class RefinementExpertBlock(nn.Module):
             gate = gate / gate.sum(-1, keepdim=True)
         y = dispatch(x.flatten(0, 1), gate.flatten(0, 1), chosen.flatten(0, 1), self.weight, self.bias).view_as(x)
         return x + y if self.residual else y, rho, chosen
+
+    def lifted(self, rho: Tensor) -> Tensor:
+        """P'_r of Eq. 5: rho_r (B, N, E_r) through the MLP -> (B, N, E_cat). Times E_r (ours), so that an expert's even
+        share reads as 1 and not as 1 / E_r, from which an MLP learns slowly."""
+        return self.lift(rho * rho.shape[-1])
 
 
 @torch.compiler.disable  # segment sizes depend on the data; compiled code would break the graph here anyway
@@ -156,7 +161,7 @@ class ProPhy(nn.Module):
 
         def refine(h: Tensor) -> Tensor:  # (B, S, D), called inside the last physical block
             video, routing.refinement, routing.chosen = self.refinement(h[:, n:])
-            routing.refinement_lift = self.refinement.lift(routing.refinement)
+            routing.refinement_lift = self.refinement.lifted(routing.refinement)
             return torch.cat([h[:, :n], video], dim=1)
 
         for i, block in enumerate(self.backbone.blocks):
