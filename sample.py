@@ -252,7 +252,7 @@ def routing_cell(clip, text: str, label: str, scale: int, routing: ClipRouting, 
         panel.write(0, top + h + 6 + i * LINE, line)
     if maps:
         legend = y_maps - LINE - 6
-        heading = f"where (P'_r at t = {routing.t:.2f}): read the maps of phenomena in the clip"
+        heading = f"where: P'_r at t = {routing.t:.2f}"
         panel.write(0, legend, heading, FAINT, 12, width - 116)
         panel.write(width - 98, legend, "0", FAINT, 12, anchor="ra")
         ramp = overlay(np.full((1, 9, 80, 3), 100, np.uint8), np.linspace(0, 1, 80)[None, None], 1)
