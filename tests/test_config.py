@@ -134,7 +134,7 @@ def test_choices(name, monkeypatch):
     ("--dim 100", "multiple of 16"), ("--dim 96 --heads 4", "multiple of 16"), ("--time_dim 33", "even"),
     ("--physical_blocks 1;3", "1,3,5"), ("--physical_blocks -1", "--physical_blocks"), ("--physical_blocks 1,6", "--depth"), ("--physical_blocks 3,1", "rise"),
     ("--physical_blocks 1,1", "rise"), ("--physical_blocks=", "nothing to train"), ("--init_from runs/a --physics_steps 0", "--init_from"),
-    ("--base_steps 0", "--init_from"), ("--top_k 9", "--refinement_experts"), ("--batch_size 1", "L_coarse"), ("--ood speed --data_dir videos", "--ood"),
+    ("--base_steps 0", "--init_from"), ("--top_k 17", "--refinement_experts"), ("--batch_size 1", "L_coarse"), ("--ood speed --data_dir videos", "--ood"),
     ("--decoys 1.5", "--decoys"), ("--two 2", "--two"), ("--caption_dropout 1.01", "--caption_dropout"), ("--ema 1", "--ema"),
     ("--process vpred --preview_steps 1001", "--preview_steps"),
 ])
