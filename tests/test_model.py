@@ -190,8 +190,7 @@ def test_padding_is_id_0_and_the_condition_carries_the_plain_text(net):
     tokens, condition = net.embed(x, t, text)
     assert torch.equal(condition.text_length, length) and torch.equal(net(x, t, text), net(x, t, text, length))
     assert torch.equal(condition.text, net.text_embedding.weight[text])  # what the semantic router reads has no word order
-    angle_zero = torch.cat([torch.ones(D // 2), torch.zeros(D // 2)])
-    close(tokens[:, :L], condition.text + net.text_position + net.position_gain * angle_zero)
+    close(tokens[:, :L], condition.text + net.text_position)
     assert condition.n_text == L and condition.grid == (3, 3, 5)
     assert torch.equal(net.embed(x, t, text, torch.tensor([1, 2]))[1].text_length, torch.tensor([1, 2]))
 
@@ -227,9 +226,9 @@ def slow_forward(net, x, t, text):
         time = silu(linear("time_embedding.2", silu(linear("time_embedding.0", time))))
         words = torch.stack([w["text_embedding.weight"][word] + w["text_position"][n] for n, word in enumerate(text[b].tolist())])
         patches = torch.stack([linear("patch_proj", x[part(*cell)].double().flatten()) for cell in cells])
-        gain, at = w["position_gain"], torch.tensor([[0.0] * (D // 2)] * len(words) + [angles_of(*cell, D) for cell in cells], dtype=torch.float64)
-        added = gain * torch.cat([at.cos(), at.sin()], dim=1)  # (S, D), one row a token; every word stands at angle zero
-        tokens = {"text": words + added[: len(words)], "video": patches + added[len(words) :]}
+        at = torch.tensor([angles_of(*cell, D) for cell in cells], dtype=torch.float64)
+        added = w["position_gain"] * torch.cat([at.cos(), at.sin()], dim=1)  # (N, D), one row a video token
+        tokens = {"text": words, "video": patches + added}
 
         for block in range(CFG.depth):
             name = f"blocks.{block}."
