@@ -119,19 +119,30 @@ class Log:
     def __init__(self, path: Path, step: int):
         self.path = path
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+            lines = [line for line in path.read_text().splitlines() if _before(line, step)]
             config.write(path, "".join(line + "\n" for line in lines))
 
     def write(self, **values) -> None:
         with self.path.open("a") as f:
-            f.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in values.items()}) + "\n")
+            f.write(json.dumps(_tidy(values)) + "\n")
 
 
-def _step_of(line: str) -> float:
+def _before(line: str, step: int) -> bool:
+    """Was this line written before the checkpoint of `step`? Its validation was, its training step is still to come."""
     try:
-        return json.loads(line)["step"]
+        entry = json.loads(line)
+        return entry["step"] < step or (entry["step"] == step > 0 and "held_out" in entry)
     except (ValueError, KeyError):  # the last line of a killed run may be half-written
-        return math.inf
+        return False
+
+
+def _tidy(value):
+    """What is not finite becomes null, because JSON has no NaN."""
+    if isinstance(value, dict):
+        return {k: _tidy(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_tidy(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- model, averages, optimizers ------------------------------------------------------------------------------------------
@@ -140,7 +151,7 @@ class State:
 
     def __init__(self, cfg: Config, vocabulary: int):
         self.cfg, self.device = cfg, torch.device(cfg.device)
-        self.step, self.seconds, self.skipped = 0, 0.0, 0
+        self.step, self.seconds = 0, 0.0
         torch.manual_seed(cfg.seed)
         self.model: nn.Module = CogVideoX(cfg, vocabulary).to(self.device)
         self.begin("base", cfg.lr)
@@ -217,9 +228,11 @@ def make_optimizers(trained: dict[str, nn.Parameter], cfg: Config, lr: float) ->
     """Muon on the 2-D matrices of blocks and AdamW on the rest, or AdamW alone. Vectors and biases do not decay."""
     def is_block_matrix(name, p):
         return p.ndim == 2 and ("blocks." in name or name.startswith("physical.")) and "norm" not in name
-    muon = [p for name, p in trained.items() if cfg.optimizer == "muon" and is_block_matrix(name, p)]
-    rest = [p for name, p in trained.items() if not (cfg.optimizer == "muon" and is_block_matrix(name, p))]
-    groups = [dict(params=[p for p in rest if p.ndim >= 2], weight_decay=cfg.weight_decay), dict(params=[p for p in rest if p.ndim < 2], weight_decay=0.0)]
+    muon, decayed, plain = [], [], []
+    for name, p in trained.items():
+        matrix = p.ndim >= 2 and not name.endswith("bias")  # the experts' biases stand in one table
+        (muon if cfg.optimizer == "muon" and is_block_matrix(name, p) else decayed if matrix else plain).append(p)
+    groups = [dict(params=decayed, weight_decay=cfg.weight_decay), dict(params=plain, weight_decay=0.0)]
     adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
     if not muon:
         return [adamw]
@@ -250,8 +263,10 @@ def save(state: State, path: Path) -> None:
 
 
 def save_and_prune(state: State, folder: Path) -> None:
-    save(state, folder / f"step{state.step:06d}.pt")
-    for old in sorted(folder.glob("step*.pt"))[:-2]:
+    """Save, and keep this and the one before. Later ones are damaged ones that were passed over: they count for nothing."""
+    path = folder / f"step{state.step:06d}.pt"
+    save(state, path)
+    for old in sorted(p for p in folder.glob("step*.pt") if p <= path)[:-2]:
         old.unlink()
 
 
@@ -344,6 +359,8 @@ def by_noise(per_clip: Tensor, t: Tensor) -> list[float | None]:
 
 # --- the story ------------------------------------------------------------------------------------------------------------
 def main(cfg: Config) -> None:
+    if cfg.init_from:  # stage one is skipped, whatever its length
+        cfg = dataclasses.replace(cfg, base_steps=0)
     cfg, why = resolve(config.check(cfg))
     run = open_run(cfg)
     try:
@@ -370,9 +387,10 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
     state = State(cfg, len(tokenizer))
     if cfg.resume:
         load_newest(state, run / "checkpoints")
+        if state.stage == "physics" and cfg.base_steps != stored["base_steps"] or state.stage == "base" and cfg.base_steps < state.step:
+            raise UserError(f"--base_steps {cfg.base_steps} cannot be: {run} stands at step {state.step}, and its stage one had {stored['base_steps']}.")
     elif cfg.init_from:
         take_backbone(state, cfg)
-        cfg = state.cfg = dataclasses.replace(cfg, base_steps=0)
     tokenizer.save(run / "tokenizer.json")
     describe_run(run, cfg, why, clips.categories_present, pool.key)
     log, prompts = Log(run / "log.jsonl", state.step), preview_prompts(clips)
@@ -393,7 +411,7 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
             border = state.stage == "base" and state.step == cfg.base_steps
             stopping = bool(stop) or state.step == cfg.stop_at > begun
             last = state.step >= total
-            if state.step > begun or last:
+            if state.step > begun:
                 state.seconds = time.perf_counter() - clock
                 if border or last or state.step % cfg.eval_every == 0:
                     held_out = held_out_loss(state, process, clips)

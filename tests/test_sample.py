@@ -139,9 +139,10 @@ def test_routing_is_that_of_the_step_nearest_half(loaded, monkeypatch):
         return out
 
     monkeypatch.setattr(ProPhy, "forward", spy)
-    _, routings = clips(loaded, steps=5)  # 1, .8, .6, .4, .2: .6 and .4 are equally near up to rounding
+    _, routings = clips(loaded, steps=5)
     t = routings[0].t
-    assert min(abs(t - 0.6), abs(t - 0.4)) < 1e-6 and len(seen) == 5
+    nearest = sorted(process.times(5)[:-1], key=lambda time: abs(time - 0.5))[0]  # shifted by 3: 1, .92, .82, .67, .43
+    assert abs(t - nearest) < 1e-6 and abs(nearest - 3 / 7) < 1e-6 and len(seen) == 5
     for i, routing in enumerate(routings):
         expected = seen[round(1000 * t)]
         assert np.array_equal(routing.lift.reshape(-1, cfg.categories), expected.refinement_lift[i].numpy())
