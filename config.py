@@ -96,8 +96,8 @@ class Config:
     negatives: float = 0.0  # weight of a pull to zero where the paper's mask M is 0: absent phenomena, and of VLM maps the rest (ours; 0 = paper)
 
     # --- training
-    base_steps: int = 2600  # stage one: the backbone alone
-    physics_steps: int = 600  # stage two: the branch, attached to the trained backbone
+    base_steps: int = 3100  # stage one: the backbone alone
+    physics_steps: int = 500  # stage two: the branch, attached to the trained backbone
     freeze_backbone: bool = True  # stage two trains the branch only, as the paper does
     batch_size: int = 16  # clips a step
     optimizer: str = "muon"  # muon (block matrices; AdamW for the rest) | adamw (everything)
