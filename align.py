@@ -1,9 +1,10 @@
 """The three losses that teach the routers, and the target that a teacher's attention maps become. Pure functions.
 
-    L = L_diffusion + 0.1 L_coarse + 0.02 L_fine_align + 0.01 L_fine_balance        (Eq. 6; the weights live in config.py)
+    L = L_diffusion + 0.1 L_coarse + 0.02 L_fine_align + 0.01 L_fine_balance        (Eq. 6; weights: config.py)
 
 L_coarse tells the semantic router *which* physics a clip holds, L_fine_align tells the refinement router *where*, and
-L_fine_balance keeps its experts in use. No vision-language model here: teacher.py makes maps, this file makes targets of them.
+L_fine_balance keeps its experts in use. No vision-language model here: teacher.py makes maps, this file makes targets
+of them.
 
 Letters: B clips, N video tokens, E_s semantic and E_r refinement experts, E_cat phenomena, k experts a token.
 """
@@ -15,10 +16,10 @@ from torch import Tensor
 def coarse_loss(p_s: Tensor, q_s: Tensor, kind: str = "relative", reduction: str = "mean") -> Tensor:
     """L_coarse (Eq. 3-4): clips with alike physics should be routed alike.
 
-    p_s (B, E_cat): the semantic router's weights rho_s lifted to the categories. q_s (B, E_cat): multi-hot labels, at least
-    one a clip. "relative" compares the cosine similarity of every pair of clips in P_s and in Q_s; it orders clips and names
-    no class. "bce" reads p_s as logits and names classes: the paper's ablation. `reduction` is over pairs (or over entries);
-    the paper prints a sum, the mean is ours: its weight does not grow with B^2.
+    p_s (B, E_cat): the semantic router's weights rho_s lifted to the categories. q_s (B, E_cat): multi-hot labels, at
+    least one a clip. "relative" compares the cosine similarity of every pair of clips in P_s and in Q_s; it orders
+    clips and names no class. "bce" reads p_s as logits and names classes: the paper's ablation. `reduction` is over
+    pairs (or over entries); the paper prints a sum, the mean is ours: its weight does not grow with B^2.
 
     Raises ValueError for a batch of one under "relative": it has no pair, and a silent zero would teach nothing.
     """
@@ -35,8 +36,9 @@ def coarse_loss(p_s: Tensor, q_s: Tensor, kind: str = "relative", reduction: str
 def fine_align_loss(p_r: Tensor, target: Tensor, mask: Tensor, reduction: str = "mean") -> Tensor:
     """L_fine_align (Eq. 5): sum over M > 0 of M (P'_r - Q_r)^2; all three (B, N, E_cat).
 
-    p_r: refinement probabilities lifted to the categories. mask: 0 leaves an entry out, with exactly zero gradient; values
-    between weigh it. The mean (ours) is over the mask's total, so the weight does not depend on resolution; an empty mask gives 0.
+    p_r: refinement probabilities lifted to the categories. mask: 0 leaves an entry out, with exactly zero gradient;
+    values between weigh it. The mean (ours) is over the mask's total, so the weight does not depend on resolution; an
+    empty mask gives 0.
     """
     error = torch.where(mask > 0, mask * (p_r.float() - target).square(), 0)
     return error.sum() if reduction == "sum" else error.sum() / mask.sum().clamp(min=1e-6)
@@ -45,8 +47,9 @@ def fine_align_loss(p_r: Tensor, target: Tensor, mask: Tensor, reduction: str = 
 def balance_loss(rho_r: Tensor, chosen: Tensor) -> Tensor:
     """L_fine_balance, the load-balancing loss of Switch Transformers (Fedus et al. 2021, Eq. 4): E_r sum_i f_i p_i.
 
-    rho_r (B, N, E_r) router probabilities; chosen (B, N, k) indices of the experts taken. f_i is expert i's share of all
-    choices, p_i its mean probability. Even use gives 1; everything through one expert gives E_r. Only p carries a gradient.
+    rho_r (B, N, E_r) router probabilities; chosen (B, N, k) indices of the experts taken. f_i is expert i's share of
+    all choices, p_i its mean probability. Even use gives 1; everything through one expert gives E_r. Only p carries a
+    gradient.
     """
     E_r = rho_r.shape[-1]
     f = torch.bincount(chosen.flatten(), minlength=E_r) / chosen.numel()
@@ -57,9 +60,10 @@ def map_target(maps: Tensor, background: Tensor, categories: Tensor, negatives: 
     """A teacher's attention maps -> (target Q_r, mask M), both (B, N, E_cat), for fine_align_loss.
 
     maps (B, N, E_cat): attention of the answer about each phenomenon, as a density (uniform attention = 1). background
-    (B, N): the same for a generic question, subtracted. The paper's rule: M is 1 where the category is annotated as present
-    (categories (B, E_cat)) and the difference is positive. The target is the difference over its largest value in the clip, so that
-    it lies in 0..1 (ours). `negatives` (0 = paper) weighs a pull to zero at the other tokens of present categories.
+    (B, N): the same for a generic question, subtracted. The paper's rule: M is 1 where the category is annotated as
+    present (categories (B, E_cat)) and the difference is positive. The target is the difference over its largest
+    value in the clip, so that it lies in 0..1 (ours). `negatives` (0 = paper) weighs a pull to zero at the other
+    tokens of present categories.
     """
     difference = maps - background[..., None]
     present = categories[:, None] > 0  # (B, 1, E_cat)

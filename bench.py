@@ -1,11 +1,13 @@
-"""How fast, and where the time goes. Everything compared is timed in turns within one run, because only such ratios mean much.
+"""How fast, and where the time goes. Everything compared is timed in turns within one run, because only such ratios
+mean much.
 
     python bench.py                 every table, eager and compiled (about five minutes on two CPU cores)
     python bench.py --compile off   eager only
 
 1. The training step of a preset, base and with the branch: ms, clips a second, and the share of each part of the step.
 2. Sorted expert dispatch against dense experts (every expert on every token), forward and backward.
-3. The base DiT's training step against diffusers' CogVideoXTransformer3DModel at the same width, depth, tokens, text, optimizer
+3. The base DiT's training step against diffusers' CogVideoXTransformer3DModel at the same width, depth, tokens, text,
+optimizer
    and precision (needs diffusers from requirements-extra.txt; left out with a sentence where it is missing).
 """
 import dataclasses
@@ -29,7 +31,8 @@ VOCABULARY = 120
 
 
 def in_turns(functions: dict, rounds: int) -> dict[str, float]:
-    """{name: median seconds} of functions called in turns, so that a busy moment of the machine falls on all of them."""
+    """{name: median seconds} of functions called in turns, so that a busy moment of the machine falls on all of
+    them."""
     for function in functions.values():  # the first calls compile and fill caches
         function()
         function()
@@ -50,11 +53,12 @@ def random_batch(cfg: Config) -> SimpleNamespace:
     length = torch.randint(1, cfg.text_len + 1, (B,))
     text = torch.randint(2, VOCABULARY, (B, cfg.text_len)) * (torch.arange(cfg.text_len) < length[:, None])
     fields = dict(video=torch.rand(B, 3, cfg.frames, cfg.height, cfg.width) * 2 - 1, text=text, text_length=length,
-                  categories=(torch.rand(B, E) < 0.2).float(), target=(torch.rand(B, N, E) < 0.2).float(), target_mask=torch.ones(B, N, E))
+                  categories=(torch.rand(B, E) < 0.2).float(), target=(torch.rand(B, N, E) < 0.2).float(),
+                  target_mask=torch.ones(B, N, E))
     return SimpleNamespace(**{name: value.to(cfg.device) for name, value in fields.items()})
 
 
-# --- 1. the training step -------------------------------------------------------------------------------------------------
+# --- 1. the training step ---------------------------------------------------------------------------------------------
 def training_step(cfg: Config, stage: str):
     """-> a function that takes one training step as train.py does, and the list of (part, seconds) it appends to."""
     state, process, batch, parts = train.State(cfg, VOCABULARY), diffusion.build(cfg), random_batch(cfg), []
@@ -80,17 +84,19 @@ def training_step(cfg: Config, stage: str):
 
 
 def step_table(cfg: Config, rounds: int) -> None:
+    """Print the training step of both stages, and how its time is spent."""
     print(f"\n`{cfg.config}`, batch {cfg.batch_size}, {cfg.precision}, compile {cfg.compile}\n")
     print("| training step | ms | clips/s | noise | forward | backward | optimizer, average |\n|---|---|---|---|---|---|---|")
     steps = {stage: training_step(cfg, stage) for stage in ("base", "physics")}
     seconds = in_turns({stage: step for stage, (step, _) in steps.items()}, rounds)
     for stage, (_, parts) in steps.items():
         shares = [statistics.median(p) / seconds[stage] for p in zip(*parts)]
-        name = {"base": "base", "physics": "with branch, backbone frozen" if cfg.freeze_backbone else "with branch"}[stage]
-        print(f"| {name} | {seconds[stage] * 1e3:.0f} | {cfg.batch_size / seconds[stage]:.0f} | " + " | ".join(f"{s:.0%}" for s in shares) + " |")
+        name = {"base": "base", "physics": "with branch" + ", backbone frozen" * cfg.freeze_backbone}[stage]
+        print(f"| {name} | {seconds[stage] * 1e3:.0f} | {cfg.batch_size / seconds[stage]:.0f} | "
+              + " | ".join(f"{s:.0%}" for s in shares) + " |")
 
 
-# --- 2. expert dispatch ---------------------------------------------------------------------------------------------------
+# --- 2. expert dispatch -----------------------------------------------------------------------------------------------
 def dense(x, gate, chosen, weight, bias):
     """What dispatch computes, with every expert on every token."""
     every = torch.einsum("md,edf->mef", x, weight) + bias  # (M, E, D)
@@ -99,6 +105,7 @@ def dense(x, gate, chosen, weight, bias):
 
 
 def dispatch_table(cfg: Config, rounds: int) -> None:
+    """Print sorted against dense experts."""
     E, k, D = cfg.refinement_experts, cfg.top_k, cfg.dim
     M = cfg.batch_size * cfg.grid[0] * cfg.grid[1] * cfg.grid[2]
     x, weight, bias = torch.randn(M, D), torch.randn(E, D, D), torch.randn(E, D)
@@ -110,25 +117,31 @@ def dispatch_table(cfg: Config, rounds: int) -> None:
             y = function(x, gate, chosen, weight, bias)
         y.float().square().mean().backward()
     seconds = in_turns({"dense": lambda: run(dense), "sorted": lambda: run(experts.dispatch)}, rounds)
-    print(f"\nExperts, {M} tokens, top {k} of {E}, forward and backward: sorted dispatch takes {seconds['sorted'] / seconds['dense']:.2f} "
-          f"of dense ({seconds['dense'] / seconds['sorted']:.1f} times as fast).")
+    print(f"\nExperts, {M} tokens, top {k} of {E}, forward and backward: sorted dispatch takes "
+          f"{seconds['sorted'] / seconds['dense']:.2f} of dense ({seconds['dense'] / seconds['sorted']:.1f} times as fast).")
 
 
-# --- 3. against diffusers -------------------------------------------------------------------------------------------------
+# --- 3. against diffusers ---------------------------------------------------------------------------------------------
 def reference_model(cfg: Config):
     """diffusers' CogVideoX at this config's size, with its rotary table, as a function of (x, t, text embedding)."""
     from diffusers import CogVideoXTransformer3DModel
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
     T, h, w = cfg.grid
     model = CogVideoXTransformer3DModel(
-        num_attention_heads=cfg.heads, attention_head_dim=cfg.dim // cfg.heads, in_channels=3, out_channels=3, time_embed_dim=cfg.time_dim,
-        text_embed_dim=cfg.dim, num_layers=cfg.depth, sample_width=cfg.width, sample_height=cfg.height, sample_frames=cfg.frames, patch_size=cfg.patch,
-        patch_size_t=cfg.patch_t, max_text_seq_length=cfg.text_len, use_rotary_positional_embeddings=True).to(cfg.device)
-    rope = get_3d_rotary_pos_embed(cfg.dim // cfg.heads, ((0, 0), (h, w)), (h, w), T, grid_type="slice", max_size=(h, w), device=cfg.device)
-    return model, lambda x, t, y: model(x.transpose(1, 2), y, t, image_rotary_emb=rope, return_dict=False)[0].transpose(1, 2)
+        num_attention_heads=cfg.heads, attention_head_dim=cfg.dim // cfg.heads, in_channels=3, out_channels=3,
+        time_embed_dim=cfg.time_dim, text_embed_dim=cfg.dim, num_layers=cfg.depth, sample_width=cfg.width,
+        sample_height=cfg.height, sample_frames=cfg.frames, patch_size=cfg.patch, patch_size_t=cfg.patch_t,
+        max_text_seq_length=cfg.text_len, use_rotary_positional_embeddings=True).to(cfg.device)
+    rope = get_3d_rotary_pos_embed(cfg.dim // cfg.heads, ((0, 0), (h, w)), (h, w), T, grid_type="slice",
+                                   max_size=(h, w), device=cfg.device)
+
+    def call(x, t, y):
+        return model(x.transpose(1, 2), y, t, image_rotary_emb=rope, return_dict=False)[0].transpose(1, 2)
+    return model, call
 
 
 def reference_table(cfg: Config, rounds: int) -> None:
+    """Print the base's training step against diffusers'."""
     try:
         theirs, call_theirs = reference_model(cfg)
     except ImportError:
@@ -153,8 +166,9 @@ def reference_table(cfg: Config, rounds: int) -> None:
         return run
     seconds = in_turns({"diffusers": step(theirs, lambda: call_theirs(batch.video, t, y)),
                         "ours": step(ours, lambda: ours(batch.video, t, batch.text, batch.text_length))}, rounds)
-    print(f"\nTraining step of the base against diffusers' CogVideoXTransformer3DModel, {cfg.precision}, compile {cfg.compile}: "
-          f"{seconds['diffusers'] / seconds['ours']:.2f} times as fast ({seconds['ours'] * 1e3:.0f} against {seconds['diffusers'] * 1e3:.0f} ms).")
+    print(f"\nTraining step of the base against diffusers' CogVideoXTransformer3DModel, {cfg.precision}, compile "
+          f"{cfg.compile}: {seconds['diffusers'] / seconds['ours']:.2f} times as fast "
+          f"({seconds['ours'] * 1e3:.0f} against {seconds['diffusers'] * 1e3:.0f} ms).")
 
 
 def main(cfg: Config, rounds: int = 30) -> None:
@@ -170,4 +184,4 @@ def main(cfg: Config, rounds: int = 30) -> None:
 
 
 if __name__ == "__main__":
-    config.entry(lambda: main(config.parse(sys.argv[1:], "Time nanoProPhy's training step, its experts, and both against references.")))
+    config.entry(lambda: main(config.parse(sys.argv[1:], "Time the training step and the experts against references.")))

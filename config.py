@@ -1,7 +1,8 @@
 """Every knob of nanoProPhy, once: one frozen dataclass, named presets, command-line flags made from its fields.
 
-A field's trailing comment is its meaning, and `--help` prints exactly that comment. `parse` turns the command line into a
-checked `Config`; `check` holds the rules that tie fields together. Nothing here imports torch, so a typo costs no start-up.
+A field's trailing comment is its meaning, and `--help` prints exactly that comment. `parse` turns the command line
+into a checked `Config`; `check` holds the rules that tie fields together. Nothing here imports torch, so a typo costs
+no start-up.
 
 "ours" marks a value the paper (arXiv 2512.05564) does not state.
 """
@@ -73,7 +74,7 @@ class Config:
     predict: str = "x"  # what the network outputs under flow: x | v | eps; the loss is always weighted as v
     time_mean: float = 0.0  # flow: t = sigmoid(N(mean, std)); above 0 leans towards noise
     time_std: float = 1.2  # flow: spread of the logit-normal times
-    shift: float = 3.0  # flow: t -> s t / (1 + (s - 1) t), training and sampling alike: what a caption decides is decided near pure noise
+    shift: float = 3.0  # flow: t -> s t / (1 + (s - 1) t), in training and sampling; captions decide near pure noise
     snr_shift: float = 1.0  # vpred: CogVideoX-2B has 3, 5B has 1
 
     # --- physical branch
@@ -93,11 +94,11 @@ class Config:
     balance_weight: float = 0.01  # of L_fine_balance
     coarse_loss: str = "relative"  # relative (Eq. 3-4) | bce (the ablation's rival)
     reduction: str = "mean"  # of L_coarse over pairs and L_fine_align over entries: mean (ours) | sum (as printed)
-    negatives: float = 0.0  # weight of a pull to zero where the paper's mask M is 0: absent phenomena, and of VLM maps the rest (ours; 0 = paper)
+    negatives: float = 0.0  # pull to zero where the paper's mask M is 0: absent phenomena, rest of VLM maps (0 = paper)
 
     # --- training
-    base_steps: int = 3100  # stage one: the backbone alone
-    physics_steps: int = 500  # stage two: the branch, attached to the trained backbone
+    base_steps: int = 2900  # stage one: the backbone alone
+    physics_steps: int = 450  # stage two: the branch, attached to the trained backbone
     freeze_backbone: bool = True  # stage two trains the branch only, as the paper does
     batch_size: int = 16  # clips a step
     optimizer: str = "muon"  # muon (block matrices; AdamW for the rest) | adamw (everything)
@@ -133,20 +134,23 @@ class Config:
 PRESETS = {
     "small": dict(negatives=0.02),  # the defaults above: two CPU cores, about twelve minutes
     "debug": dict(frames=4, height=16, width=16, patch=4, dim=32, depth=2, heads=2, time_dim=16, physical_blocks="0,1",
-                  semantic_experts=4, refinement_experts=4, world_clips=64, val_clips=8, batch_size=8, base_steps=30, physics_steps=20,
-                  warmup=5, ema=0.9, precision="fp32", compile="off", log_every=5, eval_every=25, save_every=25, preview_every=0, preview_steps=4),
+                  semantic_experts=4, refinement_experts=4, world_clips=64, val_clips=8, batch_size=8, base_steps=30,
+                  physics_steps=20, warmup=5, ema=0.9, precision="fp32", compile="off", log_every=5, eval_every=25,
+                  save_every=25, preview_every=0, preview_steps=4),
 }
 
 CHOICES = {
     "device": ("auto", "cuda", "mps", "cpu"), "precision": ("auto", "fp32", "bf16"), "compile": ("auto", "on", "off"),
-    "ood": ("", "speed", "radius", "gravity"), "categories": (17, 29), "process": ("flow", "vpred"), "predict": ("x", "v", "eps"),
+    "ood": ("", "speed", "radius", "gravity"), "categories": (17, 29), "process": ("flow", "vpred"),
+    "predict": ("x", "v", "eps"),
     "injection": ("zero", "plain"), "coarse_loss": ("relative", "bce"), "reduction": ("mean", "sum"),
     "optimizer": ("muon", "adamw"), "schedule": ("linear", "constant"),
 }
-MAY_BE_ZERO = {"seed", "threads", "stop_at", "world_seed", "base_steps", "physics_steps", "warmup", "weight_decay", "preview_every", "guidance",
-               "time_mean", "coarse_weight", "fine_weight", "balance_weight", "negatives", "decoys", "two", "caption_dropout", "ema"}
-MAY_CHANGE = {"out_dir", "resume", "stop_at", "log_every", "eval_every", "save_every", "preview_every", "preview_steps", "guidance",
-              "base_steps", "physics_steps", "pool_dir"}  # on --resume; everything else would make another run of it
+MAY_BE_ZERO = {"seed", "threads", "stop_at", "world_seed", "base_steps", "physics_steps", "warmup", "weight_decay",
+               "preview_every", "guidance", "time_mean", "coarse_weight", "fine_weight", "balance_weight", "negatives",
+               "decoys", "two", "caption_dropout", "ema"}
+MAY_CHANGE = {"out_dir", "resume", "stop_at", "log_every", "eval_every", "save_every", "preview_every", "preview_steps",
+              "guidance", "base_steps", "physics_steps", "pool_dir"}  # on --resume; everything else would make another run of it
 
 
 def check(cfg: Config) -> Config:
@@ -154,20 +158,25 @@ def check(cfg: Config) -> Config:
     for f in dataclasses.fields(cfg):
         value = getattr(cfg, f.name)
         if f.name in CHOICES and value not in CHOICES[f.name]:
-            raise UserError(f"--{f.name} must be one of {', '.join(str(c) or '(empty)' for c in CHOICES[f.name])}, not {value!r}.")
+            choices = ", ".join(str(c) or "(empty)" for c in CHOICES[f.name])
+            raise UserError(f"--{f.name} must be one of {choices}, not {value!r}.")
         if f.type in (int, float) and f.name not in CHOICES:
             if f.type is int and abs(value) >= 2**63:
                 raise UserError(f"--{f.name} is too large a number.")
-            if not math.isfinite(value) or (value <= 0 and f.name not in MAY_BE_ZERO) or (value < 0 and f.name != "time_mean"):
-                raise UserError(f"--{f.name} must be {'zero or more' if f.name in MAY_BE_ZERO else 'more than zero'}, not {value}.")
+            least = -math.inf if f.name == "time_mean" else 0
+            if not math.isfinite(value) or value < least or (value == 0 and f.name not in MAY_BE_ZERO):
+                right = "a finite number" if least else "zero or more" if f.name in MAY_BE_ZERO else "more than zero"
+                raise UserError(f"--{f.name} must be {right}, not {value}.")
     for name in ("decoys", "two", "caption_dropout", "ema"):
         if getattr(cfg, name) > 1 or (name == "ema" and cfg.ema == 1):
             raise UserError(f"--{name} is a share and must lie between 0 and 1, not {getattr(cfg, name)}.")
     for size, patch in (("frames", "patch_t"), ("height", "patch"), ("width", "patch")):
         if getattr(cfg, size) % getattr(cfg, patch):
-            raise UserError(f"--{size} {getattr(cfg, size)} does not divide into patches of {getattr(cfg, patch)} (--{patch}).")
+            raise UserError(f"--{size} {getattr(cfg, size)} does not divide into patches of {getattr(cfg, patch)} "
+                            f"(--{patch}).")
     if not cfg.data_dir and not (16 <= cfg.height <= 128 and 16 <= cfg.width <= 128 and 2 <= cfg.frames <= 256):
-        raise UserError(f"The world draws 16 to 128 pixels and 2 to 256 frames, not {cfg.frames} x {cfg.height} x {cfg.width}.")
+        raise UserError(f"The world draws 16 to 128 pixels and 2 to 256 frames, not {cfg.frames} x {cfg.height} x "
+                        f"{cfg.width}.")
     if cfg.dim % cfg.heads or (cfg.dim // cfg.heads) % 16:
         raise UserError(f"--dim / --heads must be a multiple of 16, not {cfg.dim} / {cfg.heads}.")
     if cfg.time_dim % 2:
@@ -178,7 +187,8 @@ def check(cfg: Config) -> Config:
     if list(at) != sorted(set(at)) or any(i >= cfg.depth for i in at):
         raise UserError(f"--physical_blocks must rise and stay below --depth {cfg.depth}, not {cfg.physical_blocks!r}.")
     if cfg.physics_steps and not at:
-        raise UserError("Stage two has nothing to train: give --physical_blocks, or --physics_steps 0 for the backbone alone.")
+        raise UserError("Stage two has nothing to train: give --physical_blocks, or --physics_steps 0 for the backbone "
+                        "alone.")
     if cfg.init_from and not cfg.physics_steps:
         raise UserError("--init_from starts at stage two, which --physics_steps 0 leaves out.")
     if not cfg.init_from and not cfg.base_steps:
@@ -187,8 +197,10 @@ def check(cfg: Config) -> Config:
         raise UserError(f"--top_k {cfg.top_k} is more than --refinement_experts {cfg.refinement_experts}.")
     if cfg.process == "vpred" and cfg.preview_steps > 1000:
         raise UserError(f"--process vpred has 1000 steps; --preview_steps {cfg.preview_steps} cannot be taken.")
-    if cfg.batch_size == 1 and cfg.physics_steps and cfg.semantic and cfg.coarse_weight and cfg.coarse_loss == "relative":
-        raise UserError("--batch_size 1 leaves L_coarse no pair of clips to compare: use more, or --coarse_loss bce, or --coarse_weight 0.")
+    pairs = cfg.physics_steps and cfg.semantic and cfg.coarse_weight and cfg.coarse_loss == "relative"
+    if cfg.batch_size == 1 and pairs:
+        raise UserError("--batch_size 1 leaves L_coarse no pair of clips to compare: use more, or --coarse_loss bce, "
+                        "or --coarse_weight 0.")
     if cfg.ood and cfg.data_dir:
         raise UserError("--ood is for the world; videos from --data_dir are as they are.")
     return cfg
@@ -210,7 +222,8 @@ class Parser(argparse.ArgumentParser):
     """argparse that answers a mistake with one sentence instead of a usage page."""
 
     def __init__(self, description: str):
-        super().__init__(description=description, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message):
         raise UserError(f"{message[0].upper()}{message[1:]}; --help lists every flag.")
@@ -222,9 +235,12 @@ def parse(argv: list[str], description: str) -> Config:
     parser.add_argument("--config", default=argparse.SUPPRESS, help=f"preset: {', '.join(PRESETS)} [small]")
     for f in dataclasses.fields(Config):
         if f.name != "config":
-            kind = dict(type=boolean, nargs="?", const=True, metavar="true|false") if f.type is bool else dict(type=f.type, metavar=f.type.__name__.upper())
-            # SUPPRESS: only flags that were given reach the namespace, so they override the preset and nothing else does.
-            parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=f"{meanings()[f.name]} [{f.default}]".replace("%", "%%"), **kind)
+            kind = dict(type=f.type, metavar=f.type.__name__.upper())
+            if f.type is bool:
+                kind = dict(type=boolean, nargs="?", const=True, metavar="true|false")
+            meaning = f"{meanings()[f.name]} [{f.default}]".replace("%", "%%")
+            # SUPPRESS: only flags that were given reach the namespace; they override the preset and nothing else does.
+            parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=meaning, **kind)
     given = vars(parser.parse_args(argv))
     cfg = preset(**given)
     if cfg.resume:  # fields that were not given again are as the run was started

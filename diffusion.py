@@ -8,8 +8,8 @@ s = sqrt(1 - alpha_bar) on a table of 1000 steps that ends in exactly no signal.
 * the network may output x, v or eps; all three are turned into an estimate of x, and the loss is always that of v,
   ||v_hat - v||^2 = ||x_hat - x||^2 / s^2 for both lineages. In pixel space predicting x is decisive: a token is an 8 x 8
   patch of which the noise fills every dimension and the clip only a few.
-* one deterministic sampler: estimate x and eps, put them together again at the next time. For flow matching this *is* the
-  Euler step, for CogVideoX it *is* DDIM.
+* one deterministic sampler: estimate x and eps, put them together again at the next time. For flow matching this *is*
+  the Euler step, for CogVideoX it *is* DDIM.
 
 Shapes: x, x_t, eps and predictions (B, C, F, H, W); t (B,) in [0, 1].
 """
@@ -28,7 +28,8 @@ def per_clip(t: Tensor, x: Tensor) -> Tensor:
 
 
 class Process:
-    """What both lineages share. A subclass says `coefficients`, `warp` (uniform -> training time), `times` and `model_time`."""
+    """What both lineages share. A subclass says `coefficients`, `warp` (uniform -> training time), `times` and
+    `model_time`."""
 
     s_min = 0.05  # the loss's 1 / s^2 is cut here, or nearly clean clips would outweigh all others
 
@@ -43,7 +44,8 @@ class Process:
         """
         start = np.random.default_rng([seed, 0]).random()
         u = torch.tensor([(start + int(i) * GOLDEN) % 1 for i in index], dtype=torch.float64)
-        eps = np.stack([np.random.default_rng([seed, 1, int(i)]).standard_normal(tuple(shape), np.float32) for i in index])
+        rngs = (np.random.default_rng([seed, 1, int(i)]) for i in index)
+        eps = np.stack([rng.standard_normal(tuple(shape), np.float32) for rng in rngs])
         return self.warp(u).float(), torch.from_numpy(eps)
 
     def noise(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
@@ -73,12 +75,13 @@ class Process:
         return error.square().flatten(1).mean(1)
 
     @torch.no_grad()
-    def sample(self, denoise, noise: Tensor, steps: int, guidance: float = 1.0, unconditional=None, watch=None) -> Tensor:
+    def sample(self, denoise, noise: Tensor, steps: int, guidance: float = 1.0, unconditional=None,
+               watch=None) -> Tensor:
         """Noise (B, C, F, H, W) -> clips, in `steps` deterministic steps (Euler for flow, DDIM for v-prediction).
 
         `denoise(x_t, model_time)` and `unconditional(x_t, model_time)` return the network's raw output, joined by
-        classifier-free guidance u + guidance (c - u); guidance 1 never calls the second. `watch(t)` is called after each
-        step with the time it started from: progress bars and routing pictures hang there.
+        classifier-free guidance u + guidance (c - u); guidance 1 never calls the second. `watch(t)` is called after
+        each step with the time it started from: progress bars and routing pictures hang there.
         """
         x_t, times = noise, self.times(steps)
         for now, then in zip(times[:-1], times[1:]):
@@ -146,7 +149,7 @@ class VPrediction(Process):
         alpha_bar = (1 - betas).cumprod(0)
         alpha_bar = alpha_bar / (snr_shift + (1 - snr_shift) * alpha_bar)
         root = alpha_bar.sqrt()
-        root = (root - root[-1]) * root[0] / (root[0] - root[-1])  # Lin et al. 2023: the last step holds no signal at all
+        root = (root - root[-1]) * root[0] / (root[0] - root[-1])  # Lin et al. 2023: no signal at all at the last step
         self.alpha_bar = root.square()
 
     def step_of(self, t: Tensor) -> Tensor:
@@ -166,7 +169,8 @@ class VPrediction(Process):
         return (u * self.steps).floor().clamp(max=self.steps - 1) / (self.steps - 1)
 
     def times(self, steps: int) -> list[float]:
-        """"Trailing" steps: 999, 979, ... 19 for 50, then 0 meaning clean data (alpha_bar = 1, not the table's first entry)."""
+        """"Trailing" steps: 999, 979, ... 19 for 50, then 0 meaning clean data (alpha_bar = 1, not the table's first
+        entry)."""
         if steps > self.steps:
             raise ValueError(f"v-prediction has {self.steps} steps; {steps} cannot be taken.")
         first = [round(self.steps - i * self.steps / steps) - 1 for i in range(steps)]

@@ -8,12 +8,14 @@
                        ^                                                 (attention, REB, feed-forward)
                    text y
 
-* Semantic Expert Block (SEB, Eq. 1): a router reads the text and mixes E_s learnable basis maps, softly, into the tokens.
+* Semantic Expert Block (SEB, Eq. 1): a router reads the text and mixes E_s learnable basis maps, softly, into the
+  tokens.
 * Physical blocks: the backbone's own architecture, starting from the weights of the block they stand beside.
 * Refinement Expert Block (REB, Eq. 2), inside the last physical block: each token is sent to its top-k experts of E_r.
 
-Of a backbone this file knows the block contract alone (model.py says it). Untrained, the branch changes nothing, to the bit:
-injection is a zero-initialised linear (ours, as in ControlNet; the paper's figure draws a plain +, which is a switch).
+Of a backbone this file knows the block contract alone (model.py says it). Untrained, the branch changes nothing, to
+the bit: injection is a zero-initialised linear (ours, as in ControlNet; the paper's figure draws a plain +, which is
+a switch).
 
 Letters: B clips, N = T' h w video tokens, D width, L text tokens, E_s, E_r experts, E_cat phenomena, k experts a token.
 """
@@ -45,20 +47,22 @@ def invert(logits: Tensor) -> Tensor:
 class SemanticExpertBlock(nn.Module):
     """X~ = X + sum_e rho_s[e] B_e, with one learnable map B_e (N, D) for each kind of physical knowledge (Eq. 1).
 
-    All experts take part: a hard top-k collapses at the small batches of video training. A map is tied to one token grid and
-    is interpolated to any other (ours).
+    All experts take part: a hard top-k collapses at the small batches of video training. A map is tied to one token
+    grid and is interpolated to any other (ours).
     """
 
     def __init__(self, grid: tuple[int, int, int], dim: int, text_dim: int, experts: int, categories: int):
         super().__init__()
-        self.router = nn.Sequential(nn.Linear(text_dim, text_dim), nn.SiLU(), nn.Linear(text_dim, experts))  # depth: ours
+        # its depth is ours
+        self.router = nn.Sequential(nn.Linear(text_dim, text_dim), nn.SiLU(), nn.Linear(text_dim, experts))
         self.maps = nn.Parameter(torch.randn(experts, dim, *grid) * 0.02)  # B_e, (E_s, D, T', h, w)
         self.lift = nn.Linear(experts, categories)
 
     def route(self, y: Tensor, length: Tensor, edit=None) -> tuple[Tensor, Tensor, Tensor]:
-        """Text y (B, L, D_text), of which `length` (B,) rows are real -> logits, rho_s (B, E_s) and their lift (B, E_cat)."""
+        """Text y (B, L, D_text), of which `length` (B,) rows are real -> logits, rho_s (B, E_s) and their lift (B,
+        E_cat)."""
         real = torch.arange(y.shape[1], device=y.device) < length[:, None]  # (B, L)
-        pooled = (y * real[..., None]).sum(1) / length.clamp(min=1)[:, None]  # mean over real tokens (ours); empty text: 0
+        pooled = (y * real[..., None]).sum(1) / length.clamp(min=1)[:, None]  # mean of real tokens (ours); 0 if none
         logits = self.router(pooled)
         if edit is not None:
             logits = edit(logits)
@@ -80,7 +84,8 @@ class RefinementExpertBlock(nn.Module):
     A residual around it and no renormalisation of the chosen weights are ours, and switches.
     """
 
-    def __init__(self, dim: int, experts: int, k: int, categories: int, residual: bool = True, renormalise: bool = False):
+    def __init__(self, dim: int, experts: int, k: int, categories: int, residual: bool = True,
+                 renormalise: bool = False):
         super().__init__()
         self.k, self.residual, self.renormalise = k, residual, renormalise
         self.router = nn.Linear(dim, experts)  # depth: ours
@@ -107,24 +112,25 @@ class RefinementExpertBlock(nn.Module):
 def dispatch(x: Tensor, gate: Tensor, chosen: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """sum_j gate[:, j] * (x W_chosen[:, j] + b_chosen[:, j]), visiting each expert once with just its tokens.
 
-    x (M, D), gate and chosen (M, k), weight (E, D, D), bias (E, D) -> (M, D). Sorting the M k choices by expert makes every
-    expert's tokens one contiguous segment, so the work is that of k experts a token, not of all E.
+    x (M, D), gate and chosen (M, k), weight (E, D, D), bias (E, D) -> (M, D). Sorting the M k choices by expert makes
+    every expert's tokens one contiguous segment, so the work is that of k experts a token, not of all E.
     """
     M, k = chosen.shape
     order = chosen.flatten().argsort(stable=True)  # (M k,) choices, expert by expert
     sizes = chosen.flatten().bincount(minlength=len(weight)).tolist()
     segments = x[order // k].split(sizes)
     y = torch.cat([torch.addmm(b, segment, w) for segment, w, b in zip(segments, weight, bias)])
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(M * k, device=order.device))  # inverse permutation: a gather
-    y = y[back].view(M, k, -1)  # adds in a fixed order, where index_add would not on a GPU
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(M * k, device=order.device))  # inverse permutation
+    y = y[back].view(M, k, -1)  # a gather adds in a fixed order, where index_add would not on a GPU
     return (gate[..., None].type_as(y) * y).sum(1).type_as(x)
 
 
 class ProPhy(nn.Module):
-    """A backbone with the physical branch beside it: `(prediction, Routing) = model(x, t, text, text_length, edit=None)`.
+    """A backbone with the physical branch beside it: `(prediction, Routing) = model(x, t, text, text_length,
+    edit=None)`.
 
-    Three separate steps: build; load the backbone; `init_from_backbone()`, which a resumed run skips. `edit` maps semantic
-    logits (B, E_s) to others, for example `invert`.
+    Three separate steps: build; load the backbone; `init_from_backbone()`, which a resumed run skips. `edit` maps
+    semantic logits (B, E_s) to others, for example `invert`.
     """
 
     def __init__(self, backbone: nn.Module, cfg):
@@ -135,7 +141,8 @@ class ProPhy(nn.Module):
             self.semantic = SemanticExpertBlock(cfg.grid, dim, backbone.text_dim, cfg.semantic_experts, cfg.categories)
         self.physical = nn.ModuleList(copy.deepcopy(backbone.blocks[i]) for i in self.at)
         if cfg.refinement:
-            self.refinement = RefinementExpertBlock(dim, cfg.refinement_experts, cfg.top_k, cfg.categories, cfg.residual, cfg.renormalise)
+            self.refinement = RefinementExpertBlock(dim, cfg.refinement_experts, cfg.top_k, cfg.categories,
+                                                    cfg.residual, cfg.renormalise)
         self.inject = nn.ModuleList(nn.Linear(dim, dim) if cfg.injection == "zero" else nn.Identity() for _ in self.at)
         for linear in self.inject:
             for parameter in linear.parameters():
@@ -151,13 +158,15 @@ class ProPhy(nn.Module):
         """Everything that is not the backbone's: what stage two trains."""
         return [p for name, p in self.named_parameters() if not name.startswith("backbone.")]
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, text_length: Tensor | None = None, edit=None) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, text_length: Tensor | None = None,
+                edit=None) -> tuple[Tensor, Routing]:
         tokens, condition = self.backbone.embed(x, t, text, text_length)
         n, routing = condition.n_text, Routing()
         branch = tokens
         if self.semantic is not None:
-            routing.semantic_logits, routing.semantic, routing.semantic_lift = self.semantic.route(condition.text, condition.text_length, edit)
-            branch = torch.cat([tokens[:, :n], self.semantic(tokens[:, n:], routing.semantic, condition.grid)], dim=1)
+            logits, rho, lift = self.semantic.route(condition.text, condition.text_length, edit)
+            routing.semantic_logits, routing.semantic, routing.semantic_lift = logits, rho, lift
+            branch = torch.cat([tokens[:, :n], self.semantic(tokens[:, n:], rho, condition.grid)], dim=1)
 
         def refine(h: Tensor) -> Tensor:  # (B, S, D), called inside the last physical block
             video, routing.refinement, routing.chosen = self.refinement(h[:, n:])

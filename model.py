@@ -1,12 +1,12 @@
 """The video diffusion transformer, CogVideoX lineage in small (Yang et al. 2024, arXiv 2408.06072).
 
-    x (B, C, F, H, W) --patchify--> N video tokens --+
-                                                     +--> [text | video] --blocks--> video tokens --head--> (B, C, F, H, W)
-    text ids (B, L) --embedding--> L text tokens ----+
+    x (B, C, F, H, W) --patchify--> video tokens --+
+                                                   +--> [text | video] --blocks--> video tokens --head--> prediction
+    text ids (B, L) --embedding--> text tokens ----+
 
-Every block attends over text and video together with one set of weights. What is "expert" about its adaLN is the modulation
-alone: text and video get their own shift, scale and gate from the diffusion time. Names of sub-modules are those of the
-diffusers checkpoint of CogVideoX.
+Every block attends over text and video together with one set of weights. What is "expert" about its adaLN is the
+modulation alone: text and video get their own shift, scale and gate from the diffusion time. Names of sub-modules are
+those of the diffusers checkpoint of CogVideoX.
 
 The block contract, all that experts.py knows of a backbone:
     tokens, condition = backbone.embed(x, t, text, text_length)
@@ -14,7 +14,8 @@ The block contract, all that experts.py knows of a backbone:
     prediction = backbone.head(tokens, condition)
 `condition.n_text` says how many text tokens stand in front of the video tokens.
 
-Left out on purpose: the second lineage (Wan) and official weights; they get a block and a model class of their own beside these.
+Left out on purpose: the second lineage (Wan) and official weights; they get a block and a model class of their own
+beside these.
 
 Letters: B batch, C channels, F H W video, N video tokens, L text tokens, S = L + N, D width, h heads, d = D / h.
 """
@@ -39,7 +40,7 @@ class Condition:
     text_length: Tensor  # (B,) real tokens of y; the rest is padding
 
 
-# --- shared leaves ------------------------------------------------------------------------------------------------------
+# --- shared leaves ----------------------------------------------------------------------------------------------------
 def patchify(x: Tensor, pt: int, p: int) -> Tensor:
     """(B, C, F, H, W) -> (B, N, C pt p p): tokens in order t, h, w; a token's numbers in order c, t, h, w."""
     B, C, frames, H, W = x.shape
@@ -86,7 +87,8 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over (B, h, S, d). On a CPU the formula itself beats the fused kernel, whose backward is slow."""
+    """softmax(q k^T / sqrt(d)) v over (B, h, S, d). On a CPU the formula itself beats the fused kernel, whose
+    backward is slow."""
     if q.device.type == "cpu":
         return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -120,7 +122,7 @@ class FeedForward(nn.Sequential):
         super().__init__(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
 
 
-# --- CogVideoX ----------------------------------------------------------------------------------------------------------
+# --- CogVideoX --------------------------------------------------------------------------------------------------------
 class ExpertNorm(nn.Module):
     """Expert adaLN: one LayerNorm for all tokens, then each stream's own shift and scale; its gate comes along."""
 
@@ -130,9 +132,11 @@ class ExpertNorm(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """(B, S, D) -> modulated (B, S, D), gate (B, S, D). Chunk order of the checkpoint: video first, although text leads the sequence."""
+        """(B, S, D) -> modulated (B, S, D), gate (B, S, D). Chunk order of the checkpoint: video first, although text
+        leads the sequence."""
         n = condition.n_text
-        v_shift, v_scale, v_gate, t_shift, t_scale, t_gate = self.linear(condition.time)[:, None].chunk(6, dim=-1)  # (B, 1, D) each
+        six = self.linear(condition.time)[:, None].chunk(6, dim=-1)  # (B, 1, D) each
+        v_shift, v_scale, v_gate, t_shift, t_scale, t_gate = six
         x = self.norm(x)
         text, video = x[:, :n], x[:, n:]
         x = torch.cat([text * (1 + t_scale) + t_shift, video * (1 + v_scale) + v_shift], dim=1)
@@ -158,14 +162,16 @@ class CogBlock(nn.Module):
 
     @torch.no_grad()
     def attention_map(self, x: Tensor, condition: Condition) -> Tensor:
-        """How much each video token looks at each text token, (B, h, N, L), rows of the full softmax. For evaluation."""
+        """How much each video token looks at each text token, (B, h, N, L), rows of the full softmax. For
+        evaluation."""
         n = condition.n_text
         q, k = self.attn1.queries_keys(self.norm1(x, condition)[0], condition.rope)
         return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)[:, :, n:, :n]
 
 
 class CogVideoX(nn.Module):
-    """`prediction = backbone(x, t, text, text_length)`: x (B, C, F, H, W), t (B,) 0..1000, text ids (B, L) with 0 = padding."""
+    """`prediction = backbone(x, t, text, text_length)`: x (B, C, F, H, W), t (B,) 0..1000, text ids (B, L) with 0 =
+    padding."""
 
     def __init__(self, cfg, vocabulary: int, channels: int = 3):
         super().__init__()
@@ -173,11 +179,12 @@ class CogVideoX(nn.Module):
         patch_dim = channels * cfg.patch_t * cfg.patch**2
         self.patch_proj = nn.Linear(patch_dim, cfg.dim)
         self.text_embedding = nn.Embedding(vocabulary, cfg.dim)
-        self.text_position = nn.Parameter(torch.empty(cfg.text_len, cfg.dim))  # T5 brings word order along; our embedding has none
+        self.text_position = nn.Parameter(torch.empty(cfg.text_len, cfg.dim))  # T5 brings word order, an embedding none
         self.position_gain = nn.Parameter(torch.full((cfg.dim,), 0.3))
-        self.time_embedding = nn.Sequential(nn.Linear(cfg.dim, cfg.time_dim), nn.SiLU(), nn.Linear(cfg.time_dim, cfg.time_dim))
+        self.time_embedding = nn.Sequential(
+            nn.Linear(cfg.dim, cfg.time_dim), nn.SiLU(), nn.Linear(cfg.time_dim, cfg.time_dim))
         self.blocks = nn.ModuleList(CogBlock(cfg.dim, cfg.heads, cfg.time_dim) for _ in range(cfg.depth))
-        self.norm_final, self.norm_out = nn.LayerNorm(cfg.dim), nn.LayerNorm(cfg.dim)  # two in a row, as the checkpoint has them
+        self.norm_final, self.norm_out = nn.LayerNorm(cfg.dim), nn.LayerNorm(cfg.dim)  # two in a row, as the original
         self.modulate_out = nn.Linear(cfg.time_dim, 2 * cfg.dim)
         self.proj_out = nn.Linear(cfg.dim, patch_dim)
         init_weights(self)
@@ -193,7 +200,8 @@ class CogVideoX(nn.Module):
         time = F.silu(self.time_embedding(sinusoid(t, self.cfg.dim)))  # (B, D_time)
         n = text.shape[1]
         rope = rope_3d(grid, n, self.cfg.dim // self.cfg.heads, x.device)
-        # CogVideoX-2B adds sines and cosines of the position, 5B rotates q and k by it. Both together (ours) tell left from right sooner.
+        # CogVideoX-2B adds sines and cosines of the position, 5B rotates q and k by it. Both together (ours) tell left
+        # from right sooner.
         video = video + self.position_gain * torch.cat(rope_3d(grid, 0, self.cfg.dim, x.device), dim=-1)
         tokens = torch.cat([y + self.text_position[:n], video], dim=1)
         return tokens, Condition(time, rope, n, grid, y, text_length)

@@ -4,10 +4,11 @@
     python train.py --config small --resume     go on after Ctrl-C, SIGTERM or a crash, to the bit
     python train.py --init_from runs/small ...  stage two alone, from another run's backbone
 
-The file reads in the order in which things happen: settle what `auto` means, open the run folder, open the clips, then one
-loop over steps. Inside the loop everything that happens once in a while (validation, preview, saving, the change of stage)
-comes first, and the single training step is fenced at the end. No random state is carried along: noise, clip order and
-caption dropout are functions of (seed, position in the stream), so a checkpoint holds weights, averages, optimizers and a step.
+The file reads in the order in which things happen: settle what `auto` means, open the run folder, open the clips,
+then one loop over steps. Inside the loop everything that happens once in a while (validation, preview, saving, the
+change of stage) comes first, and the single training step is fenced at the end. No random state is carried along:
+noise, clip order and caption dropout are functions of (seed, position in the stream), so a checkpoint holds weights,
+averages, optimizers and a step.
 """
 import contextlib
 import dataclasses
@@ -39,9 +40,10 @@ BINS = 4  # the log has the diffusion loss of this many equal ranges of t: a los
 HELD_OUT_SEED = 2**31  # noise of the held-out split, the same in every run
 
 
-# --- what `auto` means ----------------------------------------------------------------------------------------------------
+# --- what `auto` means ------------------------------------------------------------------------------------------------
 def resolve(cfg: Config) -> tuple[Config, dict[str, str]]:
-    """Replace every `auto` by what this machine makes of it; also the reasons, {field: sentence}. Sets the thread count."""
+    """Replace every `auto` by what this machine makes of it; also the reasons, {field: sentence}. Sets the thread
+    count."""
     why, found = {}, {}
     torch.set_num_threads(cfg.threads or os.cpu_count())
     found["threads"] = torch.get_num_threads()
@@ -53,10 +55,11 @@ def resolve(cfg: Config) -> tuple[Config, dict[str, str]]:
         found["precision"] = "bf16" if gain > 1.2 else "fp32"
         why["precision"] = f"{found['precision']}: a bf16 matrix product runs {gain:.1f} times as fast as fp32 here"
     if cfg.compile == "auto":
-        steps, compiler = cfg.base_steps + cfg.physics_steps, shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+        steps, compiler = cfg.base_steps + cfg.physics_steps, any(map(shutil.which, ("c++", "g++", "clang++")))
         if device == "mps" or steps < 500 or (device == "cpu" and not compiler):
             found["compile"] = "off"
-            why["compile"] = "off: " + ("no C++ compiler here" if steps >= 500 and device == "cpu" else f"{steps} steps on {device} would not earn it back")
+            no_compiler = steps >= 500 and device == "cpu"
+            why["compile"] = "off: " + ("no C++ compiler here" if no_compiler else f"{steps} steps on {device} would not pay")
         else:
             found["compile"] = "on"
             why["compile"] = f"on: {steps} steps earn back the minute it takes"
@@ -79,15 +82,16 @@ def matmul_gain(device: str) -> float:
         return 0.0
 
 
-# --- the run folder -------------------------------------------------------------------------------------------------------
+# --- the run folder ---------------------------------------------------------------------------------------------------
 def open_run(cfg: Config) -> Path:
     """Make the run folder, or check that it can be gone on with. Raises UserError before anything is touched."""
     run = cfg.run_dir
     if cfg.resume:
         stored = config.load(run / "config.json")
-        changed = [f.name for f in dataclasses.fields(cfg) if f.name not in config.MAY_CHANGE and getattr(cfg, f.name) not in (getattr(stored, f.name), "auto")]
+        fixed = [f.name for f in dataclasses.fields(cfg) if f.name not in config.MAY_CHANGE]
+        changed = [f"--{name}" for name in fixed if getattr(cfg, name) not in (getattr(stored, name), "auto")]
         if changed:
-            raise UserError(f"--resume cannot change {', '.join('--' + c for c in changed)}: {run} was started with another value.")
+            raise UserError(f"--resume cannot change {', '.join(changed)}: {run} was started with another value.")
         if not list((run / "checkpoints").glob("step*.pt")):
             raise UserError(f"{run} has no checkpoint to resume from; start it again without --resume.")
     elif list(run.glob("checkpoints/*.pt")):
@@ -102,7 +106,8 @@ def open_run(cfg: Config) -> Path:
 
 def git_revision() -> str:
     try:
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+        here = Path(__file__).parent
+        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
     except OSError:
         return ""
 
@@ -145,7 +150,7 @@ def _tidy(value):
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-# --- model, averages, optimizers ------------------------------------------------------------------------------------------
+# --- model, averages, optimizers --------------------------------------------------------------------------------------
 class State:
     """All that a checkpoint holds: model, averaged weights, optimizers, step, stage, best held-out loss."""
 
@@ -170,7 +175,8 @@ class State:
         return [*self.model.backbone.blocks, *self.model.physical] if self.stage == "physics" else self.model.blocks
 
     def attach_branch(self) -> None:
-        """Stage two: the branch beside the *averaged* backbone (the weights one would publish), which stays frozen unless told otherwise."""
+        """Stage two: the branch beside the *averaged* backbone (the weights one would publish), which stays frozen
+        unless told otherwise."""
         self.load_ema()
         torch.manual_seed(self.cfg.seed + 1)  # so that a run resumed at the border builds the same branch
         self.model = ProPhy(self.model, self.cfg).to(self.device)
@@ -185,7 +191,7 @@ class State:
 
     @torch.no_grad()
     def update_ema(self) -> None:
-        decay = min(self.cfg.ema, (1 + self.stage_step) / (10 + self.stage_step))  # young averages forget their random start
+        decay = min(self.cfg.ema, (1 + self.stage_step) / (10 + self.stage_step))  # the young forget their random start
         for name, p in self.trained.items():
             self.ema[name].lerp_(p, 1 - decay)
 
@@ -209,8 +215,8 @@ class State:
         return self.step - (self.cfg.base_steps if self.stage == "physics" else 0)
 
     def state_dict(self) -> dict:
-        return dict(step=self.step, stage=self.stage, best=self.best, seconds=self.seconds, model=self.model.state_dict(), ema=self.ema,
-                    optimizers=[o.state_dict() for o in self.optimizers])
+        return dict(step=self.step, stage=self.stage, best=self.best, seconds=self.seconds,
+                    model=self.model.state_dict(), ema=self.ema, optimizers=[o.state_dict() for o in self.optimizers])
 
     def load_state_dict(self, state: dict) -> None:
         if state["stage"] == "physics":
@@ -247,9 +253,10 @@ def learning_rate(cfg: Config, stage: str, stage_step: int) -> float:
     return peak * rise * (1.0 if cfg.schedule == "constant" else 1 - stage_step / steps)
 
 
-# --- checkpoints ----------------------------------------------------------------------------------------------------------
+# --- checkpoints ------------------------------------------------------------------------------------------------------
 def save(state: State, path: Path) -> None:
-    """Write a checkpoint to a temporary name, flush it to disk, rename. Raises Stopped when the disk will not take it."""
+    """Write a checkpoint to a temporary name, flush it to disk, rename. Raises Stopped when the disk will not take
+    it."""
     temporary = path.with_suffix(".tmp")
     try:
         with temporary.open("wb") as f:
@@ -263,7 +270,8 @@ def save(state: State, path: Path) -> None:
 
 
 def save_and_prune(state: State, folder: Path) -> None:
-    """Save, and keep this and the one before. Later ones are damaged ones that were passed over: they count for nothing."""
+    """Save, and keep this and the one before. Later ones are damaged ones that were passed over: they count for
+    nothing."""
     path = folder / f"step{state.step:06d}.pt"
     save(state, path)
     for old in sorted(p for p in folder.glob("step*.pt") if p <= path)[:-2]:
@@ -300,8 +308,9 @@ def take_backbone(state: State, cfg: Config) -> None:
     state.ema = {name: average.clone() for name, average in stored["ema"].items()}
 
 
-# --- losses ---------------------------------------------------------------------------------------------------------------
-def losses_of(state: State, process: diffusion.Process, batch: data.Batch, t: Tensor, eps: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+# --- losses -----------------------------------------------------------------------------------------------------------
+def losses_of(state: State, process: diffusion.Process, batch: data.Batch, t: Tensor,
+              eps: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Every term of Eq. 6 that this stage has, unweighted, and the diffusion loss a clip (B,)."""
     cfg, x = state.cfg, batch.video
     x_t = process.noise(x, t, eps)
@@ -311,11 +320,13 @@ def losses_of(state: State, process: diffusion.Process, batch: data.Batch, t: Te
     per_clip = process.loss(prediction, x_t, t, x, eps)
     losses = {"diffusion": per_clip.mean()}
     if routing and routing.semantic_lift is not None:
-        told = (batch.text_length > 0) & (batch.categories.sum(1) > 0)  # an emptied caption or an unlabelled clip has nothing to be routed by
+        told = (batch.text_length > 0) & (batch.categories.sum(1) > 0)  # others have nothing to be routed by
         if told.sum() > (cfg.coarse_loss == "relative"):
-            losses["coarse"] = align.coarse_loss(routing.semantic_lift[told], batch.categories[told], cfg.coarse_loss, cfg.reduction)
+            p_s, q_s = routing.semantic_lift[told], batch.categories[told]
+            losses["coarse"] = align.coarse_loss(p_s, q_s, cfg.coarse_loss, cfg.reduction)
     if routing and routing.refinement_lift is not None:
-        losses["fine_align"] = align.fine_align_loss(routing.refinement_lift, batch.target, batch.target_mask, cfg.reduction)
+        p_r = routing.refinement_lift
+        losses["fine_align"] = align.fine_align_loss(p_r, batch.target, batch.target_mask, cfg.reduction)
         losses["balance"] = align.balance_loss(routing.refinement, routing.chosen)
     return losses, per_clip.detach()
 
@@ -327,7 +338,8 @@ def total_loss(losses: dict[str, Tensor], cfg: Config) -> Tensor:
 
 
 def held_out_loss(state: State, process: diffusion.Process, clips: data.Clips) -> dict[str, float]:
-    """Losses of the averaged weights on the held-out clips, at fixed times and noise: comparable within and between runs."""
+    """Losses of the averaged weights on the held-out clips, at fixed times and noise: comparable within and between
+    runs."""
     n, size, totals = len(clips.pool.held), state.cfg.batch_size, {}
     with state.averaged():
         for first in range(0, n, size):
@@ -357,7 +369,7 @@ def by_noise(per_clip: Tensor, t: Tensor) -> list[float | None]:
     return [round(per_clip[which == b].mean().item(), 4) if (which == b).any() else None for b in range(BINS)]
 
 
-# --- the story ------------------------------------------------------------------------------------------------------------
+# --- the story --------------------------------------------------------------------------------------------------------
 def main(cfg: Config) -> None:
     if cfg.init_from:  # stage one is skipped, whatever its length
         cfg = dataclasses.replace(cfg, base_steps=0)
@@ -368,27 +380,33 @@ def main(cfg: Config) -> None:
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise Stopped(f"The disk is full; free some space and go on with --resume ({run} keeps its last checkpoint).") from None
+        raise Stopped(f"The disk is full; free some space and go on with --resume ({run} keeps its last checkpoint)."
+                      ) from None
 
 
 def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
     # --- clips and words
     pool = data.open_pool(cfg)
-    words = run if cfg.resume else Path(cfg.init_from) if cfg.init_from else None  # a run resumed needs its own folder only
-    tokenizer = data.Tokenizer.load(words / "tokenizer.json") if words else data.Tokenizer.from_captions([pool.captions[row] for row in pool.train])
+    if cfg.resume or cfg.init_from:
+        words = run if cfg.resume else Path(cfg.init_from)  # a resumed run needs its own folder only
+        tokenizer = data.Tokenizer.load(words / "tokenizer.json")
+    else:
+        tokenizer = data.Tokenizer.from_captions([pool.captions[row] for row in pool.train])
     clips, process = data.Clips(cfg, pool, tokenizer), diffusion.build(cfg)
     if cfg.resume:
         stored = json.loads((run / "config.json").read_text())
         why = stored.get("resolved", why)
         if stored.get("data") != pool.key:
-            raise UserError(f"The clips of {cfg.data_dir or 'the world'} are not those that {run} was started with; --resume needs the same.")
+            raise UserError(f"The clips of {cfg.data_dir or 'the world'} are not those that {run} was started with; "
+                            f"--resume needs the same.")
 
     # --- weights, new or as they were
     state = State(cfg, len(tokenizer))
     if cfg.resume:
         load_newest(state, run / "checkpoints")
-        if state.stage == "physics" and cfg.base_steps != stored["base_steps"] or state.stage == "base" and cfg.base_steps < state.step:
-            raise UserError(f"--base_steps {cfg.base_steps} cannot be: {run} stands at step {state.step}, and its stage one had {stored['base_steps']}.")
+        if cfg.base_steps < state.step if state.stage == "base" else cfg.base_steps != stored["base_steps"]:
+            raise UserError(f"--base_steps {cfg.base_steps} cannot be: {run} stands at step {state.step}, and its stage "
+                            f"one had {stored['base_steps']}.")
     elif cfg.init_from:
         take_backbone(state, cfg)
     tokenizer.save(run / "tokenizer.json")
@@ -397,7 +415,7 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
     for sentence in why.values():
         print(sentence)
     if clips.cut:
-        print(f"{clips.cut} captions have more than {cfg.text_len} words and are cut there (--text_len).", file=sys.stderr)
+        print(f"{clips.cut} captions have more than {cfg.text_len} words and are cut (--text_len).", file=sys.stderr)
 
     # --- Ctrl-C and SIGTERM end the run after the step in hand
     stop = []
@@ -421,8 +439,9 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
                         save(state, run / "checkpoints" / "best.pt")
                 if border or last or (cfg.preview_every and state.step % cfg.preview_every == 0):
                     with state.averaged() as model:
-                        sample.preview(run / "samples" / f"step{state.step:06d}.gif", model, process, tokenizer, cfg, list(prompts), seed=cfg.seed,
-                                       steps=cfg.preview_steps, guidance=cfg.guidance, precision=cfg.precision, present=list(prompts.values()))
+                        sample.preview(run / "samples" / f"step{state.step:06d}.gif", model, process, tokenizer, cfg,
+                                       list(prompts), present=list(prompts.values()), seed=cfg.seed,
+                                       steps=cfg.preview_steps, guidance=cfg.guidance, precision=cfg.precision)
                 if border:
                     save(state, run / "checkpoints" / "base.pt")
                 if border or last or stopping or state.step % cfg.save_every == 0:
@@ -458,12 +477,12 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
 
             bad = 0 if finite else bad + 1
             if bad == 3:
-                raise Stopped(f"The loss was not finite three steps in a row (step {state.step}); try a lower --lr, --precision fp32 or a lower --clip. "
-                              f"The checkpoints in {run} are from before.")
+                raise Stopped(f"The loss was not finite three steps in a row (step {state.step}); try a lower --lr, "
+                              f"--precision fp32 or a lower --clip. The checkpoints in {run} are from before.")
             if state.step % cfg.log_every == 0 or not finite:
                 parts = {name: value.item() for name, value in losses.items()}
-                log.write(step=state.step, stage=state.stage, seconds=time.perf_counter() - clock, loss=loss.item(), **parts,
-                          grad_norm=grad_norm.item(), lr=lr, by_noise=by_noise(per_clip, t), skipped=not finite)
+                log.write(step=state.step, stage=state.stage, seconds=time.perf_counter() - clock, loss=loss.item(),
+                          **parts, grad_norm=grad_norm.item(), lr=lr, by_noise=by_noise(per_clip, t), skipped=not finite)
                 rate = bar.format_dict["rate"] or 0
                 bar.set_postfix_str(f"{state.stage} loss {loss.item():.3f}, {rate * cfg.batch_size:.0f} clips/s")
             state.step += 1
@@ -473,7 +492,8 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
         for s, handler in handlers.items():
             signal.signal(s, handler)
     if last:
-        print(f"Done: {run}, held-out diffusion loss {state.best:.4f}. Next: python sample.py --run {run} --prompt \"{next(iter(prompts))}\"")
+        print(f"Done: {run}, held-out diffusion loss {state.best:.4f}. Next:\n"
+              f"python sample.py --run {run} --prompt \"{next(iter(prompts))}\"")
     else:
         print(f"Stopped at step {state.step} of {total} and saved; go on with --resume.")
 
@@ -484,8 +504,8 @@ def describe_parameters(state: State, bar: tqdm) -> None:
     if state.stage == "base":
         bar.write(f"stage one: backbone of {count(state.model.parameters())} parameters")
     else:
-        bar.write(f"stage two: backbone {count(state.model.backbone.parameters())} + branch {count(state.model.branch_parameters())}, "
-                  f"training {count(state.trained.values())}")
+        backbone, branch = count(state.model.backbone.parameters()), count(state.model.branch_parameters())
+        bar.write(f"stage two: backbone {backbone} + branch {branch}, training {count(state.trained.values())}")
 
 
 if __name__ == "__main__":
