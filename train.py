@@ -371,6 +371,7 @@ def by_noise(per_clip: Tensor, t: Tensor) -> list[float | None]:
 
 # --- the story --------------------------------------------------------------------------------------------------------
 def main(cfg: Config) -> None:
+    """Check, settle `auto`, open the run folder, train. Raises UserError before work starts, Stopped when it cannot go on."""
     if cfg.init_from:  # stage one is skipped, whatever its length
         cfg = dataclasses.replace(cfg, base_steps=0)
     cfg, why = resolve(config.check(cfg))
@@ -385,6 +386,7 @@ def main(cfg: Config) -> None:
 
 
 def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
+    """The whole run, in the order in which things happen. One function on purpose: it is read top to bottom."""
     # --- clips and words
     pool = data.open_pool(cfg)
     if cfg.resume or cfg.init_from:
