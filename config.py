@@ -62,6 +62,7 @@ class Config:
 
     # --- backbone (CogVideoX lineage)
     text_len: int = 24  # text tokens; longer captions are cut with a warning
+    text_depth: int = 1  # blocks of the text encoder, which stands where the official models have T5
     dim: int = 128  # width D
     depth: int = 6  # blocks
     heads: int = 4  # attention heads; dim / heads must divide by 16 for the three axes of RoPE
@@ -97,7 +98,7 @@ class Config:
     negatives: float = 0.0  # pull to zero where the paper's mask M is 0: absent phenomena, rest of VLM maps (0 = paper)
 
     # --- training
-    base_steps: int = 2900  # stage one: the backbone alone
+    base_steps: int = 3100  # stage one: the backbone alone
     physics_steps: int = 450  # stage two: the branch, attached to the trained backbone
     freeze_backbone: bool = True  # stage two trains the branch only, as the paper does
     batch_size: int = 16  # clips a step

@@ -2,7 +2,7 @@
 
     x (B, C, F, H, W) --patchify--> video tokens --+
                                                    +--> [text | video] --blocks--> video tokens --head--> prediction
-    text ids (B, L) --embedding--> text tokens ----+
+    text ids (B, L) --TextEncoder--> text tokens --+
 
 Every block attends over text and video together with one set of weights. What is "expert" about its adaLN is the
 modulation alone: text and video get their own shift, scale and gate from the diffusion time. Names of sub-modules are
@@ -62,6 +62,20 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
+def turns(n: int, channels: int, base: float = 10_000) -> Tensor:
+    """(n, channels / 2): by how much RoPE turns each pair of channels at the positions 0 .. n - 1 of one axis."""
+    frequencies = base ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)
+    return torch.arange(n, dtype=torch.float64)[:, None] * frequencies
+
+
+@lru_cache(maxsize=8)
+def rope_1d(n: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos, sin (n, d / 2) of the words of a caption. They are few: with the usual base half of the channels would
+    hardly turn, and which word stands next to which is then learned too late."""
+    angles = turns(n, d, base=10).float()
+    return angles.cos().to(device), angles.sin().to(device)
+
+
 @lru_cache(maxsize=8)
 def rope_3d(grid: tuple[int, int, int], n_text: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """cos, sin (n_text + N, d / 2): of d channels a quarter turns with time, 3/8 with height, 3/8 with width.
@@ -69,12 +83,10 @@ def rope_3d(grid: tuple[int, int, int], n_text: int, d: int, device: torch.devic
     Text rows have angle zero, an exact identity, so that no block needs to cut the sequence apart.
     """
     angles = []
-    for axis, part in enumerate((d // 4, 3 * d // 8, 3 * d // 8)):
-        frequencies = 10_000 ** -(torch.arange(0, part, 2, dtype=torch.float64) / part)
-        angle = torch.arange(grid[axis], dtype=torch.float64)[:, None] * frequencies  # (axis length, part / 2)
-        shape = [1, 1, 1, part // 2]
+    for axis, channels in enumerate((d // 4, 3 * d // 8, 3 * d // 8)):
+        shape = [1, 1, 1, channels // 2]
         shape[axis] = grid[axis]
-        angles.append(angle.view(shape).expand(*grid, -1))
+        angles.append(turns(grid[axis], channels).view(shape).expand(*grid, -1))
     angles = F.pad(torch.cat(angles, dim=-1).flatten(0, 2), (0, 0, n_text, 0)).float()  # (S, d / 2)
     return angles.cos().to(device), angles.sin().to(device)
 
@@ -120,6 +132,40 @@ class Attention(nn.Module):
 class FeedForward(nn.Sequential):
     def __init__(self, dim: int):
         super().__init__(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
+
+
+class TextBlock(nn.Module):
+    """A plain pre-norm transformer block."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.norm1, self.attn1 = nn.LayerNorm(dim), Attention(dim, heads)
+        self.norm2, self.ff = nn.LayerNorm(dim), FeedForward(dim)
+
+    def forward(self, x: Tensor, rope) -> Tensor:
+        x = x + self.attn1(self.norm1(x), rope)
+        return x + self.ff(self.norm2(x))
+
+
+class TextEncoder(nn.Module):
+    """Words in context: ids (B, L) -> y (B, L, D). Trained with the backbone, where the official models have a frozen T5.
+
+    Without it "red" and "left" are the same tokens in every caption, and the video tokens must find out which belongs
+    to which: colours and sides then take several times as many steps to come out right. As with T5 in CogVideoX,
+    padding is not masked.
+    """
+
+    def __init__(self, vocabulary: int, dim: int, heads: int, depth: int):
+        super().__init__()
+        self.heads, self.embedding = heads, nn.Embedding(vocabulary, dim)
+        self.blocks = nn.ModuleList(TextBlock(dim, heads) for _ in range(depth))
+
+    def forward(self, text: Tensor) -> Tensor:
+        x = self.embedding(text)
+        rope = rope_1d(text.shape[1], x.shape[-1] // self.heads, x.device)
+        for block in self.blocks:
+            x = block(x, rope)
+        return x
 
 
 # --- CogVideoX --------------------------------------------------------------------------------------------------------
@@ -178,8 +224,7 @@ class CogVideoX(nn.Module):
         self.cfg, self.text_dim = cfg, cfg.dim
         patch_dim = channels * cfg.patch_t * cfg.patch**2
         self.patch_proj = nn.Linear(patch_dim, cfg.dim)
-        self.text_embedding = nn.Embedding(vocabulary, cfg.dim)
-        self.text_position = nn.Parameter(torch.empty(cfg.text_len, cfg.dim))  # T5 brings word order, an embedding none
+        self.text_encoder = TextEncoder(vocabulary, cfg.dim, cfg.heads, cfg.text_depth)
         self.position_gain = nn.Parameter(torch.full((cfg.dim,), 0.3))
         self.time_embedding = nn.Sequential(
             nn.Linear(cfg.dim, cfg.time_dim), nn.SiLU(), nn.Linear(cfg.time_dim, cfg.time_dim))
@@ -194,7 +239,7 @@ class CogVideoX(nn.Module):
         pt, p = self.cfg.patch_t, self.cfg.patch
         grid = (x.shape[2] // pt, x.shape[3] // p, x.shape[4] // p)
         video = self.patch_proj(patchify(x, pt, p))  # (B, N, D)
-        y = self.text_embedding(text)  # (B, L, D)
+        y = self.text_encoder(text)  # (B, L, D)
         if text_length is None:
             text_length = (text > 0).sum(1)
         time = F.silu(self.time_embedding(sinusoid(t, self.cfg.dim)))  # (B, D_time)
@@ -203,7 +248,7 @@ class CogVideoX(nn.Module):
         # CogVideoX-2B adds sines and cosines of the position, 5B rotates q and k by it. Both together (ours) tell left
         # from right sooner.
         video = video + self.position_gain * torch.cat(rope_3d(grid, 0, self.cfg.dim, x.device), dim=-1)
-        tokens = torch.cat([y + self.text_position[:n], video], dim=1)
+        tokens = torch.cat([y, video], dim=1)
         return tokens, Condition(time, rope, n, grid, y, text_length)
 
     def head(self, tokens: Tensor, condition: Condition) -> Tensor:
@@ -226,9 +271,9 @@ def init_weights(model: CogVideoX) -> None:
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-    nn.init.normal_(model.text_embedding.weight, std=0.3)
-    nn.init.normal_(model.text_position, std=0.02)
+    nn.init.normal_(model.text_encoder.embedding.weight, std=0.3)
     zero = [model.modulate_out, model.proj_out] + [m.linear for m in model.modules() if isinstance(m, ExpertNorm)]
-    for linear in zero:  # adaLN-zero: every gate starts shut
+    zero += [linear for block in model.text_encoder.blocks for linear in (block.attn1.to_out, block.ff[2])]
+    for linear in zero:  # adaLN-zero: every gate starts shut; words start as what they are, or captions are learned late
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)

@@ -168,11 +168,10 @@ class State:
         self.ema = {name: p.detach().clone() for name, p in self.trained.items()}
         self.optimizers = make_optimizers(self.trained, self.cfg, lr)
         if self.cfg.compile == "on":
-            for block in [*self.raw_blocks()]:
+            backbone = self.model.backbone if self.stage == "physics" else self.model
+            branch = self.model.physical if self.stage == "physics" else []
+            for block in [*backbone.text_encoder.blocks, *backbone.blocks, *branch]:
                 block.compile(dynamic=False)
-
-    def raw_blocks(self):
-        return [*self.model.backbone.blocks, *self.model.physical] if self.stage == "physics" else self.model.blocks
 
     def attach_branch(self) -> None:
         """Stage two: the branch beside the *averaged* backbone (the weights one would publish), which stays frozen
@@ -294,7 +293,7 @@ def take_backbone(state: State, cfg: Config) -> None:
     """--init_from: the averaged backbone of another run, whose shape must be this run's."""
     other = Path(cfg.init_from)
     theirs = config.load(other / "config.json")
-    for name in ("dim", "depth", "heads", "time_dim", "patch_t", "patch", "text_len", "process", "predict"):
+    for name in ("dim", "depth", "text_depth", "heads", "time_dim", "patch_t", "patch", "text_len", "process", "predict"):
         if getattr(theirs, name) != getattr(cfg, name):
             raise UserError(f"--init_from {other} has --{name} {getattr(theirs, name)}, this run {getattr(cfg, name)}.")
     path = other / "checkpoints" / "base.pt"
