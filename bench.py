@@ -25,7 +25,7 @@ import diffusion
 import experts
 import train
 from config import Config
-from model import CogVideoX
+from model import build_backbone
 
 VOCABULARY = 120
 
@@ -52,7 +52,7 @@ def random_batch(cfg: Config) -> SimpleNamespace:
     B, N, E = cfg.batch_size, cfg.grid[0] * cfg.grid[1] * cfg.grid[2], cfg.categories
     length = torch.randint(1, cfg.text_len + 1, (B,))
     text = torch.randint(2, VOCABULARY, (B, cfg.text_len)) * (torch.arange(cfg.text_len) < length[:, None])
-    fields = dict(video=torch.rand(B, 3, cfg.frames, cfg.height, cfg.width) * 2 - 1, text=text, text_length=length,
+    fields = dict(x=torch.rand(B, 3, cfg.frames, cfg.height, cfg.width) * 2 - 1, text=text, text_length=length,
                   categories=(torch.rand(B, E) < 0.2).float(), target=(torch.rand(B, N, E) < 0.2).float(),
                   target_mask=torch.ones(B, N, E))
     return SimpleNamespace(**{name: value.to(cfg.device) for name, value in fields.items()})
@@ -67,7 +67,7 @@ def training_step(cfg: Config, stage: str):
 
     def step():
         marks = [time.perf_counter()]
-        t, eps = (v.to(cfg.device) for v in process.draw(0, range(cfg.batch_size), batch.video.shape[1:]))
+        t, eps = (v.to(cfg.device) for v in process.draw(0, range(cfg.batch_size), batch.x.shape[1:]))
         marks.append(time.perf_counter())
         losses, _ = train.losses_of(state, process, batch, t, eps)
         marks.append(time.perf_counter())
@@ -147,7 +147,7 @@ def reference_table(cfg: Config, rounds: int) -> None:
     except ImportError:
         print("\nThe comparison with diffusers needs it installed: pip install -r requirements-extra.txt")
         return
-    ours, batch = CogVideoX(cfg, VOCABULARY).to(cfg.device), random_batch(cfg)
+    ours, batch = build_backbone(cfg, VOCABULARY).to(cfg.device), random_batch(cfg)
     y = torch.randn(cfg.batch_size, cfg.text_len, cfg.dim, device=cfg.device)
     t = torch.rand(cfg.batch_size, device=cfg.device) * 999
     if cfg.compile == "on":
@@ -160,12 +160,12 @@ def reference_table(cfg: Config, rounds: int) -> None:
         def run():
             with torch.autocast(torch.device(cfg.device).type, torch.bfloat16, enabled=cfg.precision == "bf16"):
                 prediction = call()
-            F.mse_loss(prediction.float(), batch.video).backward()
+            F.mse_loss(prediction.float(), batch.x).backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return run
-    seconds = in_turns({"diffusers": step(theirs, lambda: call_theirs(batch.video, t, y)),
-                        "ours": step(ours, lambda: ours(batch.video, t, batch.text, batch.text_length))}, rounds)
+    seconds = in_turns({"diffusers": step(theirs, lambda: call_theirs(batch.x, t, y)),
+                        "ours": step(ours, lambda: ours(batch.x, t, batch.text, batch.text_length))}, rounds)
     print(f"\nTraining step of the base against diffusers' CogVideoXTransformer3DModel, {cfg.precision}, compile "
           f"{cfg.compile}: {seconds['diffusers'] / seconds['ours']:.2f} times as fast "
           f"({seconds['ours'] * 1e3:.0f} against {seconds['diffusers'] * 1e3:.0f} ms).")

@@ -38,11 +38,14 @@ class Config:
     precision: str = "auto"  # auto | fp32 | bf16 (autocast; weights and optimizer stay float32)
     compile: str = "auto"  # torch.compile of the blocks: auto | on | off
     resume: bool = False  # go on from the newest checkpoint in out_dir
+    weights: str = ""  # folder of official weights (diffusers layout): the backbone of stage two
     init_from: str = ""  # run folder whose trained backbone is taken, so that stage one is skipped
+    dry_run: bool = False  # print parameters, FLOPs and memory of a step, and stop
     stop_at: int = 0  # save and stop after this many steps, as Ctrl-C would; 0 = at the end
 
     # --- clips
     data_dir: str = ""  # folder of videos; empty = the physics world of world.py
+    cache: str = ""  # folder of latents and text embeddings that encode.py made, for official models
     annotations: str = ""  # captions.json or a WISA list; empty = the folder's captions.json
     frames: int = 12  # frames a clip
     height: int = 32  # pixels
@@ -60,13 +63,22 @@ class Config:
     val_clips: int = 64  # held-out clips for the validation loss
     caption_dropout: float = 0.1  # share of captions emptied, so that guidance has an unconditional model
 
-    # --- backbone (CogVideoX lineage)
+    # --- backbone
+    lineage: str = "cogvideox"  # cogvideox (joint attention with the text) | wan (cross-attention to it)
     text_len: int = 24  # text tokens; longer captions are cut with a warning
-    text_depth: int = 1  # blocks of the text encoder, which stands where the official models have T5
+    text_dim: int = 0  # width of text embeddings made beforehand (T5: 4096); 0 = words, learned along
+    text_depth: int = 1  # blocks of the text encoder that learns the words, where the official models have T5
+    latent: bool = False  # the network works on latents of a VAE that shrinks time by 4, height and width by 8
+    channels: int = 3  # of a pixel, or of a latent (16)
     dim: int = 128  # width D
     depth: int = 6  # blocks
     heads: int = 4  # attention heads; dim / heads must divide by 16 for the three axes of RoPE
-    time_dim: int = 32  # width of the time embedding that feeds the expert adaLN
+    ffn: int = 0  # hidden width of the feed-forward; 0 = 4 D
+    time_dim: int = 32  # cogvideox: width of the time embedding that feeds the expert adaLN
+    freq_dim: int = 128  # wan: sines and cosines of the time
+    positions: str = "both"  # both (added and rotated, ours) | integer (rotated) | fitted (5B) | sincos (added, 2B)
+    fit_height: int = 30  # fitted: rows of tokens it was trained on
+    fit_width: int = 45  # fitted: columns
     patch_t: int = 2  # frames a token
     patch: int = 8  # pixels a token's side
 
@@ -86,8 +98,12 @@ class Config:
     semantic_experts: int = 8  # E_s (ours)
     refinement_experts: int = 16  # E_r (ours): more than the world has phenomena
     top_k: int = 2  # experts a token (ours)
+    map_rank: int = 0  # factors of a basis map over time, space and width (ours); 0 = full maps, as the paper has them
     residual: bool = True  # x + REB(x) (ours); false = REB(x) alone
     renormalise: bool = False  # divide the chosen probabilities by their sum (ours: no)
+    lora_rank: int = 0  # LoRA on the backbone's blocks, the paper's rival (there without the branch); 0 = none
+    lora_alpha: float = 0.0  # LoRA is scaled by alpha / rank; 0 = rank
+    lora_targets: str = "to_q,to_k,to_v,to_out"  # linear layers that get one
 
     # --- losses (Eq. 6)
     coarse_weight: float = 0.1  # of L_coarse
@@ -100,6 +116,7 @@ class Config:
     # --- training
     base_steps: int = 3100  # stage one: the backbone alone
     physics_steps: int = 450  # stage two: the branch, attached to the trained backbone
+    checkpointing: bool = False  # keep only the input of each block and compute it again in the backward pass
     freeze_backbone: bool = True  # stage two trains the branch only, as the paper does
     batch_size: int = 16  # clips a step
     optimizer: str = "muon"  # muon (block matrices; AdamW for the rest) | adamw (everything)
@@ -120,7 +137,10 @@ class Config:
     @property
     def grid(self) -> tuple[int, int, int]:
         """Video tokens along time, height and width."""
-        return self.frames // self.patch_t, self.height // self.patch, self.width // self.patch
+        frames, height, width = self.frames, self.height, self.width
+        if self.latent:  # the first frame stands alone; CogVideoX 1.5 pads an odd number of latent frames
+            frames, height, width = math.ceil((1 + (frames - 1) // 4) / self.patch_t) * self.patch_t, height // 8, width // 8
+        return frames // self.patch_t, height // self.patch, width // self.patch
 
     @property
     def run_dir(self) -> Path:
@@ -132,25 +152,46 @@ class Config:
         return tuple(int(i) for i in self.physical_blocks.split(",") if i.strip())
 
 
+OFFICIAL = dict(latent=True, channels=16, text_dim=4096, patch=2, patch_t=1, predict="v", map_rank=64, batch_size=2,
+                base_steps=0, physics_steps=2000, optimizer="adamw", lr=1e-5, physics_lr=1e-5, weight_decay=1e-4, warmup=100,
+                schedule="constant", preview_steps=50, checkpointing=True)
+COG = OFFICIAL | dict(lineage="cogvideox", text_len=226, time_dim=512, process="vpred", frames=49, height=480, width=720, fps=8.0,
+           guidance=6.0)
+WAN = OFFICIAL | dict(lineage="wan", text_len=512, freq_dim=256, positions="integer", frames=81, height=480, width=832, fps=16.0,
+           shift=5.0, guidance=5.0)
+
 PRESETS = {
     "small": dict(negatives=0.02),  # the defaults above: two CPU cores, about twelve minutes
-    "debug": dict(frames=4, height=16, width=16, patch=4, dim=32, depth=2, heads=2, time_dim=16, physical_blocks="0,1",
-                  semantic_experts=4, refinement_experts=4, world_clips=64, val_clips=8, batch_size=8, base_steps=30,
+    "small-wan": dict(negatives=0.02, lineage="wan"),  # the same in the other lineage
+    # official models: their architecture is exact; branch, optimizer and schedule are ours
+    "cogvideox-2b": COG | dict(dim=1920, depth=30, heads=30, positions="sincos", snr_shift=3.0,
+                               physical_blocks="4,9,14,19,24,29"),
+    "cogvideox-5b": COG | dict(dim=3072, depth=42, heads=48, positions="fitted", physical_blocks="6,13,20,27,34,41"),
+    "cogvideox1.5-5b": COG | dict(dim=3072, depth=42, heads=48, positions="integer", fit_height=150, fit_width=150,
+                                  patch_t=2, frames=81, height=768, width=1360, fps=16.0,
+                                  physical_blocks="6,13,20,27,34,41"),
+    "wan-1.3b": WAN | dict(dim=1536, depth=30, heads=12, ffn=8960, physical_blocks="4,9,14,19,24,29"),
+    "wan-14b": WAN | dict(dim=5120, depth=40, heads=40, ffn=13824, physical_blocks="9,19,29,39"),
+    "debug": dict(frames=4, height=16, width=16, patch=4, dim=32, depth=2, heads=2, time_dim=16,
+                  physical_blocks="0,1", semantic_experts=4, refinement_experts=4, world_clips=64, val_clips=8, batch_size=8, base_steps=30,
                   physics_steps=20, warmup=5, ema=0.9, precision="fp32", compile="off", log_every=5, eval_every=25,
                   save_every=25, preview_every=0, preview_steps=4),
 }
 
+PRESETS["full"] = PRESETS["cogvideox-5b"]  # the paper's larger backbone
+
 CHOICES = {
     "device": ("auto", "cuda", "mps", "cpu"), "precision": ("auto", "fp32", "bf16"), "compile": ("auto", "on", "off"),
     "ood": ("", "speed", "radius", "gravity"), "categories": (17, 29), "process": ("flow", "vpred"),
-    "predict": ("x", "v", "eps"),
+    "predict": ("x", "v", "eps"), "lineage": ("cogvideox", "wan"), "positions": ("both", "integer", "fitted", "sincos"),
     "injection": ("zero", "plain"), "coarse_loss": ("relative", "bce"), "reduction": ("mean", "sum"),
     "optimizer": ("muon", "adamw"), "schedule": ("linear", "constant"),
 }
 MAY_BE_ZERO = {"seed", "threads", "stop_at", "world_seed", "base_steps", "physics_steps", "warmup", "weight_decay",
                "preview_every", "guidance", "time_mean", "coarse_weight", "fine_weight", "balance_weight", "negatives",
-               "decoys", "two", "caption_dropout", "ema"}
-MAY_CHANGE = {"out_dir", "resume", "stop_at", "log_every", "eval_every", "save_every", "preview_every", "preview_steps",
+               "decoys", "two", "caption_dropout", "ema", "text_dim", "ffn", "map_rank",
+               "lora_rank", "lora_alpha"}
+MAY_CHANGE = {"out_dir", "resume", "dry_run", "stop_at", "log_every", "eval_every", "save_every", "preview_every", "preview_steps",
               "guidance", "base_steps", "physics_steps", "pool_dir"}  # on --resume; everything else would make another run of it
 
 
@@ -171,13 +212,16 @@ def check(cfg: Config) -> Config:
     for name in ("decoys", "two", "caption_dropout", "ema"):
         if getattr(cfg, name) > 1 or (name == "ema" and cfg.ema == 1):
             raise UserError(f"--{name} is a share and must lie between 0 and 1, not {getattr(cfg, name)}.")
-    for size, patch in (("frames", "patch_t"), ("height", "patch"), ("width", "patch")):
-        if getattr(cfg, size) % getattr(cfg, patch):
-            raise UserError(f"--{size} {getattr(cfg, size)} does not divide into patches of {getattr(cfg, patch)} "
-                            f"(--{patch}).")
-    if not cfg.data_dir and not (16 <= cfg.height <= 128 and 16 <= cfg.width <= 128 and 2 <= cfg.frames <= 256):
-        raise UserError(f"The world draws 16 to 128 pixels and 2 to 256 frames, not {cfg.frames} x {cfg.height} x "
-                        f"{cfg.width}.")
+    if cfg.latent:
+        check_latent(cfg)
+    else:
+        for size, patch in (("frames", "patch_t"), ("height", "patch"), ("width", "patch")):
+            if getattr(cfg, size) % getattr(cfg, patch):
+                raise UserError(f"--{size} {getattr(cfg, size)} does not divide into patches of {getattr(cfg, patch)} "
+                                f"(--{patch}).")
+        if not cfg.data_dir and not (16 <= cfg.height <= 128 and 16 <= cfg.width <= 128 and 2 <= cfg.frames <= 256):
+            raise UserError(f"The world draws 16 to 128 pixels and 2 to 256 frames, not {cfg.frames} x {cfg.height} x "
+                            f"{cfg.width}.")
     if cfg.dim % cfg.heads or (cfg.dim // cfg.heads) % 16:
         raise UserError(f"--dim / --heads must be a multiple of 16, not {cfg.dim} / {cfg.heads}.")
     if cfg.time_dim % 2:
@@ -187,24 +231,44 @@ def check(cfg: Config) -> Config:
     at = cfg.physical_at
     if list(at) != sorted(set(at)) or any(i >= cfg.depth for i in at):
         raise UserError(f"--physical_blocks must rise and stay below --depth {cfg.depth}, not {cfg.physical_blocks!r}.")
-    if cfg.physics_steps and not at:
-        raise UserError("Stage two has nothing to train: give --physical_blocks, or --physics_steps 0 for the backbone "
-                        "alone.")
+    if cfg.physics_steps and not at and not cfg.lora_rank:
+        raise UserError("Stage two has nothing to train: give --physical_blocks or --lora_rank, or --physics_steps 0 for "
+                        "the backbone alone.")
     if cfg.init_from and not cfg.physics_steps:
         raise UserError("--init_from starts at stage two, which --physics_steps 0 leaves out.")
-    if not cfg.init_from and not cfg.base_steps:
+    if not cfg.init_from and not cfg.base_steps and not cfg.latent:
         raise UserError("Stage two needs a trained backbone: give --base_steps, or --init_from RUN.")
     if cfg.top_k > cfg.refinement_experts:
         raise UserError(f"--top_k {cfg.top_k} is more than --refinement_experts {cfg.refinement_experts}.")
     if cfg.process == "vpred" and cfg.preview_steps > 1000:
         raise UserError(f"--process vpred has 1000 steps; --preview_steps {cfg.preview_steps} cannot be taken.")
-    pairs = cfg.physics_steps and cfg.semantic and cfg.coarse_weight and cfg.coarse_loss == "relative"
+    pairs = cfg.physics_steps and cfg.semantic and at and cfg.coarse_weight and cfg.coarse_loss == "relative"
     if cfg.batch_size == 1 and pairs:
         raise UserError("--batch_size 1 leaves L_coarse no pair of clips to compare: use more, or --coarse_loss bce, "
                         "or --coarse_weight 0.")
     if cfg.ood and cfg.data_dir:
         raise UserError("--ood is for the world; videos from --data_dir are as they are.")
     return cfg
+
+
+def check_latent_size(cfg: Config) -> None:
+    """What VAE and patches can cut. Raises UserError."""
+    if (cfg.frames - 1) % 4 or cfg.height % (8 * cfg.patch) or cfg.width % (8 * cfg.patch):
+        raise UserError(f"An official model needs 1 + 4 m frames and sides that divide by {8 * cfg.patch}, not {cfg.frames} "
+                        f"x {cfg.height} x {cfg.width}.")
+
+
+def check_latent(cfg: Config) -> None:
+    """The rules of training on latents. Raises UserError."""
+    check_latent_size(cfg)
+    if not cfg.text_dim:
+        raise UserError("--latent needs --text_dim: text embeddings come from the cache, as latents do.")
+    if not cfg.dry_run and not (cfg.weights and cfg.cache):
+        raise UserError(f"{cfg.config} needs --weights DIR (an official model) and --cache DIR (encode.py makes it), or "
+                        "--dry_run.")
+    if cfg.base_steps or cfg.init_from or cfg.data_dir:
+        raise UserError("An official backbone comes from --weights and its clips from --cache: --base_steps, --init_from "
+                        "and --data_dir are for models trained here.")
 
 
 @functools.cache

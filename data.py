@@ -1,6 +1,7 @@
-"""Clips for training: the physics world, or a folder of videos with captions. One pool on disk, one `Batch` for both.
+"""Clips for training: the physics world, a folder of videos with captions, or the latents that encode.py made of one.
 
-    world, or videos  --open_pool-->  Pool on disk  --Clips.batch(positions)-->  Batch
+    world, or videos  --open_pool-->  Pool on disk   --Clips.batch(positions)-->    Batch of pixels
+    videos            --encode.py-->  Cache on disk  --Latents.batch(positions)-->  Batch of latents
 
 Either source is turned once into a pool: clips of the training size as bytes, captions, categories, the world's exact
 masks. A pool is named by a hash of all that shapes it, so runs with the same settings share it. Everything behind it is
@@ -15,6 +16,10 @@ then the largest centred rectangle of the training shape, resized with antialias
 dropped. *Bad files* are skipped, counted and named; of a damaged file the windows that decode are used.
 Captions: `--annotations FILE`, else captions.json in the folder; {file: caption}, or a WISA list.
 Left out on purpose: sound, mirroring, non-square pixels.
+
+Latents, the rules. encode.py writes one safetensors file a clip and an index; everything is in one folder, whose
+cache.json says which settings and weights it is of. A file is read when its clip is asked for, never before. One that
+is damaged is named once, and the next clip that can be read stands in: which one depends on the files alone.
 
 Letters: B clips, F frames, H W pixels or token grid, N video tokens, L text tokens, E_cat categories.
 """
@@ -31,12 +36,14 @@ import secrets
 import shutil
 import sys
 import types
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import av
 import numpy as np
+import safetensors.torch
 import torch
 from PIL import Image
 from torch import Tensor
@@ -67,19 +74,26 @@ def category_names(cfg: Config) -> tuple[str, ...]:
 
 @dataclass
 class Batch:
-    """What one step needs, from either source."""
-    video: Tensor  # (B, 3, F, H, W) float32 in [-1, 1]
-    text: Tensor  # (B, L) int64 word ids, 0 = pad
+    """What one step needs, from any source: pixels, or latents where a VAE stands before the network."""
+    video: Tensor | None  # (B, 3, F, H, W) float32 in [-1, 1]; None where there are latents
+    text: Tensor  # (B, L) int64 word ids, 0 = pad; beside latents the embeddings (B, L, D_text) float32
     text_length: Tensor  # (B,) int64; 0 = the caption was dropped or is empty
     caption: list[str]  # as in the data, also where dropped
     categories: Tensor  # (B, E_cat) float32 multi-hot
     target: Tensor  # (B, N, E_cat) float32, 1 where the phenomenon covers a quarter of the token
     target_mask: Tensor  # (B, N, E_cat) float32, 1 where `target` says anything
     index: Tensor  # (B,) int64 position in the stream
+    latent: Tensor | None = None  # (B, C, F, H, W) float32, F H W of the latent grid, in the network's own scale
+
+    @property
+    def x(self) -> Tensor:
+        """(B, C, F, H, W): what the network learns to draw."""
+        return self.video if self.latent is None else self.latent
 
     def to(self, device) -> "Batch":
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "caption"}
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        return replace(self, **{name: tensor.to(device, non_blocking=True)
+                                for name, tensor in tensors.items() if tensor is not None})
 
 
 # ---------------------------------------------------------------------------------------------------------------- words
@@ -421,14 +435,40 @@ def listed(items: Iterable[str], most: int = 8) -> str:
     return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
 
 
+CAPTIONS = {"long": ("en_caption", "caption", "captions"), "short": ("en_caption_1", "caption", "captions")}
+
+
+def shares(names: list[str], val_clips: int) -> tuple[list[int], list[int], str]:
+    """Rows to train on, rows held out, and a summary; `names` says of each row which video it is from.
+
+    One in twenty videos (not clips) is held out, chosen by a hash of its name: runs of every seed are validated on the
+    same, and adding videos moves few from one side to the other.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(names):
+        rows.setdefault(name, []).append(row)
+    by_hash = sorted(rows, key=lambda name: hashlib.sha256(name.encode("utf-8", "replace")).digest())
+    chosen = set(by_hash[:max(1, round(HELD_SHARE * len(rows)))])
+    held = [row for name in by_hash if name in chosen for row in rows[name]][:val_clips]
+    summary = f"{len(names)} clips from {len(rows)} videos"
+    if len(rows) == 1:
+        return rows[by_hash[0]], held, f"{summary} (a single one, so it is validated on its own training clips)"
+    train = [row for name in rows if name not in chosen for row in rows[name]]
+    return train, held, f"{summary}, {len(held)} of {len(names)} held out"
+
+
 class Folder:
-    """The videos that the annotations name. One in twenty videos (not clips) is held out, chosen by a hash of its name:
-    runs of every seed are validated on the same, and adding videos moves few from one side to the other."""
+    """The videos that the annotations name."""
     name = "folder"
 
-    def __init__(self, cfg: Config):
-        """Reads the annotations. Raises UserError with what is expected when they are missing or something else."""
+    def __init__(self, cfg: Config, captions: str = "long", phys_law: bool = False):
+        """Reads the annotations. Raises UserError with what is expected when they are missing or something else.
+
+        captions: the long or the short one of a WISA record. phys_law: with its field of that name behind, where it has
+        one, as WISA's own loader prompts (how it joins the two is not on record; a space is ours).
+        """
         self.cfg, self.size, self.dir = cfg, (cfg.frames, cfg.height, cfg.width), Path(cfg.data_dir)
+        self.captions, self.phys_law = captions, phys_law
         self.skipped: list[str] = []  # "name (reason)"
         self.unknown = collections.Counter()  # category names that match none
         self.videos: dict[Path, Video] = {}
@@ -466,7 +506,9 @@ class Folder:
         record = {**inner, **record} if isinstance(inner, dict) else record
         ids = (record.get(field) for field in ("file", "video_path", "video_id"))
         names = [str(name) for name in ids if isinstance(name, str | int) and name != ""]
-        caption = first_text(record, ("en_caption", "caption", "captions"))
+        caption = first_text(record, CAPTIONS[self.captions])
+        if caption and self.phys_law:
+            caption = f"{caption} {first_text(record, ['phys_law'])}".strip()
         found = next(filter(None, map(self.find, names)), None)
         problem = ("names no file" if not names else "no caption" if not caption else
                    "outside the folder" if not found and not any(map(self.inside, names)) else
@@ -497,45 +539,56 @@ class Folder:
                 "videos": digest(stats), "skipped": digest([self.skipped, self.unknown])}
 
     def fill(self, add, progress: bool) -> tuple[list[int], list[int], str]:
-        rows: dict[str, list[int]] = {}  # of each video that gave a clip
-        for video, clips in bar(self.read(), "reading videos", len(self.videos), "video", progress):
-            if isinstance(clips, str):
-                self.skipped.append(f"{video.name} ({clips})")
-            else:
-                rows[video.name] = [add(clip, video.caption, video.categories) for clip in clips]
+        names = []  # of the video of each clip
+        for video, found in bar(self.read(), "reading videos", len(self.videos), "video", progress):
+            if isinstance(found, str):
+                self.skipped.append(f"{video.name} ({found})")
+                continue
+            for window in found:
+                add(window.video, video.caption, video.categories)
+                names.append(video.name)
         skipped = f"; skipped {len(self.skipped)}: {listed(self.skipped)}" if self.skipped else ""
-        if not rows:
+        if not names:
             raise UserError(f"No clip could be made from {self.dir}{skipped or '; the annotations name no video'}.")
-        total = sum(map(len, rows.values()))
-        summary = f"{total} clips from {len(rows)} videos"
-        by_hash = sorted(rows, key=lambda name: hashlib.sha256(name.encode("utf-8", "replace")).digest())
-        chosen = by_hash[:max(1, round(HELD_SHARE * len(rows)))]
-        held = [row for name in chosen for row in rows[name]][:self.cfg.val_clips]
-        if len(rows) == 1:
-            train, summary = rows[chosen[0]], f"{summary} (a single one, so it is validated on its own training clips)"
-        else:
-            train = [row for name in rows if name not in chosen for row in rows[name]]
-            summary = f"{summary}, {len(held)} of {total} held out"
-        if self.unknown:
-            names = listed(f"{name!r} ({count})" for name, count in self.unknown.most_common())
-            skipped += f"; {len(self.unknown)} unknown category names: {names}"
-        return train, held, summary + skipped
+        train, held, summary = shares(names, self.cfg.val_clips)
+        return train, held, summary + skipped + self.strangers()
 
-    def read(self) -> Iterator[tuple[Video, list[np.ndarray] | str]]:
-        """Each video with its clips (F, H, W, 3), or with the reason why there are none."""
+    def strangers(self) -> str:
+        """What a summary says of category names that match none."""
+        names = listed(f"{name!r} ({count})" for name, count in self.unknown.most_common())
+        return f"; {len(self.unknown)} unknown category names: {names}" if self.unknown else ""
+
+    def read(self, videos: list[Video] | None = None) -> Iterator[tuple[Video, "list[Window] | str"]]:
+        """Each of these videos (None: all) with its windows, or with the reason why there are none."""
         def attempt(video: Video):
             try:
-                return video, read_windows(video.path, self.cfg)
+                return video, windows_of(video.path, self.cfg)
             except Exception as e:  # whatever decoders make of a damaged file concerns that file alone
                 return video, str(getattr(e, "strerror", None) or e or type(e).__name__)
 
         workers = cores(self.cfg)
         with concurrent.futures.ThreadPoolExecutor(workers) as executor:  # threads do: decoders let go of the GIL
-            yield from ahead(executor, attempt, list(self.videos.values()), group=workers)
+            yield from ahead(executor, attempt, [*self.videos.values()] if videos is None else videos, group=workers)
+
+
+@dataclass
+class Window:
+    """A clip, and where in its video it was: maps made later from the file find the same pixels by it."""
+    video: np.ndarray  # (F, H, W, 3) uint8
+    number: int  # of the windows taken from its video, which are `taken`
+    taken: int
+    start: float  # seconds on the file's own clock; frame k is the one shown at start + k / fps
+    size: tuple[int, int]  # height and width of the upright source
+    crop: tuple[float, float, float, float]  # left, top, right, bottom in its pixels
 
 
 def read_windows(path: Path, cfg: Config) -> list[np.ndarray]:
-    """Clips (F, H, W, 3) uint8 of one video by the rules at the top; never more than those in memory.
+    """The clips of `windows_of` alone."""
+    return [window.video for window in windows_of(path, cfg)]
+
+
+def windows_of(path: Path, cfg: Config) -> list[Window]:
+    """The clips of one video by the rules at the top; never more than those in memory.
 
     Raises ValueError with the reason when there is none, or what the decoder raises.
     """
@@ -544,17 +597,20 @@ def read_windows(path: Path, cfg: Config) -> list[np.ndarray]:
     if n < 1:
         raise ValueError(f"too short, {end - times[0]:.2g} s of {cfg.frames / cfg.fps:.2g} s")
     taken = min(n, cfg.windows)
-    clips = []
+    found = []
     with av.open(str(path)) as container:
         player = Player(container, times, end)
-        for window in ((2 * i + 1) * n // (2 * taken) for i in range(taken)):  # the middles of `taken` equal parts
+        for number in range(taken):
+            window = (2 * number + 1) * n // (2 * taken)  # the middles of `taken` equal parts
             shown = times[0] + (window * cfg.frames + np.arange(cfg.frames)) / cfg.fps
             pictures = [player.picture(t, cfg.height, cfg.width) for t in shown]
             if all(p is not None for p in pictures):
-                clips.append(np.stack(pictures))
-    if not clips:
+                size = upright(player.now)
+                found.append(Window(np.stack(pictures), number, taken, float(shown[0]), size,
+                                    central(*size, cfg.height, cfg.width)))
+    if not found:
         raise ValueError("damaged, no window decodes")
-    return clips
+    return found
 
 
 def timeline(path: Path) -> tuple[np.ndarray, float]:
@@ -626,25 +682,39 @@ class Player:
         return self.fitted[1]
 
 
+def upright(frame) -> tuple[int, int]:
+    """Height and width of a decoded frame once it is turned as the file says."""
+    return (frame.width, frame.height) if round(frame.rotation / 90) % 2 else (frame.height, frame.width)
+
+
+def central(h: int, w: int, height: int, width: int) -> tuple[float, float, float, float]:
+    """The largest centred rectangle of shape height : width in a picture h x w: left, top, right, bottom."""
+    scale = min(h / height, w / width)
+    x, y = max(0.0, (w - width * scale) / 2), max(0.0, (h - height * scale) / 2)
+    return x, y, w - x, h - y
+
+
 def fit(frame, height: int, width: int) -> np.ndarray:
     """A decoded frame, turned upright, its largest centred rectangle of that shape resized to (height, width, 3)."""
     rgb = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))  # both count anticlockwise
-    h, w = rgb.shape[:2]
-    scale = min(h / height, w / width)
-    x, y = max(0.0, (w - width * scale) / 2), max(0.0, (h - height * scale) / 2)
     picture = Image.fromarray(np.ascontiguousarray(rgb))
-    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, box=(x, y, w - x, h - y)))
+    box = central(*upright(frame), height, width)
+    return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, box=box))
+
+
+def pixels(video: np.ndarray | Tensor) -> Tensor:
+    """(..., F, H, W, 3) uint8 -> (..., 3, F, H, W) float32 in [-1, 1]."""
+    video = torch.as_tensor(np.asarray(video)).movedim(-1, -4)
+    return video.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 
 # ----------------------------------------------------------------------------------------------------------- the stream
-class Clips:
-    """Batches from a pool. Position p of the endless stream is clip order[p mod n] of epoch p div n."""
+class Stream:
+    """The order of clips. Position p of the endless stream is clip order[p mod n] of epoch p div n."""
+    cut = 0  # captions cut short
 
-    def __init__(self, cfg: Config, pool: Pool, tokenizer: Tokenizer):
+    def __init__(self, cfg: Config, pool: "Pool | Cache"):
         self.cfg, self.pool, self.orders = cfg, pool, {}
-        encoded = [tokenizer.encode(caption, cfg.text_len) for caption in pool.captions]
-        self.ids, self.lengths = torch.stack([ids for ids, _ in encoded]), torch.tensor([n for _, n in encoded])
-        self.cut = sum(len(tokenizer.split(caption)) > cfg.text_len for caption in pool.captions)  # captions cut short
         self.categories = torch.zeros(len(pool.captions), cfg.categories)
         for row, present in enumerate(pool.categories):
             self.categories[row, [c for c in present if c < cfg.categories]] = 1
@@ -665,16 +735,34 @@ class Clips:
             self.orders = {**dict(list(self.orders.items())[-1:]), epoch: order}  # a batch may lie across two epochs
         return int(self.orders[epoch][at])
 
+    def dropped(self, positions: list[int]) -> Tensor:
+        """(B,) bool: whose caption is left out, so that guidance has an unconditional model."""
+        draws = [np.random.default_rng([self.cfg.seed, 2, p]).random() for p in positions]
+        return torch.tensor(draws) < self.cfg.caption_dropout
+
+    def held_out(self) -> Batch:
+        """All validation clips, index 0 upwards."""
+        return self.batch(range(len(self.pool.held)), train=False)
+
+
+class Clips(Stream):
+    """Batches of pixels from a pool."""
+
+    def __init__(self, cfg: Config, pool: Pool, tokenizer: Tokenizer):
+        super().__init__(cfg, pool)
+        encoded = [tokenizer.encode(caption, cfg.text_len) for caption in pool.captions]
+        self.ids, self.lengths = torch.stack([ids for ids, _ in encoded]), torch.tensor([n for _, n in encoded])
+        self.cut = sum(len(tokenizer.split(caption)) > cfg.text_len for caption in pool.captions)
+
     def batch(self, positions: Iterable[int], train: bool = True) -> Batch:
         """The clips at these positions of the stream (train), or of the held-out list (no caption is dropped)."""
         positions = list(positions)
         rows = [self.row(p) if train else self.pool.held[p] for p in positions]
         text, length = self.ids[rows], self.lengths[rows]  # (B, L), (B,)
         if train:
-            drop = torch.tensor([np.random.default_rng([self.cfg.seed, 2, p]).random() for p in positions])
-            text[drop < self.cfg.caption_dropout], length[drop < self.cfg.caption_dropout] = 0, 0
-        video = torch.from_numpy(np.asarray(self.pool.video[rows])).permute(0, 4, 1, 2, 3)  # F, H, W, 3 -> 3, F, H, W
-        video = video.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
+            drop = self.dropped(positions)
+            text[drop], length[drop] = 0, 0
+        video = pixels(self.pool.video[rows])
         target, target_mask = self.targets(rows)
         return Batch(video, text, length, [self.pool.captions[r] for r in rows], self.categories[rows],
                      target, target_mask, torch.tensor(positions))
@@ -698,6 +786,169 @@ class Clips:
             mask[clip, :, category] = 1
         return target, mask
 
-    def held_out(self) -> Batch:
-        """All validation clips, index 0 upwards."""
-        return self.batch(range(len(self.pool.held)), train=False)
+
+# -------------------------------------------------------------------------------------------------------- latents
+def checksum(tensors: dict[str, Tensor]) -> int:
+    """Of the tensors' bytes: safetensors notices a file cut short, but not a block that came back as zeros."""
+    total = 0
+    for name in sorted(tensors):
+        total = zlib.crc32(tensors[name].contiguous().flatten().view(torch.uint8).numpy(), total)
+    return total
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict, tag: str) -> None:
+    """A safetensors file with `about` in its header: whole or absent, and the same bytes for the same contents. Until
+    it is whole its name ends in tag.part."""
+    header = json.dumps({**about, "checksum": checksum(tensors)}, sort_keys=True)
+    part = path.with_name(f"{path.name}.{tag}.part")
+    try:
+        with open(part, "wb") as file:
+            file.write(safetensors.torch.save(tensors, {"about": header}))
+            file.flush()
+            os.fsync(file.fileno())  # the name must not survive a power cut that the bytes do not
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def read_about(path: Path) -> dict:
+    """What the header says. Raises ValueError with the reason for a damaged or missing file, OSError without a disk."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return json.loads((file.metadata() or {})["about"])
+    except FileNotFoundError:
+        raise ValueError("missing") from None
+    except (safetensors.SafetensorError, KeyError, ValueError) as e:
+        raise ValueError("cut short" if "ncomplete" in str(e) else "no safetensors file of encode.py") from None
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
+    """What write_tensors wrote, checked. Raises as read_about."""
+    about = read_about(path)
+    with safetensors.safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if checksum(tensors) != about.get("checksum"):
+        raise ValueError("its checksum is another")
+    return tensors, about
+
+
+@dataclass
+class Cache:
+    """What encode.py made of a folder of videos, opened: the list of clips. `train` and `held` list the rows of either
+    split, as a Pool's do."""
+    folder: Path
+    settings: dict  # all that shapes the clips
+    files: list[str]
+    captions: list[str]
+    categories: list[list[int]]  # of all 29
+    train: list[int]
+    held: list[int]
+    summary: str
+    key: str  # of settings and clips
+
+
+def open_cache(cfg: Config, folder: Path, expected: dict | None = None) -> Cache:
+    """The cache in `folder`, if it is of cfg's lineage and sizes and of the other settings `expected`, such as
+    encode.identity(weights). Opens no clip. Raises UserError."""
+    folder = Path(folder)
+    try:
+        stored = json.loads((folder / "cache.json").read_text(encoding="utf-8"))
+        index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+        settings, (key, rows, done, total) = stored["settings"], map(index.get, ("key", "clips", "done", "videos"))
+        files, names, captions, categories = map(list, zip(*rows)) if rows else ([], [], [], [])
+        whole = (stored["key"] == digest(settings) and isinstance(done, int) and isinstance(total, int)
+                 and all(isinstance(name, str) for name in (*files, *names, *captions)))
+    except FileNotFoundError as e:
+        raise UserError(f"There is no {e.filename}: `python encode.py --out {folder} ...` makes it, once it has gone "
+                        "through.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        whole = False
+    if not whole:
+        raise UserError(f"{folder} is not what encode.py left there: its cache.json or index.json is damaged.")
+    if key != stored["key"]:
+        raise UserError(f"{folder} is stale: its index.json is of other settings than its cache.json; run encode.py "
+                        "again.")
+    fields = ("lineage", "frames", "height", "width", "channels", "text_dim", "text_len")
+    for field, value in {**{field: getattr(cfg, field) for field in fields}, **(expected or {})}.items():
+        if settings.get(field) != value:
+            change = f"change --{field}, or " if field in fields else ""
+            raise UserError(f"The clips in {folder} were made with {field} {settings.get(field)}, and this run has "
+                            f"{value}: {change}encode again into another folder.")
+    if not rows:
+        raise UserError(f"There is no clip in {folder}: encode.py made none.")
+    train, held, summary = shares(names, cfg.val_clips)
+    if done < total:
+        summary += f"; {total - done} of {total} videos are not there (yet)"
+    return Cache(folder, settings, files, captions, categories, train, held, summary, digest([key, files]))
+
+
+class Latents(Stream):
+    """Batches of latents and text embeddings from a cache, read clip by clip."""
+
+    def __init__(self, cfg: Config, cache: Cache):
+        """Reads the embedding of the empty caption. Raises UserError without it."""
+        super().__init__(cfg, cache)
+        self.damaged: dict[str, str] = {}  # {file: reason}
+        try:
+            self.empty, about = read_tensors(cache.folder / "empty.safetensors")
+        except (OSError, ValueError) as e:
+            reason = getattr(e, "strerror", None) or e
+            raise UserError(f"{cache.folder / 'empty.safetensors'}, the embedding of the empty caption, cannot be read "
+                            f"({reason}): run encode.py again.") from None
+        self.expect(about, "empty.safetensors")
+
+    def expect(self, about: dict, file: str) -> None:
+        if about["key"] != digest(self.pool.settings):
+            raise UserError(f"{self.pool.folder / file} is stale, made with other settings or weights than cache.json "
+                            "beside it says: delete it and run encode.py again.")
+
+    def read(self, row: int) -> dict[str, Tensor] | None:
+        """The tensors of a row's file; None where it is damaged, which is said once. UserError where it is stale."""
+        file = self.pool.files[row]
+        if file in self.damaged:
+            return None
+        try:
+            tensors, about = read_tensors(self.pool.folder / "clips" / file)
+        except (OSError, ValueError) as e:
+            self.damaged[file] = str(getattr(e, "strerror", None) or e)
+            tqdm.write(f"{self.pool.folder / 'clips' / file} is left out ({self.damaged[file]}); delete it and run "
+                       "encode.py again to mend it.", file=sys.stderr)
+            return None
+        self.expect(about, f"clips/{file}")
+        return {**tensors, "text_length": torch.tensor(about["text_length"])}
+
+    def clip(self, row: int, among: list[int]) -> tuple[int, dict[str, Tensor]]:
+        """The row's tensors, or, round the list `among` in which it is, the next row's that can be read, and its
+        number. Raises Stopped when none can."""
+        at = among.index(row)
+        for candidate in (*among[at:], *among[:at]):
+            tensors = self.read(candidate)
+            if tensors is not None:
+                return candidate, tensors
+        raise Stopped(f"No clip in {self.pool.folder} can be read any more.")
+
+    def batch(self, positions: Iterable[int], train: bool = True) -> Batch:
+        """As Clips.batch. A latent with a spread (CogVideoX) is drawn, mean + std * noise, the noise a function of
+        (seed, position); of the position alone for held-out clips: runs of every seed are judged on the same."""
+        positions = list(positions)
+        among = self.pool.train if train else self.pool.held
+        clips = [self.clip(self.row(p) if train else among[p], among) for p in positions]
+        drop = self.dropped(positions) if train else torch.zeros(len(positions), dtype=torch.bool)
+        latents, texts, lengths = [], [], []
+        for p, gone, (_, tensors) in zip(positions, drop, clips):
+            stream = [self.cfg.seed, 5, p] if train else [0, 6, p]
+            latent, text = tensors["mean"].float(), self.empty["text"] if gone else tensors["text"]
+            if "std" in tensors:
+                noise = np.random.default_rng(stream).standard_normal(tuple(latent.shape), np.float32)
+                latent = latent + tensors["std"].float() * torch.from_numpy(noise)
+            odd = -latent.shape[1] % self.cfg.patch_t  # CogVideoX 1.5 sees pairs: its trainer repeats the first frame
+            latents.append(torch.cat([latent[:, :1]] * odd + [latent], dim=1))
+            missing = self.pool.settings["text_len"] - len(text)  # zeros that were not worth storing
+            texts.append(torch.nn.functional.pad(text.float(), (0, 0, 0, missing)))
+            lengths.append(torch.zeros((), dtype=torch.int64) if gone else tensors["text_length"])
+        rows = [row for row, _ in clips]
+        target = torch.zeros(len(rows), int(np.prod(self.cfg.grid)), self.cfg.categories)  # no maps: nothing is said
+        return Batch(None, torch.stack(texts), torch.stack(lengths), [self.pool.captions[row] for row in rows],
+                     self.categories[rows], target, torch.zeros_like(target), torch.tensor(positions),
+                     torch.stack(latents))

@@ -26,6 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model import through
+
 
 @dataclass
 class Routing:
@@ -44,18 +46,57 @@ def invert(logits: Tensor) -> Tensor:
     return -logits
 
 
+class FullMaps(nn.Module):
+    """The paper's basis maps, a number for each expert, token and channel: rho (B, E_s), grid -> their mix (B, N, D)."""
+
+    def __init__(self, grid: tuple[int, int, int], dim: int, experts: int):
+        super().__init__()
+        self.maps = nn.Parameter(torch.randn(experts, dim, *grid) * 0.02)  # B_e, (E_s, D, T', h, w)
+
+    def forward(self, rho: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        maps = self.maps
+        if tuple(grid) != tuple(maps.shape[2:]):
+            maps = F.interpolate(maps, grid, mode="trilinear", align_corners=False)
+        return torch.einsum("be,edn->bnd", rho.type_as(maps), maps.flatten(2))
+
+
+class FactoredMaps(nn.Module):
+    """B_e = sum over R ranks of time (T') x space (h, w) x width (D), outer products (ours).
+
+    A full map of CogVideoX-5B has 54 M numbers, its 64 factors 0.3 M: that is what a published branch can afford.
+    """
+
+    def __init__(self, grid: tuple[int, int, int], dim: int, experts: int, rank: int):
+        super().__init__()
+        T, h, w = grid
+        self.time = nn.Parameter(1 + 0.02 * torch.randn(experts * rank, 1, T))  # nearly constant: a start that is smooth
+        self.space = nn.Parameter(torch.randn(experts * rank, 1, h, w))
+        self.width = nn.Parameter(torch.randn(experts, rank, dim) * 0.02 * rank**-0.5)
+
+    def forward(self, rho: Tensor, grid: tuple[int, int, int]) -> Tensor:
+        (T, h, w), (E, R, D) = grid, self.width.shape
+        time, space = self.time, self.space
+        if (T, h, w) != (time.shape[-1], *space.shape[-2:]):
+            time = F.interpolate(time, T, mode="linear", align_corners=False)
+            space = F.interpolate(space, (h, w), mode="bilinear", align_corners=False)
+        where = torch.einsum("kt,ks->tsk", time[:, 0], space[:, 0].flatten(1)).flatten(0, 1)  # (N, E R)
+        width = (rho.type_as(self.width)[:, :, None, None] * self.width).flatten(1, 2)  # (B, E R, D)
+        return where @ width
+
+
 class SemanticExpertBlock(nn.Module):
     """X~ = X + sum_e rho_s[e] B_e, with one learnable map B_e (N, D) for each kind of physical knowledge (Eq. 1).
 
     All experts take part: a hard top-k collapses at the small batches of video training. A map is tied to one token
-    grid and is interpolated to any other (ours).
+    grid and is interpolated to any other (ours). Its rank 0 means full maps.
     """
 
-    def __init__(self, grid: tuple[int, int, int], dim: int, text_dim: int, experts: int, categories: int):
+    def __init__(self, grid: tuple[int, int, int], dim: int, text_dim: int, experts: int, categories: int,
+                 rank: int = 0):
         super().__init__()
         # its depth is ours
         self.router = nn.Sequential(nn.Linear(text_dim, text_dim), nn.SiLU(), nn.Linear(text_dim, experts))
-        self.maps = nn.Parameter(torch.randn(experts, dim, *grid) * 0.02)  # B_e, (E_s, D, T', h, w)
+        self.basis = FactoredMaps(grid, dim, experts, rank) if rank else FullMaps(grid, dim, experts)
         self.lift = nn.Linear(experts, categories)
 
     def route(self, y: Tensor, length: Tensor, edit=None) -> tuple[Tensor, Tensor, Tensor]:
@@ -63,7 +104,7 @@ class SemanticExpertBlock(nn.Module):
         E_cat)."""
         real = torch.arange(y.shape[1], device=y.device) < length[:, None]  # (B, L)
         pooled = (y * real[..., None]).sum(1) / length.clamp(min=1)[:, None]  # mean of real tokens (ours); 0 if none
-        logits = self.router(pooled)
+        logits = self.router(pooled.type_as(self.router[0].weight))  # T5's output may be bf16
         if edit is not None:
             logits = edit(logits)
         rho = logits.float().softmax(dim=-1)
@@ -71,11 +112,7 @@ class SemanticExpertBlock(nn.Module):
 
     def forward(self, x: Tensor, rho: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Video tokens (B, N, D) of the given grid, mixed with the maps."""
-        maps = self.maps
-        if tuple(grid) != tuple(maps.shape[2:]):
-            maps = F.interpolate(maps, grid, mode="trilinear", align_corners=False)
-        mix = torch.einsum("be,edn->bnd", rho.type_as(maps), maps.flatten(2))
-        return x + mix.type_as(x)  # Eq. 1
+        return x + self.basis(rho, grid).type_as(x)  # Eq. 1
 
 
 class RefinementExpertBlock(nn.Module):
@@ -135,12 +172,15 @@ class ProPhy(nn.Module):
 
     def __init__(self, backbone: nn.Module, cfg):
         super().__init__()
-        self.backbone, self.at, dim = backbone, cfg.physical_at, cfg.dim
+        self.backbone, self.at, dim, self.checkpointing = backbone, cfg.physical_at, cfg.dim, cfg.checkpointing
         self.semantic = self.refinement = None
-        if cfg.semantic:
-            self.semantic = SemanticExpertBlock(cfg.grid, dim, backbone.text_dim, cfg.semantic_experts, cfg.categories)
+        if cfg.semantic and self.at:  # without physical blocks nothing would read its tokens
+            self.semantic = SemanticExpertBlock(cfg.grid, dim, backbone.text_dim, cfg.semantic_experts, cfg.categories,
+                                                cfg.map_rank)
         self.physical = nn.ModuleList(copy.deepcopy(backbone.blocks[i]) for i in self.at)
-        if cfg.refinement:
+        if cfg.lora_rank:  # after the copies, which train all their weights anyway
+            add_lora(backbone, cfg.lora_rank, cfg.lora_alpha or cfg.lora_rank, cfg.lora_targets.split(","))
+        if cfg.refinement and self.at:
             self.refinement = RefinementExpertBlock(dim, cfg.refinement_experts, cfg.top_k, cfg.categories,
                                                     cfg.residual, cfg.renormalise)
         self.inject = nn.ModuleList(nn.Linear(dim, dim) if cfg.injection == "zero" else nn.Identity() for _ in self.at)
@@ -152,11 +192,15 @@ class ProPhy(nn.Module):
     def init_from_backbone(self) -> None:
         """Each physical block starts as a copy of the backbone block it stands beside."""
         for i, block in zip(self.at, self.physical):
-            block.load_state_dict(self.backbone.blocks[i].state_dict())
+            block.load_state_dict(own_state(self.backbone.blocks[i]))
+
+    def branch_state(self) -> dict[str, nn.Parameter]:
+        """{name: parameter} of all that is not the backbone's own: what stage two trains, and what a lab publishes."""
+        return {name: p for name, p in self.named_parameters()
+                if not name.startswith("backbone.") or name.endswith(LORA_NAMES)}
 
     def branch_parameters(self) -> list[nn.Parameter]:
-        """Everything that is not the backbone's: what stage two trains."""
-        return [p for name, p in self.named_parameters() if not name.startswith("backbone.")]
+        return list(self.branch_state().values())
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, text_length: Tensor | None = None,
                 edit=None) -> tuple[Tensor, Routing]:
@@ -174,10 +218,64 @@ class ProPhy(nn.Module):
             return torch.cat([h[:, :n], video], dim=1)
 
         for i, block in enumerate(self.backbone.blocks):
-            tokens = block(tokens, condition)
+            tokens = through(block, tokens, condition, self.checkpointing)
             if i in self.at:
                 j = self.at.index(i)
-                last = j == len(self.at) - 1
-                branch = self.physical[j](branch, condition, refine if last and self.refinement is not None else None)
+                if j == len(self.at) - 1 and self.refinement is not None:  # its routing must not be made twice
+                    branch = self.physical[j](branch, condition, refine)
+                else:
+                    branch = through(self.physical[j], branch, condition, self.checkpointing)
                 tokens = torch.cat([tokens[:, :n], tokens[:, n:] + self.inject[j](branch[:, n:])], dim=1)
         return self.backbone.head(tokens, condition), routing
+
+
+# --- the paper's rival ------------------------------------------------------------------------------------------------
+class LoRA(nn.Linear):
+    """y = W x + b + (alpha / r) U D x: a frozen linear layer with a trained correction of rank r (Hu et al. 2021).
+
+    U starts at zero, so an untrained one changes nothing, to the bit. W and b keep their names.
+    """
+
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+        super().__init__(linear.in_features, linear.out_features, device="meta")
+        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
+        device = linear.weight.device
+        self.down = nn.Parameter(torch.randn(rank, linear.in_features, device=device) * linear.in_features**-0.5)
+        self.up = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        correction = F.linear(F.linear(x.type_as(self.down), self.down), self.up)
+        y = super().forward(x)
+        return y + self.scale * correction.type_as(y)
+
+    @torch.no_grad()
+    def merged(self) -> nn.Linear:
+        """A linear layer with the correction in its weight."""
+        linear = nn.Linear(self.in_features, self.out_features, device="meta")
+        linear.weight = nn.Parameter(self.weight + (self.scale * self.up @ self.down).type_as(self.weight))
+        linear.bias = self.bias
+        return linear
+
+
+LORA_NAMES = (".down", ".up")
+
+
+def own_state(module: nn.Module) -> dict[str, Tensor]:
+    """A state dict without LoRA's corrections."""
+    return {name: tensor for name, tensor in module.state_dict().items() if not name.endswith(LORA_NAMES)}
+
+
+def add_lora(backbone: nn.Module, rank: int, alpha: float, targets: list[str]) -> None:
+    """Put a LoRA around every linear layer of the backbone's blocks whose last name is a target, such as "to_q"."""
+    for block in backbone.blocks:
+        for name, module in list(block.named_modules()):
+            if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets:
+                setattr(block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], LoRA(module, rank, alpha))
+
+
+def merge_lora(backbone: nn.Module) -> None:
+    """Turn every LoRA of the backbone's blocks back into one linear layer."""
+    for block in backbone.blocks:
+        for name, module in list(block.named_modules()):
+            if isinstance(module, LoRA):
+                setattr(block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module.merged())

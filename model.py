@@ -1,43 +1,59 @@
-"""The video diffusion transformer, CogVideoX lineage in small (Yang et al. 2024, arXiv 2408.06072).
+"""The video diffusion transformers: CogVideoX (Yang et al. 2024, arXiv 2408.06072) and Wan2.1 (arXiv 2503.20314).
+
+                                      CogVideoX                                  Wan
+    sequence              [text | video], joint attention          video; text beside it, by cross-attention
+    modulation by time    each block its own linear, text and      one for all blocks, each adds its own table
+                          video apart ("expert adaLN")
+    norm of q and k       LayerNorm of each head                   RMSNorm across all heads
 
     x (B, C, F, H, W) --patchify--> video tokens --+
-                                                   +--> [text | video] --blocks--> video tokens --head--> prediction
-    text ids (B, L) --TextEncoder--> text tokens --+
+                                                   +--> blocks --> video tokens --head--> prediction
+    text (B, L[, D_text]) ----------text tokens ---+
 
-Every block attends over text and video together with one set of weights. What is "expert" about its adaLN is the
-modulation alone: text and video get their own shift, scale and gate from the diffusion time. Names of sub-modules are
-those of the diffusers checkpoint of CogVideoX.
+The two block classes share their leaves and no line of control flow, so that each can be read against its paper. The
+same classes are the small models trained here and, with official weights in them (`load_pretrained`), the big ones.
+Small models learn their words (`TextEncoder`); big ones get the output of a frozen T5.
 
 The block contract, all that experts.py knows of a backbone:
     tokens, condition = backbone.embed(x, t, text, text_length)
     tokens = block(tokens, condition, middle=None)     attention, then middle(tokens) if given, then feed-forward
     prediction = backbone.head(tokens, condition)
-`condition.n_text` says how many text tokens stand in front of the video tokens.
+`condition.n_text` says how many text tokens stand in front of the video tokens (none for Wan).
 
-Left out on purpose: the second lineage (Wan) and official weights; they get a block and a model class of their own
-beside these.
+Left out on purpose: image-to-video variants, whose extra inputs would double each `embed`.
 
-Letters: B batch, C channels, F H W video, N video tokens, L text tokens, S = L + N, D width, h heads, d = D / h.
+Letters: B batch, C channels, F H W video, N video tokens, L text tokens, S = n_text + N, D width, h heads, d = D / h.
 """
+import json
 import math
-from dataclasses import dataclass
-from functools import lru_cache
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import config
+from config import Config, Stopped, UserError
 
 
 @dataclass
 class Condition:
     """What blocks and head need beside the tokens."""
 
-    time: Tensor  # (B, D_time) silu of the time embedding
+    time: Tensor  # CogVideoX: (B, D_time) silu of the time embedding; Wan: (B, 6, D) the modulation all blocks share
     rope: tuple[Tensor, Tensor]  # cos, sin (S, d / 2)
     n_text: int  # text tokens in front of the video tokens
     grid: tuple[int, int, int]  # video tokens along time, height, width
     text: Tensor  # (B, L, D_text) the text embedding y, as the semantic router reads it
     text_length: Tensor  # (B,) real tokens of y; the rest is padding
+    context: Tensor | None = None  # Wan: (B, L, D) the text that cross-attention reads
+    time_out: Tensor | None = None  # Wan: (B, 1, D) the time embedding itself, for the head
 
 
 # --- shared leaves ----------------------------------------------------------------------------------------------------
@@ -56,39 +72,10 @@ def unpatchify(tokens: Tensor, grid: tuple[int, int, int], pt: int, p: int) -> T
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
-    """(B,) in the lineage's own unit (0..1000) -> (B, dim), cosines first as in the CogVideoX checkpoint."""
+    """(B,) in the lineage's own unit (0..1000) -> (B, dim) float32, cosines first as both lineages have them."""
     frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t.float()[:, None] * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
-
-
-def turns(n: int, channels: int, base: float = 10_000) -> Tensor:
-    """(n, channels / 2): by how much RoPE turns each pair of channels at the positions 0 .. n - 1 of one axis."""
-    frequencies = base ** -(torch.arange(0, channels, 2, dtype=torch.float64) / channels)
-    return torch.arange(n, dtype=torch.float64)[:, None] * frequencies
-
-
-@lru_cache(maxsize=8)
-def rope_1d(n: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos, sin (n, d / 2) of the words of a caption. They are few: with the usual base half of the channels would
-    hardly turn, and which word stands next to which is then learned too late."""
-    angles = turns(n, d, base=10).float()
-    return angles.cos().to(device), angles.sin().to(device)
-
-
-@lru_cache(maxsize=8)
-def rope_3d(grid: tuple[int, int, int], n_text: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos, sin (n_text + N, d / 2): of d channels a quarter turns with time, 3/8 with height, 3/8 with width.
-
-    Text rows have angle zero, an exact identity, so that no block needs to cut the sequence apart.
-    """
-    angles = []
-    for axis, channels in enumerate((d // 4, 3 * d // 8, 3 * d // 8)):
-        shape = [1, 1, 1, channels // 2]
-        shape[axis] = grid[axis]
-        angles.append(turns(grid[axis], channels).view(shape).expand(*grid, -1))
-    angles = F.pad(torch.cat(angles, dim=-1).flatten(0, 2), (0, 0, n_text, 0)).float()  # (S, d / 2)
-    return angles.cos().to(device), angles.sin().to(device)
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -99,52 +86,165 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over (B, h, S, d). On a CPU the formula itself beats the fused kernel, whose
-    backward is slow."""
-    if q.device.type == "cpu":
+    """softmax(q k^T / sqrt(d)) v over (B, h, S, d). On a CPU, where sequences are short, the formula itself beats the
+    fused kernel, whose backward is slow; of long ones it could not hold the S x S scores."""
+    if q.device.type == "cpu" and k.shape[-2] <= 1024:
         return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
-class Attention(nn.Module):
-    """Joint attention over [text | video], LayerNorm on every head's q and k (over d, weights shared by the heads)."""
+class HeadNorm(nn.LayerNorm):
+    """LayerNorm of each head's d channels, one set of weights for all heads: (B, S, D) -> (B, S, D)."""
 
     def __init__(self, dim: int, heads: int):
+        super().__init__(dim // heads, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.unflatten(-1, (-1, *self.normalized_shape))).flatten(-2)
+
+
+class LayerNorm32(nn.LayerNorm):
+    """LayerNorm computed, and returned, in float32 whatever the tokens and weights are stored in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
+
+
+class Attention(nn.Module):
+    """Attention of x over itself, or over a context: q and k normed as the lineage does it, then rotated."""
+
+    def __init__(self, dim: int, heads: int, norm=HeadNorm):
         super().__init__()
         self.heads = heads
         self.to_q, self.to_k, self.to_v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.norm_q, self.norm_k = nn.LayerNorm(dim // heads, eps=1e-6), nn.LayerNorm(dim // heads, eps=1e-6)
+        self.norm_q, self.norm_k = norm(dim, heads), norm(dim, heads)
         self.to_out = nn.Linear(dim, dim)
 
     def split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, S, D) -> (B, h, S, d)
 
-    def queries_keys(self, x: Tensor, rope) -> tuple[Tensor, Tensor]:
-        q, k = self.norm_q(self.split(self.to_q(x))), self.norm_k(self.split(self.to_k(x)))
-        return rotate(q, rope), rotate(k, rope)
+    def queries_keys(self, x: Tensor, rope=None, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        q = self.split(self.norm_q(self.to_q(x)))
+        k = self.split(self.norm_k(self.to_k(x if context is None else context)))
+        return (q, k) if rope is None else (rotate(q, rope), rotate(k, rope))  # text beside the video has no place in it
 
-    def forward(self, x: Tensor, rope) -> Tensor:
-        q, k = self.queries_keys(x, rope)
-        v = self.split(self.to_v(x))
+    def forward(self, x: Tensor, rope=None, context: Tensor | None = None) -> Tensor:
+        q, k = self.queries_keys(x, rope, context)
+        v = self.split(self.to_v(x if context is None else context))
         return self.to_out(attend(q.type_as(v), k.type_as(v), v).transpose(1, 2).flatten(2))
 
 
 class FeedForward(nn.Sequential):
-    def __init__(self, dim: int):
-        super().__init__(nn.Linear(dim, 4 * dim), nn.GELU(approximate="tanh"), nn.Linear(4 * dim, dim))
+    def __init__(self, dim: int, inner: int):
+        super().__init__(nn.Linear(dim, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, dim))
 
 
+# --- positions --------------------------------------------------------------------------------------------------------
+def turns(at: Tensor, channels: int, base: float = 10_000) -> Tensor:
+    """By how much RoPE turns each pair of channels at the places `at` (n,) of one axis: (n, channels / 2)."""
+    return at[:, None] * (1 / base ** (torch.arange(0, channels, 2, dtype=at.dtype) / channels))
+
+
+def over_grid(axes: list[Tensor]) -> Tensor:
+    """One table an axis, (n_i, c_i), -> their rows side by side for each token in order t, h, w: (N, c_t + c_h + c_w)."""
+    sizes = [len(axis) for axis in axes]
+    shaped = [axis.view([-1 if i == j else 1 for j in range(3)] + [axis.shape[1]]) for i, axis in enumerate(axes)]
+    return torch.cat([axis.expand(*sizes, -1) for axis in shaped], dim=-1).flatten(0, 2)
+
+
+def integers(grid: tuple[int, int, int], dtype=torch.float32) -> list[Tensor]:
+    return [torch.arange(n, dtype=dtype) for n in grid]
+
+
+def fitted(grid: tuple[int, int, int], fit: tuple[int, int]) -> list[Tensor]:
+    """CogVideoX-5B: rows and columns are fitted, aspect kept, into the grid it was trained on (30 x 45 tokens), so that
+    other sizes see angles it knows. On that grid, and nowhere else, they are the integers."""
+    (T, h, w), (H, W) = grid, fit
+    rows, columns = (H, round(H / h * w)) if h / w > H / W else (round(W / w * h), W)
+    top, left = round((H - rows) / 2), round((W - columns) / 2)
+    return [torch.arange(T).float(), torch.linspace(top, (top + rows) * (h - 1) / h, h),
+            torch.linspace(left, (left + columns) * (w - 1) / w, w)]
+
+
+def cog_channels(d: int) -> tuple[int, int, int]:
+    """Of d channels a quarter turns with time, 3/8 with height, 3/8 with width."""
+    return d // 4, 3 * d // 8, 3 * d // 8
+
+
+def wan_channels(d: int) -> tuple[int, int, int]:
+    """Of 128 channels 44 turn with time, 42 with height, 42 with width."""
+    third = 2 * (d // 6)
+    return d - 2 * third, third, third
+
+
+def rotation(at: list[Tensor], channels: tuple[int, int, int]) -> Tensor:
+    """Angles (N, d / 2) of the tokens at the places of three axes."""
+    return over_grid([turns(places, part) for places, part in zip(at, channels)])
+
+
+def sines(grid: tuple[int, int, int], dim: int) -> Tensor:
+    """CogVideoX-2B's table (N, D): sines, then cosines of time (D / 4), WIDTH (3 D / 8) and then height. Rows and columns
+    are 1.875 closer together than the integers."""
+    def wave(at, channels):
+        angles = at.double()[:, None] / 10_000 ** (torch.arange(channels // 2).double() / (channels // 2))
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+    (t, h, w), (d_t, d_h, d_w) = integers(grid), cog_channels(dim)
+    table = over_grid([wave(t, d_t), wave(h / 1.875, d_h), wave(w / 1.875, d_w)])
+    time, height, width = table.split([d_t, d_h, d_w], dim=1)
+    return torch.cat([time, width, height], dim=1).float()
+
+
+@lru_cache(maxsize=8)
+def positions(cfg: Config, grid: tuple[int, int, int], n_text: int, device: torch.device):
+    """-> what is added to the video tokens, (N, D) or None, and the rotation of all tokens, cos and sin (S, d / 2).
+
+    Text rows have angle zero, an exact identity, so that no block needs to cut the sequence apart. Angles are float32
+    for CogVideoX and float64 for Wan, as in their references: at place 80 that is a difference of 1e-5.
+    """
+    with torch.device("cpu"):  # not on the meta device, where a model may be laid out just now
+        added, angles = places(cfg, grid)
+        angles = F.pad(angles, (0, 0, n_text, 0))
+    return None if added is None else added.to(device), (angles.cos().float().to(device), angles.sin().float().to(device))
+
+
+def places(cfg: Config, grid: tuple[int, int, int]) -> tuple[Tensor | None, Tensor]:
+    """What is added to the video tokens (N, D), and their angles (N, d / 2), by the rule that cfg.positions names."""
+    d, added = cfg.dim // cfg.heads, None
+    if cfg.positions == "fitted":
+        angles = rotation(fitted(grid, (cfg.fit_height, cfg.fit_width)), cog_channels(d))
+    elif cfg.lineage == "wan":
+        angles = rotation(integers(grid, torch.float64), wan_channels(d))
+    else:
+        angles = rotation(integers(grid), cog_channels(d))
+    if cfg.positions == "sincos":
+        added, angles = sines(grid, cfg.dim), torch.zeros_like(angles)
+    elif cfg.positions == "both":
+        wide = rotation(integers(grid), cog_channels(cfg.dim))  # (N, D / 2)
+        added = torch.cat([wide.cos(), wide.sin()], dim=-1)
+    return added, angles
+
+
+# --- words, for models trained here -----------------------------------------------------------------------------------
 class TextBlock(nn.Module):
     """A plain pre-norm transformer block."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.norm1, self.attn1 = nn.LayerNorm(dim), Attention(dim, heads)
-        self.norm2, self.ff = nn.LayerNorm(dim), FeedForward(dim)
+        self.norm2, self.ff = nn.LayerNorm(dim), FeedForward(dim, 4 * dim)
 
     def forward(self, x: Tensor, rope) -> Tensor:
         x = x + self.attn1(self.norm1(x), rope)
         return x + self.ff(self.norm2(x))
+
+
+@lru_cache(maxsize=8)
+def rope_of_words(n: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos, sin (n, d / 2) of the words of a caption. They are few: with the usual base half of the channels would
+    hardly turn, and which word stands next to which is then learned too late."""
+    angles = turns(torch.arange(n).double(), d, base=10).float()
+    return angles.cos().to(device), angles.sin().to(device)
 
 
 class TextEncoder(nn.Module):
@@ -162,10 +262,51 @@ class TextEncoder(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         x = self.embedding(text)
-        rope = rope_1d(text.shape[1], x.shape[-1] // self.heads, x.device)
+        rope = rope_of_words(text.shape[1], x.shape[-1] // self.heads, x.device)
         for block in self.blocks:
             x = block(x, rope)
         return x
+
+
+class Backbone(nn.Module):
+    """What both lineages have in common: text in, position added, one block after the other."""
+
+    def __init__(self, cfg: Config, vocabulary: int):
+        super().__init__()
+        self.cfg, self.text_dim = cfg, cfg.text_dim or cfg.dim
+        self.patch_proj = nn.Linear(cfg.channels * cfg.patch_t * cfg.patch**2, cfg.dim)
+        learned = cfg.text_dim == 0
+        self.text_encoder = TextEncoder(vocabulary, cfg.dim, cfg.heads, cfg.text_depth) if learned else None
+        # CogVideoX-2B adds sines and cosines of the position, all others rotate q and k by it. Both together (ours) tell
+        # left from right sooner.
+        self.position_gain = nn.Parameter(torch.full((cfg.dim,), 0.3)) if cfg.positions == "both" else 1
+
+    def read(self, x: Tensor, text: Tensor, text_length: Tensor | None, n_text: int):
+        """-> video tokens with their position (B, N, D), rope, grid, y (B, L, D_text), its lengths (B,)."""
+        pt, p = self.cfg.patch_t, self.cfg.patch
+        grid = (x.shape[2] // pt, x.shape[3] // p, x.shape[4] // p)
+        added, rope = positions(self.cfg, grid, n_text, x.device)
+        video = self.patch_proj(patchify(x, pt, p))
+        if added is not None:
+            video = video + (self.position_gain * added).type_as(video)
+        if text_length is None:
+            text_length = (text > 0).sum(1) if self.text_encoder else torch.full((len(x),), text.shape[1], device=x.device)
+        return video, rope, grid, self.text_encoder(text) if self.text_encoder else text, text_length
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, text_length: Tensor | None = None) -> Tensor:
+        """x (B, C, F, H, W), t (B,) in the lineage's unit, text ids (B, L) with 0 = padding, or embeddings (B, L, D_text)
+        -> prediction, shaped as x."""
+        tokens, condition = self.embed(x, t, text, text_length)
+        for block in self.blocks:
+            tokens = through(block, tokens, condition, self.cfg.checkpointing)
+        return self.head(tokens, condition)
+
+
+def through(block: nn.Module, tokens: Tensor, condition: Condition, checkpointing: bool) -> Tensor:
+    """One block; with checkpointing only its input is kept, and the backward pass goes through it again."""
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, tokens, condition, use_reentrant=False)
+    return block(tokens, condition)
 
 
 # --- CogVideoX --------------------------------------------------------------------------------------------------------
@@ -193,10 +334,10 @@ class ExpertNorm(nn.Module):
 class CogBlock(nn.Module):
     """Attention, then `middle` if given, then feed-forward, each with its residual."""
 
-    def __init__(self, dim: int, heads: int, time_dim: int):
+    def __init__(self, cfg: Config):
         super().__init__()
-        self.norm1, self.attn1 = ExpertNorm(dim, time_dim), Attention(dim, heads)
-        self.norm2, self.ff = ExpertNorm(dim, time_dim), FeedForward(dim)
+        self.norm1, self.attn1 = ExpertNorm(cfg.dim, cfg.time_dim), Attention(cfg.dim, cfg.heads)
+        self.norm2, self.ff = ExpertNorm(cfg.dim, cfg.time_dim), FeedForward(cfg.dim, cfg.ffn or 4 * cfg.dim)
 
     def forward(self, x: Tensor, condition: Condition, middle=None) -> Tensor:
         h, gate = self.norm1(x, condition)
@@ -215,40 +356,25 @@ class CogBlock(nn.Module):
         return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)[:, :, n:, :n]
 
 
-class CogVideoX(nn.Module):
-    """`prediction = backbone(x, t, text, text_length)`: x (B, C, F, H, W), t (B,) 0..1000, text ids (B, L) with 0 =
-    padding."""
+class CogVideoX(Backbone):
+    """t is 0..999 (the integer step of the official models), text is [226 tokens of T5, padding and all]."""
 
-    def __init__(self, cfg, vocabulary: int, channels: int = 3):
-        super().__init__()
-        self.cfg, self.text_dim = cfg, cfg.dim
-        patch_dim = channels * cfg.patch_t * cfg.patch**2
-        self.patch_proj = nn.Linear(patch_dim, cfg.dim)
-        self.text_encoder = TextEncoder(vocabulary, cfg.dim, cfg.heads, cfg.text_depth)
-        self.position_gain = nn.Parameter(torch.full((cfg.dim,), 0.3))
+    def __init__(self, cfg: Config, vocabulary: int = 0):
+        super().__init__(cfg, vocabulary)
+        self.text_proj = nn.Linear(cfg.text_dim, cfg.dim) if cfg.text_dim else nn.Identity()
         self.time_embedding = nn.Sequential(
             nn.Linear(cfg.dim, cfg.time_dim), nn.SiLU(), nn.Linear(cfg.time_dim, cfg.time_dim))
-        self.blocks = nn.ModuleList(CogBlock(cfg.dim, cfg.heads, cfg.time_dim) for _ in range(cfg.depth))
+        self.blocks = nn.ModuleList(CogBlock(cfg) for _ in range(cfg.depth))
         self.norm_final, self.norm_out = nn.LayerNorm(cfg.dim), nn.LayerNorm(cfg.dim)  # two in a row, as the original
         self.modulate_out = nn.Linear(cfg.time_dim, 2 * cfg.dim)
-        self.proj_out = nn.Linear(cfg.dim, patch_dim)
-        init_weights(self)
+        self.proj_out = nn.Linear(cfg.dim, self.patch_proj.in_features)
 
     def embed(self, x: Tensor, t: Tensor, text: Tensor, text_length: Tensor | None = None) -> tuple[Tensor, Condition]:
         """-> tokens (B, L + N, D) and the condition of this forward."""
-        pt, p = self.cfg.patch_t, self.cfg.patch
-        grid = (x.shape[2] // pt, x.shape[3] // p, x.shape[4] // p)
-        video = self.patch_proj(patchify(x, pt, p))  # (B, N, D)
-        y = self.text_encoder(text)  # (B, L, D)
-        if text_length is None:
-            text_length = (text > 0).sum(1)
-        time = F.silu(self.time_embedding(sinusoid(t, self.cfg.dim)))  # (B, D_time)
         n = text.shape[1]
-        rope = rope_3d(grid, n, self.cfg.dim // self.cfg.heads, x.device)
-        # CogVideoX-2B adds sines and cosines of the position, 5B rotates q and k by it. Both together (ours) tell left
-        # from right sooner.
-        video = video + self.position_gain * torch.cat(rope_3d(grid, 0, self.cfg.dim, x.device), dim=-1)
-        tokens = torch.cat([y, video], dim=1)
+        video, rope, grid, y, text_length = self.read(x, text, text_length, n)
+        time = F.silu(self.time_embedding(sinusoid(t, self.cfg.dim).type_as(video)))  # (B, D_time)
+        tokens = torch.cat([self.text_proj(y).type_as(video), video], dim=1)
         return tokens, Condition(time, rope, n, grid, y, text_length)
 
     def head(self, tokens: Tensor, condition: Condition) -> Tensor:
@@ -258,22 +384,338 @@ class CogVideoX(nn.Module):
         patches = self.proj_out(video * (1 + scale) + shift)  # (B, N, C pt p p)
         return unpatchify(patches, condition.grid, self.cfg.patch_t, self.cfg.patch)
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, text_length: Tensor | None = None) -> Tensor:
-        tokens, condition = self.embed(x, t, text, text_length)
-        for block in self.blocks:
-            tokens = block(tokens, condition)
-        return self.head(tokens, condition)
+    def start_as_identity(self) -> list[nn.Module]:
+        """adaLN-zero: the layers that begin at zero, so that every gate of a fresh model is shut."""
+        return [self.modulate_out, self.proj_out] + [m.linear for m in self.modules() if isinstance(m, ExpertNorm)]
 
 
-def init_weights(model: CogVideoX) -> None:
-    """All initialisation in one place, last: Xavier everywhere, then zero where a fresh block must be the identity."""
+# --- Wan --------------------------------------------------------------------------------------------------------------
+class WanBlock(nn.Module):
+    """Self-attention, cross-attention to the text, `middle` if given, feed-forward, each with its residual.
+
+    Modulation and residual sums are float32 whatever the weights are, as in the original.
+    """
+
+    def __init__(self, cfg: Config):
+        super().__init__()
+        dim, norm = cfg.dim, lambda dim, heads: nn.RMSNorm(dim, eps=1e-6)  # across all heads
+        self.table = nn.Parameter(torch.randn(1, 6, dim) * dim**-0.5)
+        self.norm1, self.attn1 = LayerNorm32(dim, 1e-6, elementwise_affine=False), Attention(dim, cfg.heads, norm)
+        self.norm2, self.attn2 = LayerNorm32(dim, 1e-6), Attention(dim, cfg.heads, norm)
+        self.norm3, self.ff = LayerNorm32(dim, 1e-6, elementwise_affine=False), FeedForward(dim, cfg.ffn or 4 * dim)
+
+    def modulation(self, condition: Condition) -> tuple[Tensor, ...]:
+        """Shift, scale, gate of self-attention, then of feed-forward; (B, 1, D) float32 each."""
+        return (self.table.float() + condition.time.float()).chunk(6, dim=1)
+
+    def look(self, x: Tensor, condition: Condition) -> Tensor:
+        """Self-attention with its residual."""
+        shift, scale, gate, *_ = self.modulation(condition)
+        h = (self.norm1(x) * (1 + scale) + shift).type_as(x)
+        return (x.float() + gate * self.attn1(h, condition.rope)).type_as(x)
+
+    def forward(self, x: Tensor, condition: Condition, middle=None) -> Tensor:
+        *_, shift, scale, gate = self.modulation(condition)
+        x = self.look(x, condition)
+        x = x + self.attn2(self.norm2(x).type_as(x), context=condition.context)  # no gate, no modulation
+        if middle is not None:
+            x = middle(x)
+        h = (self.norm3(x) * (1 + scale) + shift).type_as(x)
+        return (x.float() + gate * self.ff(h)).type_as(x)
+
+    @torch.no_grad()
+    def attention_map(self, x: Tensor, condition: Condition) -> Tensor:
+        """How much each video token looks at each text token, (B, h, N, L). For evaluation."""
+        h = self.norm2(self.look(x, condition)).type_as(x)
+        q, k = self.attn2.queries_keys(h, context=condition.context)
+        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+
+
+class Wan(Backbone):
+    """t is 1000 sigma, text is [512 tokens of umT5, zeros where there is padding, which are attended]."""
+
+    def __init__(self, cfg: Config, vocabulary: int = 0):
+        super().__init__(cfg, vocabulary)
+        dim = cfg.dim
+        self.text_proj = nn.Sequential(nn.Linear(self.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_proj = nn.Linear(dim, 6 * dim)
+        self.blocks = nn.ModuleList(WanBlock(cfg) for _ in range(cfg.depth))
+        self.norm_out = LayerNorm32(dim, 1e-6, elementwise_affine=False)
+        self.table = nn.Parameter(torch.randn(1, 2, dim) * dim**-0.5)
+        self.proj_out = nn.Linear(dim, self.patch_proj.in_features)
+
+    def embed(self, x: Tensor, t: Tensor, text: Tensor, text_length: Tensor | None = None) -> tuple[Tensor, Condition]:
+        """-> tokens (B, N, D) and the condition of this forward."""
+        video, rope, grid, y, text_length = self.read(x, text, text_length, 0)
+        time = self.time_embedding(sinusoid(t, self.cfg.freq_dim).to(self.time_embedding[0].weight)).type_as(video)
+        shared = self.time_proj(F.silu(time)).unflatten(1, (6, -1))  # once for all blocks
+        context = self.text_proj(y.type_as(video))
+        return video, Condition(shared, rope, 0, grid, y, text_length, context, time[:, None])
+
+    def head(self, tokens: Tensor, condition: Condition) -> Tensor:
+        """tokens (B, N, D) -> prediction (B, C, F, H, W). Modulated by the time embedding itself: no SiLU, no
+        projection."""
+        shift, scale = (self.table + condition.time_out).chunk(2, dim=1)
+        patches = self.proj_out((self.norm_out(tokens) * (1 + scale) + shift).type_as(tokens))
+        return unpatchify(patches, condition.grid, self.cfg.patch_t, self.cfg.patch)
+
+    def start_as_identity(self) -> list[nn.Module]:
+        """With the tables at zero too, every gate of a fresh model is shut; cross-attention has none."""
+        for table in (self.table, *(block.table for block in self.blocks)):
+            nn.init.zeros_(table)
+        return [self.time_proj, self.proj_out] + [block.attn2.to_out for block in self.blocks]
+
+
+MODELS = {"cogvideox": CogVideoX, "wan": Wan}
+
+
+def build_backbone(cfg: Config, vocabulary: int = 0) -> Backbone:
+    """A fresh backbone of the config's lineage. All initialisation in one place: Xavier everywhere, then zero where a
+    fresh block must be the identity."""
+    model = MODELS[cfg.lineage](cfg, vocabulary)
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-    nn.init.normal_(model.text_encoder.embedding.weight, std=0.3)
-    zero = [model.modulate_out, model.proj_out] + [m.linear for m in model.modules() if isinstance(m, ExpertNorm)]
-    zero += [linear for block in model.text_encoder.blocks for linear in (block.attn1.to_out, block.ff[2])]
-    for linear in zero:  # adaLN-zero: every gate starts shut; words start as what they are, or captions are learned late
+    zero = model.start_as_identity()
+    if model.text_encoder:
+        nn.init.normal_(model.text_encoder.embedding.weight, std=0.3)
+        # Words start as what they are; drowned in a random context, they would be learned late.
+        zero += [linear for block in model.text_encoder.blocks for linear in (block.attn1.to_out, block.ff[2])]
+    for linear in zero:
         nn.init.zeros_(linear.weight)
         nn.init.zeros_(linear.bias)
+    return model
+
+
+# --- official weights -------------------------------------------------------------------------------------------------
+COG_NAMES = (  # our name -> that of the diffusers checkpoint, as regular expressions
+    (r"^blocks\.", "transformer_blocks."), (r"\.to_out\.", ".to_out.0."), (r"\.ff\.0\.", ".ff.net.0.proj."),
+    (r"\.ff\.2\.", ".ff.net.2."), (r"^time_embedding\.0\.", "time_embedding.linear_1."),
+    (r"^time_embedding\.2\.", "time_embedding.linear_2."), (r"^patch_proj\.", "patch_embed.proj."),
+    (r"^text_proj\.", "patch_embed.text_proj."), (r"^norm_out\.", "norm_out.norm."),
+    (r"^modulate_out\.", "norm_out.linear."))
+WAN_NAMES = (
+    (r"\.to_out\.", ".to_out.0."), (r"\.ff\.0\.", ".ffn.net.0.proj."), (r"\.ff\.2\.", ".ffn.net.2."),
+    (r"(^|\.)table$", r"\1scale_shift_table"), (r"^patch_proj\.", "patch_embedding."),
+    (r"^text_proj\.0\.", "condition_embedder.text_embedder.linear_1."),
+    (r"^text_proj\.2\.", "condition_embedder.text_embedder.linear_2."),
+    (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
+    (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
+    (r"^time_proj\.", "condition_embedder.time_proj."))
+WAN_ORIGINAL_NAMES = (  # our norm2, which stands before cross-attention, is the original's norm3
+    (r"^table$", "head.modulation"), (r"\.table$", ".modulation"), (r"^proj_out\.", "head.head."),
+    (r"^patch_proj\.", "patch_embedding."), (r"^text_proj\.", "text_embedding."), (r"^time_embedding\.", "time_embedding."),
+    (r"^time_proj\.", "time_projection.1."), (r"\.ff\.", ".ffn."), (r"\.norm2\.", ".norm3."),
+    (r"\.attn1\.", ".self_attn."), (r"\.attn2\.", ".cross_attn."), (r"\.to_out\.", ".o."), (r"\.to_([qkv])\.", r".\1."))
+
+
+def renamed(name: str, rules) -> str:
+    for ours, theirs in rules:
+        name = re.sub(ours, theirs, name)
+    return name
+
+
+def stored_shape(name: str, shape: torch.Size, cfg: Config) -> list[int]:
+    """The shape that a checkpoint has for our tensor: a patch projection is stored as the convolution it is, but for
+    CogVideoX 1.5, where it is a linear layer too."""
+    if name != "patch_proj.weight" or (cfg.lineage == "cogvideox" and cfg.positions == "integer"):
+        return list(shape)
+    time = [cfg.patch_t] if cfg.lineage == "wan" else []
+    return [cfg.dim, cfg.channels, *time, cfg.patch, cfg.patch]
+
+
+def from_stored(name: str, tensor: Tensor, cfg: Config) -> Tensor:
+    """A checkpoint's tensor as ours. Wan's head writes a patch channels last; ours, like the input, channels first."""
+    if name == "patch_proj.weight":
+        return tensor.flatten(1)
+    if cfg.lineage == "wan" and name.startswith("proj_out."):
+        p = cfg.patch
+        return tensor.unflatten(0, (cfg.patch_t, p, p, cfg.channels)).movedim(3, 0).flatten(0, 3)
+    return tensor
+
+
+def to_stored(name: str, tensor: Tensor, cfg: Config) -> Tensor:
+    """The inverse of from_stored."""
+    if name == "patch_proj.weight":
+        return tensor.reshape(stored_shape(name, tensor.shape, cfg))
+    if cfg.lineage == "wan" and name.startswith("proj_out."):
+        p = cfg.patch
+        return tensor.unflatten(0, (cfg.channels, cfg.patch_t, p, p)).movedim(0, 3).flatten(0, 3).contiguous()
+    return tensor
+
+
+COG_FIXED = dict(  # what this file takes for granted of a CogVideoX
+    flip_sin_to_cos=True, freq_shift=0, ofs_embed_dim=None, attention_bias=True, activation_fn="gelu-approximate",
+    timestep_activation_fn="silu", norm_elementwise_affine=True, norm_eps=1e-5, spatial_interpolation_scale=1.875,
+    temporal_interpolation_scale=1.0, use_learned_positional_embeddings=False, dropout=0.0)
+WAN_FIXED = dict(cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6, image_dim=None, added_kv_proj_dim=None)
+WAN_ORIGINAL_FIXED = dict(model_type="t2v", eps=1e-6)
+
+
+def read_config(folder: Path) -> tuple[Config, tuple]:
+    """config.json of a transformer folder -> our fields, and the naming of its tensors. Raises UserError."""
+    path = folder / "config.json"
+    try:
+        theirs = json.loads(path.read_text())
+        kind = theirs["_class_name"]
+        rules = {"CogVideoXTransformer3DModel": (COG_FIXED, COG_NAMES), "WanTransformer3DModel": (WAN_FIXED, WAN_NAMES),
+                 "WanModel": (WAN_ORIGINAL_FIXED, WAN_ORIGINAL_NAMES)}
+        if kind not in rules:
+            raise UserError(f"{path} describes a {kind}; known are {', '.join(rules)}.")
+        fixed, names = rules[kind]
+        for field, value in fixed.items():
+            if theirs.get(field, value) != value:
+                raise UserError(f"{path} has {field} = {theirs[field]!r}; only {value!r} is known here.")
+        fields = {"CogVideoXTransformer3DModel": cog_fields, "WanTransformer3DModel": wan_fields,
+                  "WanModel": wan_original_fields}[kind](theirs)
+        if theirs.get("out_channels", theirs.get("out_dim")) not in (None, fields["channels"]):
+            raise UserError(f"{path} has another number of channels out than in.")
+        if any(type(v) is int and not 0 <= v < 2**20 for v in fields.values()) or fields["dim"] % fields["heads"]:
+            raise ValueError("impossible sizes")
+    except FileNotFoundError:
+        raise UserError(f"{folder} holds no weights: it has no config.json.") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+        raise UserError(f"{path} is not the config of a video transformer ({type(e).__name__}: {e}).") from None
+    return replace(config.preset("small"), latent=True, **fields), names
+
+
+def cog_fields(theirs: dict) -> dict:
+    dim, p = theirs["num_attention_heads"] * theirs["attention_head_dim"], theirs["patch_size"]
+    rotary, pt = theirs["use_rotary_positional_embeddings"], theirs.get("patch_size_t")
+    return dict(lineage="cogvideox", dim=dim, heads=theirs["num_attention_heads"], depth=theirs["num_layers"],
+                ffn=4 * dim, time_dim=theirs["time_embed_dim"], text_dim=theirs["text_embed_dim"], patch=p,
+                text_len=theirs["max_text_seq_length"], channels=theirs["in_channels"], patch_t=pt or 1,
+                positions="integer" if rotary and pt else "fitted" if rotary else "sincos",
+                fit_height=theirs["sample_height"] // p, fit_width=theirs["sample_width"] // p)
+
+
+def wan_fields(theirs: dict) -> dict:
+    (pt, p, q), heads = theirs["patch_size"], theirs["num_attention_heads"]
+    if p != q:
+        raise ValueError("patches that are not square")
+    return dict(lineage="wan", dim=heads * theirs["attention_head_dim"], heads=heads, depth=theirs["num_layers"],
+                ffn=theirs["ffn_dim"], freq_dim=theirs["freq_dim"], text_dim=theirs["text_dim"], text_len=512, patch_t=pt,
+                patch=p, channels=theirs["in_channels"], positions="integer")
+
+
+def wan_original_fields(theirs: dict) -> dict:
+    return dict(lineage="wan", dim=theirs["dim"], heads=theirs["num_heads"], depth=theirs["num_layers"], ffn=theirs["ffn_dim"],
+                freq_dim=theirs["freq_dim"], text_dim=theirs.get("text_dim", 4096), text_len=theirs["text_len"], patch_t=1,
+                patch=2, channels=theirs["in_dim"], positions="integer")
+
+
+def their_config(cfg: Config) -> dict:
+    """The config.json that diffusers reads."""
+    heads = dict(num_attention_heads=cfg.heads, attention_head_dim=cfg.dim // cfg.heads, num_layers=cfg.depth,
+                 in_channels=cfg.channels, out_channels=cfg.channels)
+    if cfg.lineage == "wan":
+        return dict(_class_name="WanTransformer3DModel", **heads, **WAN_FIXED, text_dim=cfg.text_dim, ffn_dim=cfg.ffn,
+                    freq_dim=cfg.freq_dim, patch_size=[cfg.patch_t, cfg.patch, cfg.patch], rope_max_seq_len=1024)
+    return dict(_class_name="CogVideoXTransformer3DModel", **heads, **COG_FIXED, time_embed_dim=cfg.time_dim,
+                text_embed_dim=cfg.text_dim, max_text_seq_length=cfg.text_len, patch_size=cfg.patch,
+                patch_size_t=cfg.patch_t if cfg.positions == "integer" else None, sample_frames=49,
+                sample_height=cfg.fit_height * cfg.patch, sample_width=cfg.fit_width * cfg.patch,
+                use_rotary_positional_embeddings=cfg.positions != "sincos")
+
+
+def shards_of(folder: Path) -> dict[str, Path]:
+    """{tensor: its file} of one or many .safetensors files. Raises UserError."""
+    found = sorted(folder.glob("*.safetensors"))
+    where = {}
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        try:
+            wanted = set(json.loads(index.read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+            raise UserError(f"{index} cannot be read ({type(e).__name__}).") from None
+        missing = sorted(str(name) for name in wanted if folder / str(name) not in found)
+        if missing:
+            raise UserError(f"{folder} lacks {', '.join(missing)}, which its {index.name} names.")
+        found = [folder / name for name in sorted(wanted)]
+    if not found:
+        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
+        raise UserError(f"{folder} holds no .safetensors file" + (", only pickled weights, which are not opened: convert "
+                        "them first." if pickled else "."))
+    for path in found:
+        try:
+            with safe_open(path, framework="pt") as shard:
+                where.update(dict.fromkeys(shard.keys(), path))
+        except (SafetensorError, OSError, ValueError) as e:
+            raise UserError(f"{path} is damaged or no safetensors file ({e}).") from None
+    return where
+
+
+def load_pretrained(folder, device="cpu", dtype: torch.dtype | None = None) -> Backbone:
+    """An official checkpoint, in diffusers' or (Wan) the original layout, as our model, in eval mode.
+
+    `folder` has config.json and .safetensors, or a `transformer/` that does. `dtype` None keeps the stored one; Wan's
+    time embedding, tables and cross-attention norms stay float32, as diffusers keeps them. The model is laid out on the
+    meta device and filled tensor by tensor from mapped files: memory holds the weights once, plus one tensor. Raises
+    UserError with one sentence, before anything large is read, where names or shapes do not fit.
+    """
+    folder = Path(folder)
+    folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    cfg, names = read_config(folder)
+    where = shards_of(folder)
+    with torch.device("meta"):
+        model = MODELS[cfg.lineage](cfg)
+    ours = {renamed(name, names): name for name in model.state_dict()}
+    shapes = {name: stored_shape(name, tensor.shape, cfg) for name, tensor in model.state_dict().items()}
+    check_names(folder, set(ours), set(where))
+    for path in sorted(set(where.values())):
+        with safe_open(path, framework="pt") as shard:
+            for theirs in shard.keys():
+                name, part = ours[theirs], shard.get_slice(theirs)
+                if part.get_shape() != shapes[name]:
+                    raise UserError(f"{theirs} in {path} has the shape {part.get_shape()}, not {shapes[name]}.")
+                if part.get_dtype() not in ("F32", "F16", "BF16", "F64"):
+                    raise UserError(f"{theirs} in {path} is stored as {part.get_dtype()}; floating point is needed.")
+                tensor = shard.get_tensor(theirs)
+                if not tensor.isfinite().all():
+                    raise UserError(f"{theirs} in {path} holds numbers that are not finite.")
+                keep = cfg.lineage == "wan" and re.search(r"table$|^time_embedding|\.norm2\.", name)
+                tensor = from_stored(name, tensor, cfg).to(device, torch.float32 if keep and dtype else dtype)
+                owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
+                setattr(owner, leaf, nn.Parameter(tensor.clone() if tensor.is_cpu else tensor))  # no tie to the file
+    return model.eval()
+
+
+def check_names(folder: Path, wanted: set[str], found: set[str]) -> None:
+    """Raises UserError that names missing or extra tensors, three of each."""
+    for what, names in (("lacks", wanted - found), ("has unknown", found - wanted)):
+        if names:
+            some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+            raise UserError(f"{folder} {what} {some}.")
+
+
+def save_pretrained(model: Backbone, folder, shard_bytes: int = 5 * 2**30) -> None:
+    """Write a backbone in the layout that diffusers reads: config.json, safetensors, and an index if there are several.
+    Raises UserError for a model with learned words, which diffusers has no place for; Stopped when the disk is full."""
+    cfg, folder = model.cfg, Path(folder)
+    if not cfg.text_dim or cfg.positions == "both":
+        raise UserError("A backbone that learned its own words or positions has no place in diffusers' layout.")
+    names, shards, size = WAN_NAMES if cfg.lineage == "wan" else COG_NAMES, [[]], 0
+    state = model.state_dict()
+    for name, tensor in state.items():
+        size += tensor.nbytes
+        if shards[-1] and size > shard_bytes:
+            shards.append([])
+            size = tensor.nbytes
+        shards[-1].append(name)
+    stem, weight_map = "diffusion_pytorch_model", {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for i, shard in enumerate(shards):
+            file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+            tensors = {renamed(name, names): to_stored(name, state[name], cfg).cpu() for name in shard}
+            save_file(tensors, folder / (file + ".tmp"), metadata={"format": "pt"})
+            (folder / (file + ".tmp")).replace(folder / file)
+            weight_map.update(dict.fromkeys(tensors, file))
+        if len(shards) > 1:
+            total = sum(tensor.nbytes for tensor in state.values())
+            index = dict(metadata=dict(total_size=total), weight_map=weight_map)
+            config.write(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2))
+        config.write(folder / "config.json", json.dumps(their_config(cfg), indent=2))
+    except (OSError, SafetensorError) as e:
+        raise Stopped(f"The weights could not be written to {folder} ({e}).") from None

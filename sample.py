@@ -3,6 +3,7 @@
     python sample.py --run runs/small --prompt "a red ball bounces on the left"
     python sample.py --run runs/small --prompt "..." --show_routing      which phenomenon the router sees where
     python sample.py --run runs/small --prompt "..." --invert_experts    the paper's Figure 8: same noise, other experts
+    python sample.py --weights DIR --prompt "..." [--run runs/mine]      an official model, bare or with its branch
 
     run folder --load_run--> model --generate--> clips + what the routers said --cells, sheet--> one moving picture
 
@@ -12,12 +13,14 @@ Filling every batch up to one size would undo even that and make a single clip e
 
 Letters: n clips, B clips of a batch, F H W video, T' h w token grid, E_s semantic experts, E_cat phenomena.
 """
+import dataclasses
 import json
 import math
 import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +31,11 @@ from tqdm import tqdm
 import config
 import data
 import diffusion
+import encode
 import world
 from config import Config, Stopped, UserError
 from experts import ProPhy, invert
-from model import CogVideoX
+from model import build_backbone, load_pretrained
 
 
 @dataclass
@@ -114,7 +118,7 @@ def load_run(run_dir, checkpoint: str = "best", device: str = "cpu"):
     except Exception as e:  # a damaged archive raises one of many types
         raise UserError(f"{path} is damaged or no checkpoint ({type(e).__name__}).") from None
     try:
-        model = CogVideoX(cfg, len(tokenizer))
+        model = build_backbone(cfg, len(tokenizer))
         if stored["stage"] == "physics":
             model = ProPhy(model, cfg)
         model.load_state_dict(stored["model"])
@@ -126,6 +130,86 @@ def load_run(run_dir, checkpoint: str = "best", device: str = "cpu"):
     if strangers or not all(0 <= i < cfg.categories for i in info["categories_present"]):
         raise UserError(f"{path} does not fit its run's config.json and tokenizer.json: they describe another model.")
     return cfg, model.to(device).eval(), diffusion.build(cfg), tokenizer, info
+
+
+def load_official(weights, device: str = "cpu", dtype: torch.dtype = torch.float32, run: str = "", **sizes):
+    """-> cfg, model, process, solver of a folder in diffusers' layout: the backbone, or with `run` (a folder that
+    train.py made from the same weights) the backbone with its branch.
+
+    The noise schedule and the solver are those of scheduler/scheduler_config.json. `sizes` (frames, height, width) that
+    are not given are the lineage's. Raises UserError.
+    """
+    weights, lineage = Path(weights), encode.lineage_of(weights)
+    model = load_pretrained(weights, device, dtype)
+    try:
+        stored = json.loads((weights / "scheduler" / "scheduler_config.json").read_text())
+    except FileNotFoundError:
+        stored = {}
+    except (OSError, ValueError) as e:
+        raise UserError(f"{weights / 'scheduler' / 'scheduler_config.json'} cannot be read ({type(e).__name__}).") from None
+    kind = stored.get("_class_name", "")
+    cfg = dataclasses.replace(
+        model.cfg, fps=lineage.fps, predict="v", process="vpred" if lineage.name == "cogvideox" else "flow",
+        snr_shift=float(stored.get("snr_shift_scale") or 1), shift=float(stored.get("flow_shift") or stored.get("shift") or 5),
+        **{name: sizes.get(name) or getattr(lineage, name) for name in ("frames", "height", "width")})
+    config.check_latent_size(cfg)
+    process = diffusion.build(cfg)
+    solver = {"CogVideoXDPMScheduler": "dpm", "FlowMatchEulerDiscreteScheduler": "wan-euler"}.get(
+        kind, "ddim" if cfg.process == "vpred" else "unipc")
+    if run:
+        trained = config.load(Path(run) / "config.json")
+        model = ProPhy(model, trained)
+        load_branch(model, find_checkpoint(Path(run) / "checkpoints", "best"))
+    return cfg, model.to(device).eval(), process, solver
+
+
+def load_branch(model: ProPhy, path: Path) -> None:
+    """What stage two trained, averaged, from a checkpoint into a model around frozen weights. Raises UserError."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)["ema"]
+    except Exception as e:
+        raise UserError(f"{path} is damaged or no checkpoint ({type(e).__name__}).") from None
+    own = model.branch_state()
+    if {name: v.shape for name, v in own.items()} != {name: v.shape for name, v in stored.items()}:
+        raise UserError(f"{path} holds another branch than its config.json describes.")
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.data = stored[name].to(parameter.device)
+
+
+@torch.no_grad()
+def generate_official(weights, loaded, prompts: list[str], *, negative: str = "", seed: int = 0, steps: int = 50,
+                      guidance: float = 6.0, solver: str = "", dynamic: bool = False, tiled: bool = False,
+                      edit=None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[np.ndarray]:
+    """One clip a prompt, uint8 (F, H, W, 3), as diffusers' pipeline makes it from the same folder and seed.
+
+    Text encoder, network and VAE take turns on the device. Prompt i starts from generator seed + i. CogVideoX 1.5 works
+    on pairs of latent frames: an odd number is made even in front, and what was added is dropped.
+    """
+    cfg, model, process, first_choice = loaded
+    words, lengths = encode.TextEncoder(weights, device, dtype)(prompts + [negative])
+    vae = encode.VAE(weights, device, dtype, tiled)
+    grid = tuple(n * p for n, p in zip(cfg.grid, (cfg.patch_t, cfg.patch, cfg.patch)))  # of the latent, even frames
+    wanted, copies = 1 + (cfg.frames - 1) // 4, 1 if guidance == 1 else 2
+    for i in tqdm(range(len(prompts)), desc="clips", unit="clip"):
+        generator = torch.Generator().manual_seed(seed + i)
+        keep = torch.float32 if cfg.lineage == "wan" else dtype  # Wan's latents stay float32 from step to step
+        noise = process.randn((1, cfg.channels, *grid), generator, keep).to(device)
+        which = [i, len(prompts)][:copies]
+        text, length, captionless = words[which].to(device, dtype), lengths[which].to(device), None
+
+        def denoise(x_t, t):
+            nonlocal captionless
+            out = []
+            for y, n in zip(text.split(1), length.split(1)):  # one after the other: half the memory of both at once
+                given = (x_t.to(dtype), t, y, n)
+                out.append(model(*given, edit)[0] if isinstance(model, ProPhy) else model(*given))
+            captionless = out[-1]
+            return out[0]
+        x = process.sample(denoise, noise, steps, guidance, lambda x_t, t: captionless, solver=solver or first_choice,
+                           dynamic=dynamic, generator=generator)
+        frames = vae.decode(x[:, :, grid[0] - wanted :])[0]  # (3, F, H, W)
+        yield ((frames.nan_to_num().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
 
 
 def find_checkpoint(folder: Path, name: str) -> Path:
@@ -330,15 +414,22 @@ def preview(path, model, process, tokenizer, cfg: Config, prompts: list[str], *,
 
 # --- command ----------------------------------------------------------------------------------------------------------
 def parse(argv: list[str]):
-    parser = config.Parser("Generate clips from a run folder.")
+    parser = config.Parser("Generate clips from a run folder, or with an official model.")
     add = parser.add_argument
-    add("--run", required=True, metavar="DIR", help="run folder that train.py made")
+    add("--run", default="", metavar="DIR", help="run folder that train.py made")
+    add("--weights", default="", metavar="DIR", help="official model in diffusers' layout; with --run, its branch too")
+    add("--negative", default="", help="--weights: what guidance leads away from")
+    add("--solver", default="", help="--weights: ddim | dpm (CogVideoX), unipc | wan-euler (Wan); empty = the folder's")
+    add("--dynamic", action="store_true", help="--weights: CogVideoX's dynamic guidance")
+    add("--tiled", action="store_true", help="--weights: decode in tiles, which needs less memory")
+    for name in ("frames", "height", "width"):
+        add(f"--{name}", type=int, default=0, help=f"--weights: {name} of the clip; 0 = as the model was trained")
     add("--prompt", action="append", default=[], help="what the clip shows; may be given several times")
     add("--prompts", metavar="FILE", help="text file with a prompt a line")
-    add("--n", type=int, default=4, help="clips a prompt")
+    add("--n", type=int, default=0, help="clips a prompt; 0 = 4, with --weights 1")
     add("--seed", type=int, default=0, help="of the noise; clip i of a prompt depends on (seed, i) alone")
-    add("--steps", type=int, default=25, help="sampling steps")
-    add("--guidance", type=float, default=1.5, help="classifier-free guidance; 1 = off")
+    add("--steps", type=int, default=0, help="sampling steps; 0 = 25, with --weights 50")
+    add("--guidance", type=float, default=0, help="classifier-free guidance; 1 = off, 0 = 1.5, with --weights 6 or 5 (Wan)")
     add("--checkpoint", default="best", help="best | last | base (end of stage one) | a file in the run's checkpoints/")
     add("--no_branch", action="store_true", help="the bare backbone, for comparison")
     add("--show_routing", action="store_true", help="with each clip, a heat map a trained phenomenon, expert weights")
@@ -350,13 +441,22 @@ def parse(argv: list[str]):
     add("--precision", choices=config.CHOICES["precision"], default="auto", help="auto = bf16 on cuda, else fp32")
     add("--out", metavar="FILE", help="clip.gif or clip.mp4; without it RUN/samples/<prompt>.gif")
     args = parser.parse_args(argv)
-    for name, least in (("n", 1), ("steps", 1), ("batch", 1), ("seed", 0), ("scale", 0), ("fps", 0), ("guidance", 0)):
+    if not args.run and not args.weights:
+        raise UserError("Say which model: --run DIR (made by train.py), or --weights DIR (an official one).")
+    only = [f"--{name}" for name in ("negative", "solver", "dynamic", "tiled", "frames", "height", "width") if getattr(args, name)]
+    if only and not args.weights:
+        raise UserError(f"{', '.join(only)} belongs to --weights.")
+    if args.weights and args.show_routing:
+        raise UserError("--show_routing is for models trained here; there is no picture of an official model's routing yet.")
+    for name, least in (("n", 0), ("steps", 0), ("batch", 1), ("seed", 0), ("scale", 0), ("fps", 0), ("guidance", 0),
+                        ("frames", 0), ("height", 0), ("width", 0)):
         if not least <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} must be {least} or more, not {getattr(args, name)}.")
     if args.no_branch and (args.show_routing or args.invert_experts):
         raise UserError("--show_routing and --invert_experts need the branch that --no_branch leaves out.")
     if args.out and Path(args.out).suffix.lower() not in (".gif", ".mp4"):
         raise UserError(f"--out must end in .gif or .mp4, not {Path(args.out).name!r}.")
+    args.n, args.steps = args.n or (1 if args.weights else 4), args.steps or (50 if args.weights else 25)
     args.prompt += read_prompts(args.prompts) if args.prompts else []
     if not args.prompt:
         raise UserError('Say what to generate: --prompt "..." or --prompts FILE.')
@@ -388,7 +488,7 @@ def open_out(args) -> Path:
     """The path to write, its folder made and found writable before any clip is."""
     name = re.sub(r"[^a-z0-9]+", "-", args.prompt[0].lower())[:60].strip("-") or "clip"
     name += "-bare" * args.no_branch + "-routing" * args.show_routing + "-inverted" * args.invert_experts
-    out = Path(args.out or f"{args.run}/samples/{name}.gif")
+    out = Path(args.out or f"{args.run or '.'}/samples/{name}.gif")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -402,6 +502,9 @@ def main(argv: list[str]) -> None:
     # --- everything that can be refused is refused before the first step
     args = parse(argv)
     device = pick_device(args.device)
+    if args.weights:
+        return main_official(args, device)
+    args.guidance = args.guidance or 1.5
     cfg, model, process, tokenizer, info = load_run(args.run, args.checkpoint, device)
     model = model.backbone if args.no_branch and isinstance(model, ProPhy) else model
     names = {i: data.category_names(cfg)[i] for i in info["categories_present"]}
@@ -435,6 +538,31 @@ def main(argv: list[str]) -> None:
     group = len(versions) * (args.n if len(args.prompt) > 1 else 1)
     save(out, sheet(cells, len(versions), group), args.fps or play_fps(cfg))
     print(f"wrote {out}")
+
+
+def main_official(args, device: str) -> None:
+    """Clips of an official model, one file a clip: each is written when it is done, for it took minutes."""
+    dtype = torch.bfloat16 if args.precision == "bf16" or (args.precision == "auto" and device == "cuda") else torch.float32
+    sizes = {name: getattr(args, name) for name in ("frames", "height", "width")}
+    loaded = cfg, model, process, _ = load_official(args.weights, device, dtype, "" if args.no_branch else args.run, **sizes)
+    if args.invert_experts and getattr(model, "semantic", None) is None:
+        raise UserError("--invert_experts needs a semantic router: give --run, a folder trained with one.")
+    try:
+        process.times(args.steps, args.solver or None)
+        if args.dynamic:
+            process.dynamic(1.0, 0, args.steps)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    out = open_out(args)
+    prompts = [prompt for prompt in args.prompt for _ in range(args.n)]
+    clips = generate_official(args.weights, loaded, prompts, negative=args.negative, seed=args.seed, steps=args.steps,
+                              guidance=args.guidance or (5.0 if cfg.lineage == "wan" else 6.0), solver=args.solver,
+                              dynamic=args.dynamic, tiled=args.tiled, edit=invert if args.invert_experts else None,
+                              device=device, dtype=dtype)
+    for i, clip in enumerate(clips):
+        path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{i}")
+        save(path, clip, args.fps or cfg.fps)
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -25,17 +25,20 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import align
 import config
 import data
 import diffusion
+import encode
 import sample
 from config import Config, Stopped, UserError
 from experts import ProPhy
-from model import CogVideoX
+from model import build_backbone, load_pretrained
 
+GIB = 2**30
 BINS = 4  # the log has the diffusion loss of this many equal ranges of t: a loss says little, where it sits says more
 HELD_OUT_SEED = 2**31  # noise of the held-out split, the same in every run
 
@@ -80,6 +83,66 @@ def matmul_gain(device: str) -> float:
         return best_time(torch.float32) / best_time(torch.bfloat16)
     except RuntimeError:  # a device without bf16
         return 0.0
+
+
+# --- what a run would cost --------------------------------------------------------------------------------------------
+def block_cost(backbone: nn.Module, cfg: Config) -> tuple[float, float, int, int]:
+    """One block on one clip, on the meta device: FLOPs of its linear layers and of its attention, forward; bytes that
+    autograd keeps of it and bytes of its input. Counted by torch, in bf16; scores, which no fused kernel keeps, are not."""
+    backbone.bfloat16()
+    x = torch.zeros(1, cfg.channels, *(n * p for n, p in zip(cfg.grid, (cfg.patch_t, cfg.patch, cfg.patch))))
+    text = torch.zeros(1, cfg.text_len, cfg.text_dim).bfloat16() if cfg.text_dim else torch.ones(1, cfg.text_len).long()
+    tokens, condition = backbone.embed(x.bfloat16(), torch.zeros(1), text)
+    kept, weights = {}, {p.untyped_storage()._cdata for p in backbone.parameters()}
+
+    def keep(saved: Tensor) -> Tensor:
+        scores = saved.ndim > 2 and saved.shape[-2] == tokens.shape[1] and saved.shape[-1] in (tokens.shape[1], cfg.text_len)
+        if not scores and saved.untyped_storage()._cdata not in weights:
+            kept[saved.untyped_storage()._cdata] = saved.untyped_storage().nbytes()
+        return saved
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+        backbone.blocks[0](tokens, condition)
+    flops = counter.get_flop_counts()["Global"]
+    attention = sum(n for operation, n in flops.items() if "attention" in str(operation))
+    return sum(flops.values()) - attention, attention, sum(kept.values()), tokens.nbytes
+
+
+def plan(cfg: Config) -> None:
+    """--dry_run: parameters, tokens, FLOPs and memory of a step, from shapes alone: no weights are needed.
+
+    Embeddings, head, routers and experts (a percent or two) are left out of FLOPs and activations. Backward: a linear
+    layer costs one forward for its input and, if it trains, one for its weight; attention 2.5, as its kernel makes the
+    scores again. No gradient passes the backbone's blocks up to the first physical one. Memory: frozen weights in bf16,
+    trained ones in float32 with gradient, two moments and average.
+    """
+    with torch.device("meta"):
+        backbone = build_backbone(cfg, vocabulary=120)
+        model = ProPhy(backbone, cfg) if cfg.physics_steps else backbone
+        total = sum(p.numel() for p in model.parameters())
+        branch = sum(p.numel() for p in model.branch_parameters()) if cfg.physics_steps else 0
+        linear, attention, kept, entry = block_cost(backbone, cfg)
+    frozen = cfg.physics_steps and cfg.freeze_backbone
+    trained = branch if frozen else total
+    copies = len(cfg.physical_at) if cfg.physics_steps else 0
+    first = cfg.physical_at[0] + 1 if frozen and copies and not cfg.lora_rank else 0
+    passed = cfg.depth - first  # blocks of the backbone that a gradient passes
+    forward = (cfg.depth + copies) * (linear + attention)
+    backward = passed * ((1 if frozen else 2) * linear + 2.5 * attention) + copies * (2 * linear + 2.5 * attention)
+    again = (passed + copies) * (linear + attention)
+    weights, states = 2 * (total - trained) + 4 * trained, 16 * trained
+    plain = (passed + copies) * kept * cfg.batch_size
+    lean = ((passed + copies) * entry + kept) * cfg.batch_size
+    print(f"{cfg.config}: {cfg.lineage}, {cfg.frames} frames of {cfg.height} x {cfg.width}, "
+          f"{math.prod(cfg.grid):,} video + {cfg.text_len} text tokens\n"
+          f"parameters: backbone {(total - branch) / 1e6:,.2f} M, branch {branch / 1e6:,.2f} M, trained {trained / 1e6:,.2f} M\n"
+          f"TFLOPs a clip: backbone forward {cfg.depth * (linear + attention) / 1e12:,.4g}, step "
+          f"{(forward + backward) / 1e12:,.4g}, with --checkpointing {(forward + backward + again) / 1e12:,.4g}; "
+          f"{cfg.batch_size} a step\n"
+          f"memory in GiB: weights {weights / GIB:,.1f}, gradients, optimizer and average {states / GIB:,.1f}, activations "
+          f"{plain / GIB:,.1f}, with --checkpointing {lean / GIB:,.1f} (batch {cfg.batch_size})")
+    for card in (24, 80, 141):
+        room = 0.94 * card * 1e9 - weights - states  # the rest goes to kernels' workspace and fragmentation
+        print(f"{card} GB: " + ("fits" if plain < room else "fits with --checkpointing" if lean < room else "does not fit"))
 
 
 # --- the run folder ---------------------------------------------------------------------------------------------------
@@ -158,7 +221,13 @@ class State:
         self.cfg, self.device = cfg, torch.device(cfg.device)
         self.step, self.seconds = 0, 0.0
         torch.manual_seed(cfg.seed)
-        self.model: nn.Module = CogVideoX(cfg, vocabulary).to(self.device)
+        if cfg.weights:
+            half = cfg.precision == "bf16" and cfg.freeze_backbone  # what trains is kept in float32
+            self.model: nn.Module = load_pretrained(cfg.weights, self.device, torch.bfloat16 if half else torch.float32)
+            same_architecture(cfg, self.model.cfg)
+            self.model.requires_grad_(False)  # stage one is skipped: no optimizer, no average of it
+        else:
+            self.model = build_backbone(cfg, vocabulary).to(self.device)
         self.begin("base", cfg.lr)
 
     def begin(self, stage: str, lr: float) -> None:
@@ -170,7 +239,8 @@ class State:
         if self.cfg.compile == "on":
             backbone = self.model.backbone if self.stage == "physics" else self.model
             branch = self.model.physical if self.stage == "physics" else []
-            for block in [*backbone.text_encoder.blocks, *backbone.blocks, *branch]:
+            words = backbone.text_encoder.blocks if backbone.text_encoder else []
+            for block in [*words, *backbone.blocks, *branch]:
                 block.compile(dynamic=False)
 
     def attach_branch(self) -> None:
@@ -181,6 +251,9 @@ class State:
         self.model = ProPhy(self.model, self.cfg).to(self.device)
         self.model.init_from_backbone()
         self.model.backbone.requires_grad_(not self.cfg.freeze_backbone)
+        for parameter in self.model.branch_parameters():  # LoRA's corrections sit inside the backbone
+            parameter.data = parameter.data.float()
+            parameter.requires_grad_(True)
         self.begin("physics", self.cfg.physics_lr)
 
     @torch.no_grad()
@@ -213,20 +286,32 @@ class State:
     def stage_step(self) -> int:
         return self.step - (self.cfg.base_steps if self.stage == "physics" else 0)
 
+    def stored(self) -> dict:
+        """The weights that no other file has: of frozen official ones, what stands beside them."""
+        official = self.cfg.weights and self.cfg.freeze_backbone and self.stage == "physics"
+        return {name: v for name, v in self.model.state_dict().items() if not official or name in self.trained}
+
     def state_dict(self) -> dict:
-        return dict(step=self.step, stage=self.stage, best=self.best, seconds=self.seconds,
-                    model=self.model.state_dict(), ema=self.ema, optimizers=[o.state_dict() for o in self.optimizers])
+        return dict(step=self.step, stage=self.stage, best=self.best, seconds=self.seconds, model=self.stored(), ema=self.ema, optimizers=[o.state_dict() for o in self.optimizers])
 
     def load_state_dict(self, state: dict) -> None:
         if state["stage"] == "physics":
             self.attach_branch()
-        self.model.load_state_dict(state["model"])
+        official = self.model.state_dict() if self.cfg.weights else {}  # of these only what was trained is in the file
+        self.model.load_state_dict(official | state["model"])
         for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(stored)
         with torch.no_grad():
             for name, average in self.ema.items():
                 average.copy_(state["ema"][name])
         self.step, self.best, self.seconds = state["step"], state["best"], state["seconds"]
+
+
+def same_architecture(cfg: Config, theirs: Config) -> None:
+    """Raises UserError where --weights are of another model than the preset."""
+    for name in ("lineage", "dim", "depth", "heads", "text_dim", "text_len", "channels", "patch_t", "patch", "positions"):
+        if getattr(theirs, name) != getattr(cfg, name):
+            raise UserError(f"--weights {cfg.weights} has --{name} {getattr(theirs, name)}, this run {getattr(cfg, name)}.")
 
 
 def make_optimizers(trained: dict[str, nn.Parameter], cfg: Config, lr: float) -> list[torch.optim.Optimizer]:
@@ -311,7 +396,7 @@ def take_backbone(state: State, cfg: Config) -> None:
 def losses_of(state: State, process: diffusion.Process, batch: data.Batch, t: Tensor,
               eps: Tensor) -> tuple[dict[str, Tensor], Tensor]:
     """Every term of Eq. 6 that this stage has, unweighted, and the diffusion loss a clip (B,)."""
-    cfg, x = state.cfg, batch.video
+    cfg, x = state.cfg, batch.x
     x_t = process.noise(x, t, eps)
     with torch.autocast(state.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
         out = state.model(x_t, process.model_time(t), batch.text, batch.text_length)
@@ -344,7 +429,7 @@ def held_out_loss(state: State, process: diffusion.Process, clips: data.Clips) -
         for first in range(0, n, size):
             positions = range(first, min(first + size, n))
             batch = clips.batch(positions, train=False).to(state.device)
-            t, eps = process.draw(HELD_OUT_SEED, positions, batch.video.shape[1:])
+            t, eps = process.draw(HELD_OUT_SEED, positions, batch.x.shape[1:])
             losses, _ = losses_of(state, process, batch, t.to(state.device), eps.to(state.device))
             for name, loss in losses.items():
                 totals[name] = totals.get(name, 0.0) + loss.item() * len(positions) / n
@@ -371,6 +456,8 @@ def by_noise(per_clip: Tensor, t: Tensor) -> list[float | None]:
 # --- the story --------------------------------------------------------------------------------------------------------
 def main(cfg: Config) -> None:
     """Check, settle `auto`, open the run folder, train. Raises UserError before work starts, Stopped when it cannot go on."""
+    if cfg.dry_run:
+        return plan(config.check(cfg))
     if cfg.init_from:  # stage one is skipped, whatever its length
         cfg = dataclasses.replace(cfg, base_steps=0)
     cfg, why = resolve(config.check(cfg))
@@ -387,13 +474,18 @@ def main(cfg: Config) -> None:
 def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
     """The whole run, in the order in which things happen. One function on purpose: it is read top to bottom."""
     # --- clips and words
-    pool = data.open_pool(cfg)
-    if cfg.resume or cfg.init_from:
-        words = run if cfg.resume else Path(cfg.init_from)  # a resumed run needs its own folder only
-        tokenizer = data.Tokenizer.load(words / "tokenizer.json")
+    if cfg.latent:  # clips and words were encoded beforehand
+        pool = data.open_cache(cfg, cfg.cache, encode.identity(cfg.weights))
+        clips, tokenizer = data.Latents(cfg, pool), None
     else:
-        tokenizer = data.Tokenizer.from_captions([pool.captions[row] for row in pool.train])
-    clips, process = data.Clips(cfg, pool, tokenizer), diffusion.build(cfg)
+        pool = data.open_pool(cfg)
+        if cfg.resume or cfg.init_from:
+            words = run if cfg.resume else Path(cfg.init_from)  # a resumed run needs its own folder only
+            tokenizer = data.Tokenizer.load(words / "tokenizer.json")
+        else:
+            tokenizer = data.Tokenizer.from_captions([pool.captions[row] for row in pool.train])
+        clips = data.Clips(cfg, pool, tokenizer)
+    process = diffusion.build(cfg)
     if cfg.resume:
         stored = json.loads((run / "config.json").read_text())
         why = stored.get("resolved", why)
@@ -402,7 +494,7 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
                             f"--resume needs the same.")
 
     # --- weights, new or as they were
-    state = State(cfg, len(tokenizer))
+    state = State(cfg, len(tokenizer) if tokenizer else 0)
     if cfg.resume:
         load_newest(state, run / "checkpoints")
         if cfg.base_steps < state.step if state.stage == "base" else cfg.base_steps != stored["base_steps"]:
@@ -410,7 +502,8 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
                             f"one had {stored['base_steps']}.")
     elif cfg.init_from:
         take_backbone(state, cfg)
-    tokenizer.save(run / "tokenizer.json")
+    if tokenizer:
+        tokenizer.save(run / "tokenizer.json")
     describe_run(run, cfg, why, clips.categories_present, pool.key)
     log, prompts = Log(run / "log.jsonl", state.step), preview_prompts(clips)
     for sentence in why.values():
@@ -438,7 +531,8 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
                     if held_out["diffusion"] < state.best:
                         state.best = held_out["diffusion"]
                         save(state, run / "checkpoints" / "best.pt")
-                if border or last or (cfg.preview_every and state.step % cfg.preview_every == 0):
+                seen = border or last or (cfg.preview_every and state.step % cfg.preview_every == 0)
+                if seen and not cfg.latent:  # clips of an official model take minutes each: sample.py makes them
                     with state.averaged() as model:
                         sample.preview(run / "samples" / f"step{state.step:06d}.gif", model, process, tokenizer, cfg,
                                        list(prompts), present=list(prompts.values()), seed=cfg.seed,
@@ -458,7 +552,7 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
             # ---------------------------------------- the training step ----------------------------------------
             positions = range(state.step * cfg.batch_size, (state.step + 1) * cfg.batch_size)
             batch = clips.batch(positions).to(state.device)
-            t, eps = process.draw(cfg.seed, positions, batch.video.shape[1:])
+            t, eps = process.draw(cfg.seed, positions, batch.x.shape[1:])
             t, eps = t.to(state.device), eps.to(state.device)
             lr = learning_rate(cfg, state.stage, state.stage_step)
             losses, per_clip = losses_of(state, process, batch, t, eps)

@@ -161,6 +161,16 @@ def test_crop_is_central_and_covers(tmp_path):
     assert np.array_equal(tall[:, 0, 0] // 12, np.arange(5, 15))
 
 
+def test_a_window_says_where_it_was(tmp_path):
+    movie(tmp_path / "long.mp4", n=60, height=48, width=64)
+    first, second, third = data.windows_of(tmp_path / "long.mp4", cfg_of(tmp_path, windows=3))  # 6 s hold twelve of half a second
+    assert [w.start for w in (first, second, third)] == [1.0, 3.0, 5.0] and [w.number for w in (first, second, third)] == [0, 1, 2]
+    assert second.taken == 3 and second.size == (48, 64) and second.crop == (8, 0, 56, 48)
+    turn(tmp_path / "long.mp4", 90)
+    turned = data.windows_of(tmp_path / "long.mp4", cfg_of(tmp_path, windows=1))[0]
+    assert turned.size == (64, 48) and turned.crop == (0, 8, 48, 56)
+
+
 def test_resizing_is_antialiased(tmp_path):
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
@@ -303,6 +313,45 @@ def test_wisa_records(tmp_path, shape):
     video, = folder.videos.values()
     assert video.caption == "the long one" and video.path.name == "a.mp4"
     assert names_of(video.categories) == FLAT_NAMES and not folder.unknown and not folder.skipped
+
+
+WISA = [  # the answers of WISA's three published examples, and their collection category
+    (dict(q0="deformation, collision", q1="no obvious thermodynamic phenomenon.", q2="scattering", q3="no",
+          q4="1. object decomposition and splitting\n2. gas objects appearance\n3. no change", label="Deformation "),
+     ["collision", "deformation", "scattering", "no obvious thermodynamic phenomenon", "camera motion no", "gas objects appearance",
+      "object decomposition and splitting", "no change"]),
+    (dict(q0="liquid motion, deformation", q1="solidification, melting", q2="reflection, refraction", q3="no",
+          q4="1. liquid objects appearance\n2. solid objects appearance\n3. object decomposition and splitting\n4. no change",
+          label="Solidification"),
+     ["liquid motion", "deformation", "melting", "solidification", "reflection", "refraction", "camera motion no", "liquids objects appearance",
+      "solid objects appearance", "object decomposition and splitting", "no change"]),
+    (dict(q0="liquid motion, deformation", q1="no obvious thermodynamic phenomenon.", q2="no obvious optical phenomenon", q3="no",
+          q4="1. liquids objects appearance\n2. no change", label="Solid Objects Appearance"),
+     ["liquid motion", "deformation", "no obvious thermodynamic phenomenon", "no obvious optical phenomenon", "camera motion no",
+      "liquids objects appearance", "no change"]),
+]
+
+
+@pytest.mark.parametrize("answers, names", WISA)
+def test_wisas_published_answers_parse_without_a_guess(answers, names):
+    known, unknown = data.parse_labels(answers)
+    assert sorted(names_of(known)) == sorted(names) and unknown == []
+    seventeen = [name for name in names_of(known) if name in data.category_names(preset("debug"))]
+    assert seventeen == [name for name in world.CATEGORIES if name in names]
+
+
+def test_captions_long_or_short_with_or_without_the_law(tmp_path):
+    folder = folder_of(tmp_path, [FLAT, {"file": "b.mp4", "caption": "the only one"}, {"file": "c.mp4", "en_caption": "long alone"}],
+                       names=("a.mp4", "b.mp4", "c.mp4"))
+
+    def read(*how):
+        again = data.Folder(folder.cfg, *how)
+        return [video.caption for video in again.videos.values()], again.skipped
+
+    assert read() == read("long", False) == (["the long one", "the only one", "long alone"], [])
+    assert read("long", True) == (["the long one stress", "the only one", "long alone"], [])
+    assert read("short", False) == (["short", "the only one"], ["c.mp4 (no caption)"])
+    assert read("short", True) == (["short stress", "the only one"], ["c.mp4 (no caption)"])
 
 
 def test_labels_match_as_whole_names_only():

@@ -1,5 +1,8 @@
-"""diffusion.py against closed forms, the Gaussian that can be solved by hand, and diffusers' own CogVideoX scheduler."""
+"""diffusion.py against closed forms, the Gaussian that can be solved by hand, and the schedulers of diffusers."""
+import ast
 import math
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -220,11 +223,23 @@ def wavy(x_t, model_time):
     return torch.sin(2 * x_t + model_time.view(-1, 1, 1, 1, 1) / 300) * 0.8
 
 
-def visited(process, noise, steps, network=wavy):
+def visited(process, noise, steps, network=wavy, **how):
     """x_t as the network sees it at every step, and the sample at the end."""
     path = []
-    path.append(process.sample(lambda x, t: path.append(x) or network(x, t), noise, steps))
+    path.append(process.sample(lambda x, t: path.append(x) or network(x, t), noise, steps, **how))
     return path
+
+
+def test_the_default_solver_to_the_bit(kind):
+    """The deterministic step of part 1, written out: published samples of the small models stay what they are."""
+    process, noise = BOTH[kind]("x", **{"flow": {"shift": 3.0}, "vpred": {}}[kind]), torch.randn(2, *SHAPE)
+    x_t = noise
+    for now, then in pairwise(process.times(10)):
+        t = torch.full((2,), now)
+        x, (a, s) = process.to_x(wavy(x_t, process.model_time(t)), x_t, t), (c.view(-1, 1, 1, 1, 1) for c in process.coefficients(t))
+        x_t = process.noise(x, torch.full((2,), then), (x_t - a * x) / s) if then > 0 else x
+    assert torch.equal(process.sample(wavy, noise, 10), x_t)
+    assert torch.equal(process.sample(wavy, noise, 10, solver={"flow": "euler", "vpred": "ddim"}[kind]), x_t)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -238,39 +253,195 @@ def test_flow_sampling_is_euler(shift):
     torch.testing.assert_close(path[20], x.float(), atol=2e-5, rtol=0)
 
 
-def cogvideox_scheduler(snr_shift, prediction_type="v_prediction"):
+# --- solvers against diffusers' schedulers
+STEPS = [50, 25, 7, 30, 2, 1]
+
+
+def cogvideox_scheduler(kind="DDIM", steps=None, snr_shift=1.0, prediction_type="v_prediction"):
     diffusers = pytest.importorskip("diffusers")
-    return diffusers.CogVideoXDDIMScheduler(snr_shift_scale=snr_shift, prediction_type=prediction_type, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    made = getattr(diffusers, f"CogVideoX{kind}Scheduler")(
+        snr_shift_scale=snr_shift, prediction_type=prediction_type, rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    return made.set_timesteps(steps) or made if steps else made
+
+
+def wan_scheduler(solver, steps, shift):
+    diffusers = pytest.importorskip("diffusers")
+    made = (diffusers.FlowMatchEulerDiscreteScheduler(shift=shift) if solver == "wan-euler" else
+            diffusers.UniPCMultistepScheduler(use_flow_sigmas=True, flow_shift=shift, prediction_type="flow_prediction"))
+    made.set_timesteps(steps)
+    made.set_begin_index(0)  # as WanPipeline does
+    return made
+
+
+def told(process, steps, solver):
+    """What the network is told, step by step; one tensor."""
+    heard = []
+    process.sample(lambda x, t: heard.append(t) or x, torch.zeros(1, *SHAPE), steps, solver=solver)
+    return torch.cat(heard)
+
+
+def largest(a, b):
+    return (a - b).abs().max().item()
 
 
 @pytest.mark.parametrize("snr_shift", [1.0, 3.0])
 def test_the_noise_table_is_cogvideoxs(snr_shift):
-    reference = cogvideox_scheduler(snr_shift).alphas_cumprod
+    reference = cogvideox_scheduler(snr_shift=snr_shift).alphas_cumprod
     table = VPrediction(snr_shift=snr_shift).alpha_bar
     torch.testing.assert_close(table, reference, rtol=2e-15, atol=0)  # float64 roundings of the same product
     assert table[-1] == reference[-1] == 0
 
 
+def test_cogvideoxs_steps_for_every_number_of_them():
+    process, scheduler, extra = VPrediction(), cogvideox_scheduler(), []
+    for n in range(1, 1001):
+        scheduler.set_timesteps(n)
+        reference = scheduler.timesteps.tolist()
+        plan = process.plan(n, "ddim")
+        assert [step for step, _, _ in plan] == reference[:n]
+        assert [round(999 * then) for _, _, then in plan] == [step - 1000 // n for step in reference[:n]]
+        extra += reference[n:]  # 62 numbers of steps get one more, at -1, from a rounding inside np.arange
+    assert set(extra) == {-1} and len(extra) < 100
+    assert torch.equal(told(process, 30, "dpm"), cogvideox_scheduler(steps=30).timesteps)
+
+
+@pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("predict, prediction_type", [("v", "v_prediction"), ("x", "sample")])
 @pytest.mark.parametrize("snr_shift", [1.0, 3.0])
-def test_vpred_sampling_is_cogvideoxs_ddim_step_by_step(predict, prediction_type, snr_shift):
-    scheduler, noise = cogvideox_scheduler(snr_shift, prediction_type), torch.randn(2, *SHAPE)
-    scheduler.set_timesteps(50)
-    path, x = visited(VPrediction(predict, snr_shift), noise, 50), noise.double()
-    for i, step in enumerate(scheduler.timesteps):
-        torch.testing.assert_close(path[i], x.float(), atol=5e-5, rtol=0)
-        x = scheduler.step(wavy(x, step.view(1)), int(step), x).prev_sample
-    torch.testing.assert_close(path[50], x.float(), atol=5e-5, rtol=0)
+def test_ddim_is_cogvideoxs_step_by_step(predict, prediction_type, snr_shift, steps):
+    """Not to the bit: ours makes eps and puts it together with x, the reference joins x_t and x. Numbers reach 5: 1e-6 is two roundings."""
+    scheduler, noise = cogvideox_scheduler("DDIM", steps, snr_shift, prediction_type), torch.randn(2, *SHAPE)
+    path = visited(VPrediction(predict, snr_shift), noise, steps, solver="ddim")
+    for step, x_t, after in zip(scheduler.timesteps, path, path[1:]):
+        assert largest(scheduler.step(wavy(x_t, step.view(1)), int(step), x_t).prev_sample, after) <= 1e-6
+
+
+def dpm_path(scheduler, noise, seed):
+    """CogVideoXPipeline's loop in its own layout (B, F, C, H, W), given back in ours."""
+    x_t, x, generator, before, path = noise.transpose(1, 2), None, torch.Generator().manual_seed(seed), None, [noise]
+    for step in scheduler.timesteps:
+        x_t, x = scheduler.step(wavy(x_t, step.view(1)), x, step, before, x_t, generator=generator)
+        x_t, before = x_t.to(noise.dtype), step
+        path.append(x_t.transpose(1, 2))
+    return path
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("predict, prediction_type", [("v", "v_prediction"), ("x", "sample")])
+@pytest.mark.parametrize("snr_shift", [1.0, 3.0])
+def test_dpm_is_cogvideoxs_to_the_bit_seed_included(predict, prediction_type, snr_shift, steps):
+    noise = torch.randn(2, *SHAPE)
+    path = visited(VPrediction(predict, snr_shift), noise, steps, solver="dpm", generator=torch.Generator().manual_seed(5))
+    reference = dpm_path(cogvideox_scheduler("DPM", steps, snr_shift, prediction_type), noise, seed=5)
+    assert len(path) == len(reference) == steps + 1 and all(map(torch.equal, path, reference))
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpm"])
+def test_bf16_noise_keeps_x_t_in_bf16(solver):
+    """The same draws as the reference in bf16, and one step apart by bf16 roundings only (it multiplies in bf16, we in float32)."""
+    noise, scheduler = torch.randn(2, *SHAPE).bfloat16(), cogvideox_scheduler(solver.upper(), 20)
+    x, before, ours, generator = None, None, *(torch.Generator().manual_seed(5) for _ in range(2))
+    path = visited(VPrediction(), noise, 20, solver=solver, generator=ours)
+    assert all(x_t.dtype == torch.bfloat16 for x_t in path)
+    for step, x_t, after in zip(scheduler.timesteps, path, path[1:]):
+        x_t = x_t.transpose(1, 2)
+        if solver == "ddim":
+            expected = scheduler.step(wavy(x_t, step.view(1)).float(), int(step), x_t).prev_sample
+        else:
+            expected, x = scheduler.step(wavy(x_t, step.view(1)).float(), x, step, before, x_t, generator=generator)
+        before = step
+        torch.testing.assert_close(after.float(), expected.transpose(1, 2).float(), rtol=2**-6, atol=2**-6)
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.0])
+@pytest.mark.parametrize("solver", ["wan-euler", "unipc"])
+def test_wans_grids_to_the_bit(solver, shift, steps):
+    scheduler, process = wan_scheduler(solver, steps, shift), FlowMatching("v", shift=shift)
+    heard = told(process, steps, solver)
+    assert torch.equal(torch.tensor(process.times(steps, solver)), scheduler.sigmas)
+    assert torch.equal(heard, scheduler.timesteps) and heard.dtype == scheduler.timesteps.dtype  # int64 of unipc, float32 of Euler
+
+
+@pytest.mark.parametrize("steps", STEPS)
+@pytest.mark.parametrize("shift", [1.0, 3.0, 8.0])
+def test_wans_euler_step_by_step(shift, steps):
+    """Not to the bit, as DDIM: the reference adds (sigma' - sigma) v to x_t."""
+    scheduler, noise = wan_scheduler("wan-euler", steps, shift), torch.randn(2, *SHAPE)
+    path = visited(FlowMatching("v", shift=shift), noise, steps, solver="wan-euler")
+    for t, x_t, after in zip(scheduler.timesteps, path, path[1:]):
+        assert largest(scheduler.step(wavy(x_t, t.view(1)), t, x_t).prev_sample, after) <= 1e-6
+
+
+@pytest.mark.parametrize("steps", STEPS + [3])
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 8.0])
+def test_unipc_is_diffusers_all_the_way(shift, steps):
+    """Differences add up here; the reference takes its logarithms in float32."""
+    scheduler, noise = wan_scheduler("unipc", steps, shift), torch.randn(2, *SHAPE)
+    path, x_t = visited(FlowMatching("v", shift=shift), noise, steps, solver="unipc"), noise
+    for t, after in zip(scheduler.timesteps, path[1:]):
+        x_t = scheduler.step(wavy(x_t, t.view(1)), t, x_t).prev_sample
+        assert largest(x_t, after) < 2e-5
+
+
+# --- solvers against the Gaussian, and their noise
+def test_unipc_is_of_third_order():
+    """Half the step, an eighth of the error half-way to the clip: second order predicted, one more from the corrector. (Euler: a half.)"""
+    process, noise, error = FlowMatching("v"), torch.randn(4, *SHAPE), []
+    for steps in (10, 20, 40):
+        times = process.times(steps, "unipc")
+        clock, t = iter(times), times[steps // 2]
+        network = lambda x, _: denoiser(process, 0.7, 0.4)(x, torch.full((4,), 1000 * next(clock)))  # the exact time, not the one cut off
+        exact_flow = (1 - t) * 0.7 + math.sqrt((1 - t) ** 2 * 0.4**2 + t**2) * noise
+        error.append(largest(visited(process, noise, steps, network, solver="unipc")[steps // 2], exact_flow))
+    assert error[0] / error[1] > 6 and error[1] / error[2] > 6
+
+
+def test_dpm_samples_the_gaussian_in_mean_and_variance():
+    """Fresh noise in every step, and yet the spread of the data comes out: what is put in must match what is taken away."""
+    process, noise = VPrediction("v"), torch.randn(200, *SHAPE, generator=torch.Generator().manual_seed(1))
+    x = process.sample(denoiser(process, 0.7, 0.4), noise, 200, solver="dpm", generator=torch.Generator().manual_seed(0))
+    assert abs(x.mean() - 0.7) < 0.01 and abs(x.std() - 0.4) < 0.01
+    assert abs(torch.corrcoef(torch.stack([x.flatten(), noise.flatten()]))[0, 1]) < 0.05  # the first noise is forgotten
+
+
+def test_noise_has_diffusers_layout(kind):
+    """(B, F, C, H, W) in CogVideoX's pipeline, (B, C, F, H, W) in Wan's; a list of generators is a generator a clip, as there."""
+    process, (C, F, H, W), seeded = BOTH[kind](), SHAPE, lambda seed=3: torch.Generator().manual_seed(seed)
+    one_clip = lambda g: torch.randn(1, F, C, H, W, generator=g).transpose(1, 2) if kind == "vpred" else torch.randn(1, *SHAPE, generator=g)
+    first, second = (one_clip(seeded(i)) for i in (3, 4))
+    assert torch.equal(process.randn((1, *SHAPE), seeded()), first) and process.randn((1, *SHAPE), seeded()).is_contiguous()
+    assert torch.equal(process.randn((2, *SHAPE), [seeded(3), seeded(4)]), torch.cat([first, second]))
+    assert process.randn((1, *SHAPE), seeded(), torch.bfloat16).dtype == torch.bfloat16
+
+
+def test_dpm_is_a_function_of_its_generators():
+    process, noise, seeded = VPrediction(), torch.randn(3, *SHAPE), lambda *seeds: [torch.Generator().manual_seed(i) for i in seeds]
+    whole = process.sample(wavy, noise, 6, solver="dpm", generator=seeded(0, 1, 2))
+    assert all(torch.equal(process.sample(wavy, noise[i : i + 1], 6, solver="dpm", generator=seeded(i))[0], whole[i]) for i in range(3))
+    assert not torch.equal(process.sample(wavy, noise, 6, solver="dpm", generator=seeded(3, 1, 2))[0], whole[0])
+    assert process.sample(wavy, noise, 6, solver="dpm").isfinite().all()  # without one: torch's own
+
+
+def test_an_unknown_solver_is_refused_in_a_sentence(kind):
+    process, other = BOTH[kind](), {"flow": "dpm", "vpred": "unipc"}[kind]
+    for call in (lambda: process.times(5, other), lambda: process.sample(wavy, torch.zeros(1, *SHAPE), 5, solver=other)):
+        with pytest.raises(ValueError, match=f"no solver '{other}': choose from {', '.join(process.solvers)}"):
+            call()
+    assert {name for both in BOTH.values() for name in both.solvers} == set(diffusion.SOLVERS)
 
 
 # --- guidance
-def test_guidance_1_is_the_conditional_model(kind):
-    process, noise = BOTH[kind]("v"), torch.randn(2, *SHAPE)
+@pytest.mark.parametrize("solver", list(diffusion.SOLVERS))
+def test_guidance_1_is_the_conditional_model(solver):
+    process, noise = next(p("v") for p in BOTH.values() if solver in p.solvers), torch.randn(2, *SHAPE)
 
     def never(x_t, t):
         raise AssertionError("the unconditional network was called")
 
-    assert torch.equal(process.sample(wavy, noise, 5, guidance=1, unconditional=never), process.sample(wavy, noise, 5))
+    guided, free = (process.sample(wavy, noise, 5, solver=solver, generator=torch.Generator().manual_seed(0), **how)
+                    for how in (dict(guidance=1, unconditional=never), {}))
+    assert torch.equal(guided, free)
 
 
 @pytest.mark.parametrize("w", [0.0, 0.5, 1.5, 6.0])
@@ -282,6 +453,35 @@ def test_guidance_formula(kind, w):
     torch.testing.assert_close(guided, process.sample(lambda x, t: (1 - w) * other(x, t) + w * wavy(x, t), noise, 5), atol=1e-4, rtol=1e-4)
 
 
+def test_dynamic_guidance_is_the_pipelines():
+    """The expression that stands in diffusers' CogVideoXPipeline, read there and evaluated."""
+    pipeline = Path(pytest.importorskip("diffusers").__file__).parent / "pipelines/cogvideo/pipeline_cogvideox.py"
+    branch = next(node for node in ast.walk(ast.parse(pipeline.read_text())) if isinstance(node, ast.If) and ast.unparse(node.test) == "use_dynamic_cfg")
+    formula = ast.unparse(branch.body[0].value)
+    for steps in (50, 25, 7):
+        for step, _, _ in VPrediction().plan(steps, "dpm"):
+            expected = eval(formula, dict(math=math, guidance_scale=6.0, num_inference_steps=steps, t=torch.tensor(step)))
+            assert VPrediction().dynamic(6.0, step, steps) == expected
+
+
+def test_dynamic_guidance_leaps():
+    weights = [VPrediction().dynamic(6.0, step, 50) for step, _, _ in VPrediction().plan(50, "dpm")]
+    assert weights[:5] == pytest.approx([2.29, 2.54, 6.97, 6.42, 2.79], abs=0.005) and sum(weights) / 50 == pytest.approx(3.8, abs=0.05)
+    process, noise, other = VPrediction(), torch.randn(2, *SHAPE), lambda x, t: torch.cos(x) * 0.3
+    weight = lambda t: process.dynamic(6.0, int(t[0]), 10)
+    guided = process.sample(wavy, noise, 10, 6.0, other, dynamic=True)
+    torch.testing.assert_close(guided, process.sample(lambda x, t: other(x, t) + weight(t) * (wavy(x, t) - other(x, t)), noise, 10))
+    with pytest.raises(ValueError, match="CogVideoX"):
+        FlowMatching().sample(wavy, noise, 10, 6.0, other, dynamic=True)
+
+
+def test_guidance_is_float32_whatever_the_network_gives():
+    noise, other = torch.randn(2, *SHAPE), lambda x, t: (torch.cos(x) * 0.3).bfloat16()
+    network = lambda x, t: wavy(x, t).bfloat16()
+    joined = lambda x, t: other(x, t).float() + 6.0 * (network(x, t).float() - other(x, t).float())
+    assert torch.equal(VPrediction().sample(network, noise, 5, 6.0, other), VPrediction().sample(joined, noise, 5))
+
+
 def test_a_sampled_clip_does_not_depend_on_its_batch(kind):
     process, noise = BOTH[kind]("x"), torch.randn(3, *SHAPE)
     whole = process.sample(wavy, noise, 6)
@@ -289,9 +489,11 @@ def test_a_sampled_clip_does_not_depend_on_its_batch(kind):
 
 
 def test_watch_hears_each_steps_start(kind):
-    process, heard = BOTH[kind](), []
-    process.sample(wavy, torch.randn(1, *SHAPE), 7, watch=heard.append)
-    assert heard == process.times(7)[:-1]
+    process = BOTH[kind]()
+    for solver in (None, *process.solvers):
+        heard = []
+        process.sample(wavy, torch.randn(1, *SHAPE), 7, watch=heard.append, solver=solver)
+        assert heard == process.times(7, solver)[:-1]
 
 
 def test_build_hands_every_field_on():

@@ -17,7 +17,7 @@ import world
 from config import UserError
 from evaluate import LAWS, Scene, law_error, law_errors
 from experts import ProPhy, Routing
-from model import CogVideoX
+from model import build_backbone
 from world import Span
 
 ROOT = Path(__file__).parent.parent
@@ -206,7 +206,7 @@ def test_priors_know_the_place_better_with_the_side_and_less_than_the_masks():
 
 def test_attention_is_read_at_the_words_alone():
     cfg = config.preset("debug")
-    model = perturbed(CogVideoX(cfg, 12))
+    model = perturbed(build_backbone(cfg, 12))
     text, length = torch.tensor([[2, 3, 4] + [0] * 21, [5, 6] + [0] * 22]), torch.tensor([3, 2])
     x, time = torch.randn(2, 3, 4, 16, 16), torch.tensor([500., 500.])
     with torch.no_grad():
@@ -239,7 +239,7 @@ def write_run(folder, cfg=CFG, branch=True):
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg)))
     tokenizer = data.Tokenizer.from_captions(world.make_clip(0, i).caption for i in range(200))
     tokenizer.save(folder / "tokenizer.json")
-    model = CogVideoX(cfg, len(tokenizer))
+    model = build_backbone(cfg, len(tokenizer))
     model = perturbed(ProPhy(model, cfg) if branch else model)
     torch.save(dict(step=5, stage="physics" if branch else "base", model=model.state_dict(), ema={}),
                folder / "checkpoints" / "best.pt")

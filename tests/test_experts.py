@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import config
-from experts import ProPhy, RefinementExpertBlock, SemanticExpertBlock, dispatch, invert
-from model import CogVideoX
+from experts import FactoredMaps, LoRA, ProPhy, RefinementExpertBlock, SemanticExpertBlock, dispatch, invert, merge_lora
+from model import build_backbone
 
 VOCABULARY, L, N, D = 11, 24, 3 * 2 * 5, 32
 SMALL = dict(frames=3, patch_t=1, height=8, width=20, patch=4, depth=3, physical_blocks="0,2")
@@ -25,7 +25,7 @@ def build(**fields) -> ProPhy:
     """A branch fresh from `init_from_backbone` beside a backbone that is no longer at its zero-initialisation."""
     torch.manual_seed(0)
     cfg = config.preset("debug", **{**SMALL, **fields})
-    net = ProPhy(CogVideoX(cfg, VOCABULARY), cfg)
+    net = ProPhy(build_backbone(cfg, VOCABULARY), cfg)
     awake(net.backbone)
     net.init_from_backbone()
     return net
@@ -45,10 +45,11 @@ def close(a, b, tolerance=1e-5):
 # --- untrained, the branch changes nothing
 PARTS = [dict(semantic=s, refinement=r, residual=a, renormalise=n, top_k=k)
          for s, r, a, n, k in itertools.product((True, False), (True, False), (True, False), (True, False), (1, 2, 4)) if r or (a, n, k) == (True, False, 2)]
+LINEAGES = [dict(lineage="wan", **more) for more in ({}, dict(map_rank=2), dict(refinement=False), dict(semantic=False), dict(physical_blocks="1"))]
 PLACES = [dict(physical_blocks=p) for p in ("", "0", "1", "2", "1,2", "0,1,2")]
 
 
-@pytest.mark.parametrize("fields", PARTS + PLACES, ids=str)
+@pytest.mark.parametrize("fields", PARTS + PLACES + LINEAGES + [dict(map_rank=2)], ids=str)
 def test_the_untrained_branch_changes_nothing_to_the_bit(fields):
     net = build(**fields)
     alone = net.backbone(*inputs())
@@ -142,7 +143,7 @@ def test_eq_1_by_hand():
     """Two experts, two tokens of width one: X + .25 (1, 2) + .75 (10, 20)."""
     block = SemanticExpertBlock((1, 1, 2), dim=1, text_dim=4, experts=2, categories=17)
     with torch.no_grad():
-        block.maps.copy_(torch.tensor([1.0, 2.0, 10.0, 20.0]).view(2, 1, 1, 1, 2))
+        block.basis.maps.copy_(torch.tensor([1.0, 2.0, 10.0, 20.0]).view(2, 1, 1, 1, 2))
     x = torch.tensor([[[100.0], [200.0]], [[0.0], [0.0]]])
     out = block(x, torch.tensor([[0.25, 0.75], [1.0, 0.0]]), (1, 1, 2))
     assert out.tolist() == [[[107.75], [215.5]], [[1.0], [2.0]]]
@@ -158,16 +159,16 @@ def test_a_map_lies_on_the_tokens_in_their_order():
     out = block(torch.zeros(1, N, D), torch.ones(1, 1), (3, 2, 5))
     cells = itertools.product(range(3), range(2), range(5))
     for n, (t, i, j) in enumerate(cells):
-        assert torch.equal(out[0, n], block.maps[0, :, t, i, j])
+        assert torch.equal(out[0, n], block.basis.maps[0, :, t, i, j])
 
 
 def test_maps_on_another_grid():
     block = semantic(grid=(3, 2, 4))
     x = torch.zeros(1, 6 * 4 * 8, D)
     with torch.no_grad():
-        block.maps.copy_(torch.arange(D).view(1, D, 1, 1, 1).expand_as(block.maps))  # constant over the grid
+        block.basis.maps.copy_(torch.arange(D).view(1, D, 1, 1, 1).expand_as(block.basis.maps))  # constant over the grid
         close(block(x, torch.ones(1, 1), (6, 4, 8)), torch.arange(D).float().expand_as(x))
-        block.maps.copy_(torch.arange(4.0).expand_as(block.maps))  # rises along the width, 1 a token; halved tokens rise by 1/2
+        block.basis.maps.copy_(torch.arange(4.0).expand_as(block.basis.maps))  # rises along the width, 1 a token; halved tokens rise by 1/2
         row = block(x, torch.ones(1, 1), (6, 4, 8)).view(6, 4, 8, D)
         close(row, torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])[:, None].expand_as(row))
 
@@ -175,8 +176,54 @@ def test_maps_on_another_grid():
 def test_on_its_own_grid_a_map_is_itself():
     block, x = semantic(), torch.randn(1, N, D)
     expected = block(x, torch.ones(1, 1), (3, 2, 5))
-    assert torch.equal(expected, x + block.maps[0].flatten(1).T)
+    assert torch.equal(expected, x + block.basis.maps[0].flatten(1).T)
     assert torch.equal(block(x, torch.ones(1, 1), [3, 2, 5]), expected)  # a list is a grid too
+
+
+def test_factored_maps_are_sums_of_outer_products():
+    """B_e[t, i, j, c] = sum_r time[e r, t] space[e r, i, j] width[e, r, c], mixed by rho."""
+    torch.manual_seed(0)
+    maps = awake(FactoredMaps((3, 2, 5), D, experts=2, rank=3))
+    rho = torch.tensor([[0.25, 0.75], [1.0, 0.0]])
+    time, space = maps.time.view(2, 3, 3), maps.space.view(2, 3, 2, 5)
+    by_hand = torch.einsum("be,ert,erij,erc->btijc", rho, time, space, maps.width).flatten(1, 3)
+    close(maps(rho, (3, 2, 5)), by_hand)
+    assert maps(rho, (6, 4, 10)).shape == (2, 240, D)
+    with torch.no_grad():  # a map that is constant over the grid is so on any other
+        maps.time.fill_(2), maps.space.fill_(3)
+    close(maps(rho, (6, 4, 10)), (6 * rho @ maps.width.sum(1))[:, None].expand(2, 240, D))
+
+
+# --- LoRA
+@pytest.mark.parametrize("lineage", ["cogvideox", "wan"])
+def test_untrained_lora_changes_nothing_and_trained_merges_into_the_weights(lineage):
+    torch.manual_seed(0)
+    cfg = config.preset("debug", **SMALL | dict(physical_blocks="", lineage=lineage, lora_rank=3, lora_alpha=6.0))
+    backbone = awake(build_backbone(cfg, VOCABULARY))
+    alone = backbone(*inputs())
+    net = ProPhy(backbone, cfg)
+    assert torch.equal(net(*inputs())[0], alone)
+    attentions = 1 if lineage == "cogvideox" else 2  # Wan's cross-attention gets them too
+    assert len(net.branch_state()) == 2 * 4 * attentions * cfg.depth and all(name.endswith((".down", ".up")) for name in net.branch_state())
+    with torch.no_grad():
+        for p in net.branch_parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    layer = net.backbone.blocks[0].attn1.to_q
+    close(layer(torch.eye(D)) - layer.bias, (layer.weight + 2 * layer.up @ layer.down).T)
+    trained = net(*inputs())[0]
+    assert (trained - alone).abs().max() > 0.01
+    merge_lora(net.backbone)
+    assert not any(isinstance(m, LoRA) for m in net.modules()) and net.branch_state() == {}
+    close(net(*inputs())[0], trained, 1e-4)
+
+
+def test_lora_goes_to_the_named_layers_and_physical_blocks_stay_whole():
+    net = build(lora_rank=2, lora_targets="to_v,to_out")
+    assert {name.rpartition(".")[2] for name, m in net.backbone.named_modules() if isinstance(m, LoRA)} == {"to_v", "to_out"}
+    assert not any(isinstance(m, LoRA) for m in net.physical.modules())
+    assert torch.equal(net.physical[0].attn1.to_v.weight, net.backbone.blocks[net.at[0]].attn1.to_v.weight)
+    names = set(net.branch_state())
+    assert "backbone.blocks.0.attn1.to_v.up" in names and "inject.0.weight" in names and "backbone.blocks.0.attn1.to_v.weight" not in names
 
 
 # --- the semantic router

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import config
 import model
-from model import CogVideoX
+from model import build_backbone
 
 # Odd in every direction: 3 x 3 x 5 tokens, three heads of 16, five text tokens.
 CFG = config.preset("debug", frames=6, height=12, width=20, patch_t=2, patch=4, dim=48, heads=3, depth=2, time_dim=10, text_len=5)
@@ -38,7 +38,7 @@ def inputs(B: int = 2, cfg=CFG, seed: int = 1):
 @pytest.fixture
 def net():
     torch.manual_seed(0)
-    return awake(CogVideoX(CFG, VOCABULARY))
+    return awake(build_backbone(CFG, VOCABULARY))
 
 
 def close(a, b, tolerance=1e-5):
@@ -66,6 +66,12 @@ def test_sinusoid():
         close(row, torch.tensor([math.cos(a) for a in angles] + [math.sin(a) for a in angles]), 1e-4)
 
 
+def rope_3d(grid, n_text, d):
+    """cos, sin (n_text + N, d / 2) that a model of one head of d channels gets."""
+    cfg = config.preset("debug", dim=d, heads=1, positions="integer")
+    return model.positions(cfg, grid, n_text, torch.device("cpu"))[1]
+
+
 def angles_of(t, i, j, d):
     """The d / 2 angles of the video token at (t, i, j), from the formula."""
     parts = ((t, d // 4), (i, 3 * d // 8), (j, 3 * d // 8))
@@ -73,7 +79,7 @@ def angles_of(t, i, j, d):
 
 
 def test_rope_angles():
-    cos, sin = model.rope_3d((2, 3, 5), 4, 32, torch.device("cpu"))
+    cos, sin = rope_3d((2, 3, 5), 4, 32)
     assert torch.equal(cos[:4], torch.ones(4, 16)) and torch.equal(sin[:4], torch.zeros(4, 16))  # text: an exact identity
     reference = torch.tensor([angles_of(t, i, j, 32) for t in range(2) for i in range(3) for j in range(5)], dtype=torch.float64)
     close(cos[4:], reference.cos().float(), 1e-6)
@@ -81,14 +87,14 @@ def test_rope_angles():
 
 
 def test_rope_of_words():
-    cos, sin = model.rope_1d(5, 8, torch.device("cpu"))
+    cos, sin = model.rope_of_words(5, 8, torch.device("cpu"))
     reference = torch.tensor([[n * 10 ** (-m / 4) for m in range(4)] for n in range(5)], dtype=torch.float64)
     close(cos, reference.cos().float(), 1e-6)
     close(sin, reference.sin().float(), 1e-6)
 
 
 def test_rotate_is_a_complex_product_of_neighbouring_channels():
-    x, rope = torch.randn(2, 3, 4 + 30, 32), model.rope_3d((2, 3, 5), 4, 32, torch.device("cpu"))
+    x, rope = torch.randn(2, 3, 4 + 30, 32), rope_3d((2, 3, 5), 4, 32)
     turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()) * torch.complex(*rope)
     close(model.rotate(x, rope), torch.view_as_real(turned).flatten(-2), 1e-6)
     assert torch.equal(model.rotate(x, rope)[:, :, :4], x[:, :, :4])
@@ -96,7 +102,7 @@ def test_rotate_is_a_complex_product_of_neighbouring_channels():
 
 def test_rope_scores_depend_on_the_difference_of_positions_alone():
     grid, d = (3, 4, 5), 32
-    rope = model.rope_3d(grid, 0, d, torch.device("cpu"))
+    rope = rope_3d(grid, 0, d)
     q, k = (model.rotate(torch.randn(d).expand(1, 1, 60, d), rope)[0, 0] for _ in range(2))
     scores = q @ k.T
     where = torch.cartesian_prod(*(torch.arange(n) for n in grid))
@@ -155,7 +161,7 @@ def test_middle_is_applied_between_attention_and_feed_forward(net):
 
 
 def test_a_fresh_model_predicts_zero_and_a_fresh_block_is_the_identity():
-    fresh = CogVideoX(CFG, VOCABULARY)
+    fresh = build_backbone(CFG, VOCABULARY)
     x, t, text, length = inputs()
     assert torch.equal(fresh(x, t, text, length), torch.zeros_like(x))
     tokens, condition = fresh.embed(x, t, text, length)
@@ -314,11 +320,12 @@ def test_block_equals_diffusers_cogvideox_block():
 
     grid, n_text, dim, heads = (3, 5, 7), 9, 96, 3
     reference = awake(CogVideoXBlock(dim, heads, dim // heads, time_embed_dim=20, attention_bias=True)).eval()
-    block = model.CogBlock(dim, heads, 20)
+    cfg = config.preset("debug", dim=dim, heads=heads, time_dim=20, positions="integer")
+    block = model.CogBlock(cfg)
     block.load_state_dict(in_our_names(reference.state_dict()))
     rope = get_3d_rotary_pos_embed(dim // heads, ((0, 0), grid[1:]), grid[1:], grid[0])
     text, video, time = torch.randn(2, n_text, dim), torch.randn(2, 105, dim), torch.randn(2, 20)
-    condition = model.Condition(F.silu(time), model.rope_3d(grid, n_text, dim // heads, torch.device("cpu")), n_text, grid, text, torch.tensor([9, 9]))
+    condition = model.Condition(F.silu(time), rope_3d(grid, n_text, dim // heads), n_text, grid, text, torch.tensor([9, 9]))
     video_out, text_out = reference(video, text, time, rope)
     ours = block(torch.cat([text, video], 1), condition)
     size = video_out.abs().max()
@@ -330,7 +337,7 @@ def test_model_equals_diffusers_cogvideox_transformer():
     diffusers = pytest.importorskip("diffusers")
     from diffusers.models.embeddings import get_3d_rotary_pos_embed
 
-    cfg = config.preset("debug", frames=3, height=10, width=14, patch_t=1, patch=2, dim=D, heads=3, depth=2, time_dim=12, text_len=L)
+    cfg = config.preset("debug", frames=3, height=10, width=14, patch_t=1, patch=2, dim=D, heads=3, depth=2, time_dim=12, text_len=L, channels=4)
     reference = diffusers.CogVideoXTransformer3DModel(
         num_attention_heads=3, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=12, text_embed_dim=D, num_layers=2,
         sample_width=14, sample_height=10, sample_frames=9, patch_size=2, max_text_seq_length=L, use_rotary_positional_embeddings=True)
@@ -338,7 +345,7 @@ def test_model_equals_diffusers_cogvideox_transformer():
     with torch.no_grad():
         reference.patch_embed.text_proj.weight.copy_(torch.eye(D))
         reference.patch_embed.text_proj.bias.zero_()
-    ours = awake(CogVideoX(cfg, VOCABULARY, channels=4))
+    ours = awake(build_backbone(cfg, VOCABULARY))
     state = {name: value for name, value in in_our_names(reference.state_dict()).items() if "text_proj" not in name}
     missing = ours.load_state_dict(state, strict=False)
     ours_alone = {name for name in missing.missing_keys if not name.startswith("text_encoder.")}

@@ -18,7 +18,7 @@ import sample
 import world
 from config import Stopped, UserError
 from experts import ProPhy, invert
-from model import CogVideoX
+from model import Backbone, build_backbone
 
 ROOT = Path(__file__).parent.parent
 CFG = config.preset("debug")  # clips of 4 x 16 x 16
@@ -42,7 +42,7 @@ def write_run(folder: Path, cfg=CFG, physics=True):
     (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg) | extra))
     tokenizer = data.Tokenizer.from_captions(PROMPTS)
     tokenizer.save(folder / "tokenizer.json")
-    model = CogVideoX(cfg, len(tokenizer))
+    model = build_backbone(cfg, len(tokenizer))
     model = perturbed(ProPhy(model, cfg) if physics else model)
     ema = {n: p.detach().clone() for n, p in model.named_parameters() if not physics or not n.startswith("backbone.")}
     ema["inject.0.bias" if physics else "proj_out.bias"] *= 2
@@ -120,7 +120,7 @@ def test_guidance_one_never_asks_for_the_empty_caption(loaded, monkeypatch):
 
 
 def test_untrained_branch_is_the_bare_backbone(loaded):
-    backbone = perturbed(CogVideoX(CFG, len(loaded[3])))
+    backbone = perturbed(build_backbone(CFG, len(loaded[3])))
     fresh = ProPhy(backbone, CFG).eval()
     fresh.init_from_backbone()
     bare, none = clips(loaded, model=backbone)
@@ -162,7 +162,7 @@ def test_inversion_flips_the_semantic_router_and_its_clip(loaded):
 def test_bf16_stays_near_fp32_and_nan_becomes_a_colour(loaded):
     a, b = clips(loaded)[0], clips(loaded, precision="bf16")[0]
     assert 0 < np.abs(a.astype(int) - b.astype(int)).mean() < 4
-    broken = perturbed(CogVideoX(CFG, len(loaded[3])))
+    broken = perturbed(build_backbone(CFG, len(loaded[3])))
     torch.nn.init.constant_(broken.proj_out.bias, float("nan"))
     assert (clips(loaded, model=broken)[0] == 128).all()
 
@@ -189,7 +189,7 @@ def test_which_checkpoint(tmp_path):
         assert sample.load_run(run, name)[4]["step"] == step
     torch.save(stored | dict(step=7), folder / "best.pt")
     assert sample.load_run(run)[4]["step"] == 7
-    assert isinstance(sample.load_run(run)[1], CogVideoX)
+    assert isinstance(sample.load_run(run)[1], Backbone)
 
 
 class Bomb:
@@ -220,7 +220,7 @@ def damage(kind: str, run: Path) -> None:
     elif kind == "strange average":
         torch.save(stored | dict(ema=stored["ema"] | {"nobody.weight": torch.zeros(1)}), path)
     elif kind == "another model":
-        torch.save(stored | dict(model=CogVideoX(CFG, 9).state_dict()), path)
+        torch.save(stored | dict(model=build_backbone(CFG, 9).state_dict()), path)
     elif kind == "another config":
         (run / "config.json").write_text(json.dumps(json.loads((run / "config.json").read_text()) | dict(dim=64)))
     elif kind == "another tokenizer":

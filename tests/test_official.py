@@ -1,0 +1,177 @@
+"""Official models end to end, with tiny random ones saved to disk: clips against diffusers' pipelines, the branch trained on a cache, resumed, sampled."""
+import dataclasses
+import json
+import re
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+import config
+import model
+import sample
+import train
+from config import UserError
+from experts import ProPhy
+
+diffusers = pytest.importorskip("diffusers", reason="the pipelines are diffusers': pip install -r requirements-extra.txt")
+pytest.importorskip("ftfy", reason="Wan's captions are cleaned with ftfy: pip install -r requirements-extra.txt")
+import transformers  # noqa: E402
+from test_encode import SIZE, make_weights, movie, run as fill_cache  # noqa: E402
+
+LINEAGES = ("cogvideox", "wan")
+PROMPT = "a red ball falls on the floor"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A whole folder for each lineage: tokenizer, text encoder, VAE, transformer, scheduler."""
+    made = {}
+    for name in (*LINEAGES, "1.5"):
+        lineage = "wan" if name == "wan" else "cogvideox"
+        folder = make_weights(tmp_path_factory.mktemp(name.replace(".", "_")), lineage)
+        torch.manual_seed(1)
+        if lineage == "wan":
+            net = diffusers.WanTransformer3DModel(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, text_dim=16, freq_dim=32,
+                                                  ffn_dim=48, num_layers=3)
+            diffusers.UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0).save_pretrained(folder / "scheduler")
+        else:
+            net = diffusers.CogVideoXTransformer3DModel(
+                num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=16, text_embed_dim=16, num_layers=3,
+                sample_width=8, sample_height=4, sample_frames=9, use_rotary_positional_embeddings=True, patch_size_t=2 if name == "1.5" else None)
+            diffusers.CogVideoXDDIMScheduler(snr_shift_scale=2.0, prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
+                                             beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, set_alpha_to_one=True).save_pretrained(folder / "scheduler")
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(0.1 * torch.randn_like(p))
+        net.save_pretrained(folder / "transformer")
+        made[name] = folder
+    return made
+
+
+def pipeline(name, folder, scheduler=None):
+    net = (diffusers.WanTransformer3DModel if name == "wan" else diffusers.CogVideoXTransformer3DModel).from_pretrained(folder / "transformer")
+    vae = (diffusers.AutoencoderKLWan if name == "wan" else diffusers.AutoencoderKLCogVideoX).from_pretrained(folder / "vae")
+    text = (transformers.UMT5EncoderModel if name == "wan" else transformers.T5EncoderModel).from_pretrained(folder / "text_encoder")
+    own = diffusers.UniPCMultistepScheduler if name == "wan" else diffusers.CogVideoXDDIMScheduler
+    cls = diffusers.WanPipeline if name == "wan" else diffusers.CogVideoXPipeline
+    pipe = cls(tokenizer=transformers.AutoTokenizer.from_pretrained(folder / "tokenizer"), text_encoder=text, vae=vae, transformer=net,
+               scheduler=(scheduler or own).from_pretrained(folder / "scheduler"))
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("name, solver, steps, more", [
+    ("cogvideox", "", 5, {}), ("cogvideox", "dpm", 5, {}), ("cogvideox", "dpm", 7, dict(dynamic=True)), ("1.5", "", 4, {}),
+    ("wan", "", 6, {}), ("wan", "wan-euler", 5, {}), ("wan", "", 4, dict(negative="smoke rises")),
+], ids=str)
+def test_clips_are_those_of_diffusers_pipeline(weights, name, solver, steps, more):
+    """The same folder, prompt and seed: frames in [-1, 1] differ by less than 1e-3, so bytes by one level at most."""
+    folder, sizes = weights[name], dict(height=16, width=32, frames=9)
+    scheduler = {"dpm": diffusers.CogVideoXDPMScheduler, "wan-euler": diffusers.FlowMatchEulerDiscreteScheduler}.get(solver)
+    pipe = pipeline(name, folder, scheduler)
+    if solver == "wan-euler":
+        pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    extra = dict(use_dynamic_cfg=True) if more.get("dynamic") else {}
+    theirs = pipe(PROMPT, more.get("negative", ""), height=16, width=32, num_frames=9, num_inference_steps=steps, guidance_scale=4.0,
+                  generator=torch.Generator().manual_seed(3), output_type="np", **extra).frames[0]
+    loaded = sample.load_official(folder, **sizes)
+    ours = next(sample.generate_official(folder, loaded, [PROMPT], seed=3, steps=steps, guidance=4.0, solver=solver, **more))
+    assert ours.shape == theirs.shape and ours.std() > 2
+    assert np.abs(ours / 255 - theirs).max() < 0.5 / 255 + 1e-3
+
+
+# --- training
+@pytest.fixture(scope="module")
+def caches(weights, tmp_path_factory):
+    videos = tmp_path_factory.mktemp("videos")
+    for seed in range(6):
+        movie(videos / f"{seed}.mp4", seed)
+    (videos / "captions.json").write_text(json.dumps([{"file": f"{i}.mp4", "en_caption": f"a red ball {i}", "phys_law": "", "q0": "collision" if i % 2 else "gas motion"} for i in range(6)]))
+    return {name: fill_cache(videos, weights[name], tmp_path_factory.mktemp(f"cache_{name}")) for name in LINEAGES}
+
+
+def settings(name, folders, filled, out, **fields):
+    big = dict(dim=32, depth=3, heads=2, channels=4, text_dim=16, fit_height=2, fit_width=4, val_clips=2, map_rank=2, semantic_experts=4, refinement_experts=4,
+               physical_blocks="0,2", time_dim=16, ffn=48 if name == "wan" else 0)
+    quick = dict(physics_steps=6, warmup=1, physics_lr=1e-2, log_every=1, eval_every=3, save_every=100, device="cpu", threads=1, precision="fp32", compile="off")
+    preset = "wan-1.3b" if name == "wan" else "cogvideox-5b"
+    return config.check(config.preset(preset, **{**big, **SIZE, **quick, "weights": str(folders[name]), "cache": str(filled[name]), "out_dir": str(out), **fields}))
+
+
+def checkpoint(run, step=6):
+    return torch.load(run / "checkpoints" / f"step{step:06d}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", LINEAGES)
+def test_the_branch_trains_on_a_cache_resumes_to_the_bit_and_samples(weights, caches, tmp_path, name):
+    cfg = settings(name, weights, caches, tmp_path / "whole")
+    train.main(cfg)
+    whole = checkpoint(tmp_path / "whole")
+    assert not any(key.startswith("backbone.") for key in whole["model"]), "frozen official weights are not stored again"
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert sum("loss" in line for line in lines) == 6 and all(line["loss"] > 0 for line in lines if "loss" in line) and "held_out" in lines[-1]
+
+    half = dataclasses.replace(cfg, out_dir=str(tmp_path / "half"))
+    train.main(dataclasses.replace(half, stop_at=3))
+    train.main(dataclasses.replace(half, resume=True))
+    again = checkpoint(tmp_path / "half")
+    assert all(torch.equal(value, again[part][key]) for part in ("model", "ema") for key, value in whole[part].items())
+
+    loaded = sample.load_official(weights[name], run=str(tmp_path / "whole"), frames=9, height=16, width=32)
+    bare = sample.load_official(weights[name], frames=9, height=16, width=32)
+    assert isinstance(loaded[1], ProPhy) and loaded[1].inject[0].weight.abs().max() > 0
+    clips = [next(sample.generate_official(weights[name], one, [PROMPT], steps=3)) for one in (loaded, bare)]
+    assert clips[0].shape == clips[1].shape == (9, 16, 32, 3) and not np.array_equal(*clips)
+
+
+def test_checkpointing_changes_no_bit(weights, caches, tmp_path):
+    for flag in (True, False):
+        train.main(settings("wan", weights, caches, tmp_path / str(flag), checkpointing=flag))
+    a, b = checkpoint(tmp_path / "True"), checkpoint(tmp_path / "False")
+    assert all(torch.equal(value, b["model"][key]) for key, value in a["model"].items())
+
+
+def test_lora_alone_trains_its_corrections_only(weights, caches, tmp_path):
+    train.main(settings("cogvideox", weights, caches, tmp_path, physical_blocks="", lora_rank=2))
+    stored = checkpoint(tmp_path)["model"]
+    assert stored and all(key.endswith((".down", ".up")) for key in stored)
+    assert all(value.abs().max() > 0 for key, value in stored.items())
+
+
+def test_what_does_not_fit_is_one_sentence(weights, caches, tmp_path):
+    for fields, word in ((dict(depth=4), "--depth"), (dict(cache=str(caches["wan"])), "lineage"), (dict(weights=str(tmp_path / "none")), "none"),
+                         (dict(cache=str(tmp_path / "none")), "none"), (dict(frames=13), "frames")):
+        with pytest.raises(UserError, match=word):
+            train.main(settings("cogvideox", weights, caches, tmp_path / "run", **fields))
+    for fields, word in ((dict(frames=10), "1 \\+ 4 m"), (dict(cache=""), "--cache"), (dict(base_steps=5), "--base_steps"), (dict(width=40), "16")):
+        with pytest.raises(UserError, match=word):
+            settings("cogvideox", weights, caches, tmp_path / "run", **fields)
+
+
+def test_sample_command_with_official_weights(weights, tmp_path, capsys):
+    sample.main(["--weights", str(weights["wan"]), "--prompt", PROMPT, "--steps", "2", "--frames", "9", "--height", "16", "--width", "32", "--out", str(tmp_path / "c.gif")])
+    assert iio.imread(tmp_path / "c.gif").shape == (9, 16, 32, 3) and "wrote" in capsys.readouterr().out
+    for flags, word in ((["--solver", "dpm"], "dpm"), (["--dynamic"], "CogVideoX"), (["--frames", "8"], "1 \\+ 4 m"), (["--invert_experts"], "--run"), (["--show_routing"], "routing")):
+        with pytest.raises(UserError, match=word):
+            sample.main(["--weights", str(weights["wan"]), "--prompt", PROMPT, "--height", "16", "--width", "32", *flags])
+    with pytest.raises(UserError, match="--weights"):
+        sample.main(["--prompt", PROMPT])
+
+
+@pytest.mark.parametrize("preset", ["full", "wan-14b", "small", "small-wan"])
+def test_dry_run_counts_without_weights(preset, capsys):
+    """Forward FLOPs of the backbone against the closed formula of the architecture."""
+    train.main(config.check(config.preset(preset, dry_run=True)))
+    out = capsys.readouterr().out
+    cfg = config.preset(preset)
+    N, L, D = int(np.prod(cfg.grid)), cfg.text_len, cfg.dim
+    F = cfg.ffn or 4 * D
+    if cfg.lineage == "wan":
+        flops = 2 * (6 * D * D + 2 * D * F) * N + 4 * D * D * L + 4 * N * N * D + 4 * N * L * D
+    else:
+        flops = 2 * 12 * D * D * (N + L) + 4 * (N + L) ** 2 * D
+    said = float(re.search(r"backbone forward ([\d.,e-]+), step", out)[1].replace(",", ""))
+    assert abs(said - cfg.depth * flops / 1e12) < 0.01 * said
+    assert "141 GB: " in out and f"{N:,} video" in out
