@@ -139,7 +139,8 @@ class Config:
         """Video tokens along time, height and width."""
         frames, height, width = self.frames, self.height, self.width
         if self.latent:  # the first frame stands alone; CogVideoX 1.5 pads an odd number of latent frames
-            frames, height, width = math.ceil((1 + (frames - 1) // 4) / self.patch_t) * self.patch_t, height // 8, width // 8
+            frames = math.ceil((1 + (frames - 1) // 4) / self.patch_t) * self.patch_t
+            height, width = height // 8, width // 8
         return frames // self.patch_t, height // self.patch, width // self.patch
 
     @property
@@ -153,12 +154,12 @@ class Config:
 
 
 OFFICIAL = dict(latent=True, channels=16, text_dim=4096, patch=2, patch_t=1, predict="v", map_rank=64, batch_size=2,
-                base_steps=0, physics_steps=2000, optimizer="adamw", lr=1e-5, physics_lr=1e-5, weight_decay=1e-4, warmup=100,
-                schedule="constant", preview_steps=50, checkpointing=True)
-COG = OFFICIAL | dict(lineage="cogvideox", text_len=226, time_dim=512, process="vpred", frames=49, height=480, width=720, fps=8.0,
-           guidance=6.0)
-WAN = OFFICIAL | dict(lineage="wan", text_len=512, freq_dim=256, positions="integer", frames=81, height=480, width=832, fps=16.0,
-           shift=5.0, guidance=5.0)
+                base_steps=0, physics_steps=2000, optimizer="adamw", lr=1e-5, physics_lr=1e-5, weight_decay=1e-4,
+                warmup=100, schedule="constant", preview_steps=50, checkpointing=True)
+COG = OFFICIAL | dict(lineage="cogvideox", text_len=226, time_dim=512, process="vpred", frames=49, height=480,
+                      width=720, fps=8.0, guidance=6.0)
+WAN = OFFICIAL | dict(lineage="wan", text_len=512, freq_dim=256, positions="integer", frames=81, height=480, width=832,
+                      fps=16.0, shift=5.0, guidance=5.0)
 
 PRESETS = {
     "small": dict(negatives=0.02),  # the defaults above: two CPU cores, about twelve minutes
@@ -173,9 +174,9 @@ PRESETS = {
     "wan-1.3b": WAN | dict(dim=1536, depth=30, heads=12, ffn=8960, physical_blocks="4,9,14,19,24,29"),
     "wan-14b": WAN | dict(dim=5120, depth=40, heads=40, ffn=13824, physical_blocks="9,19,29,39"),
     "debug": dict(frames=4, height=16, width=16, patch=4, dim=32, depth=2, heads=2, time_dim=16,
-                  physical_blocks="0,1", semantic_experts=4, refinement_experts=4, world_clips=64, val_clips=8, batch_size=8, base_steps=30,
-                  physics_steps=20, warmup=5, ema=0.9, precision="fp32", compile="off", log_every=5, eval_every=25,
-                  save_every=25, preview_every=0, preview_steps=4),
+                  physical_blocks="0,1", semantic_experts=4, refinement_experts=4, world_clips=64, val_clips=8,
+                  batch_size=8, base_steps=30, physics_steps=20, warmup=5, ema=0.9, precision="fp32",
+                  compile="off", log_every=5, eval_every=25, save_every=25, preview_every=0, preview_steps=4),
 }
 
 PRESETS["full"] = PRESETS["cogvideox-5b"]  # the paper's larger backbone
@@ -191,8 +192,8 @@ MAY_BE_ZERO = {"seed", "threads", "stop_at", "world_seed", "base_steps", "physic
                "preview_every", "guidance", "time_mean", "coarse_weight", "fine_weight", "balance_weight", "negatives",
                "decoys", "two", "caption_dropout", "ema", "text_dim", "ffn", "map_rank",
                "lora_rank", "lora_alpha"}
-MAY_CHANGE = {"out_dir", "resume", "dry_run", "stop_at", "log_every", "eval_every", "save_every", "preview_every", "preview_steps",
-              "guidance", "base_steps", "physics_steps", "pool_dir"}  # on --resume; everything else would make another run of it
+MAY_CHANGE = {"out_dir", "resume", "dry_run", "stop_at", "log_every", "eval_every", "save_every", "preview_every",
+              "preview_steps", "guidance", "base_steps", "physics_steps", "pool_dir"}  # on --resume; others are fixed
 
 
 def check(cfg: Config) -> Config:
@@ -232,8 +233,8 @@ def check(cfg: Config) -> Config:
     if list(at) != sorted(set(at)) or any(i >= cfg.depth for i in at):
         raise UserError(f"--physical_blocks must rise and stay below --depth {cfg.depth}, not {cfg.physical_blocks!r}.")
     if cfg.physics_steps and not at and not cfg.lora_rank:
-        raise UserError("Stage two has nothing to train: give --physical_blocks or --lora_rank, or --physics_steps 0 for "
-                        "the backbone alone.")
+        raise UserError("Stage two has nothing to train: give --physical_blocks or --lora_rank, or --physics_steps 0 "
+                        "for the backbone alone.")
     if cfg.init_from and not cfg.physics_steps:
         raise UserError("--init_from starts at stage two, which --physics_steps 0 leaves out.")
     if not cfg.init_from and not cfg.base_steps and not cfg.latent:
@@ -254,8 +255,8 @@ def check(cfg: Config) -> Config:
 def check_latent_size(cfg: Config) -> None:
     """What VAE and patches can cut. Raises UserError."""
     if (cfg.frames - 1) % 4 or cfg.height % (8 * cfg.patch) or cfg.width % (8 * cfg.patch):
-        raise UserError(f"An official model needs 1 + 4 m frames and sides that divide by {8 * cfg.patch}, not {cfg.frames} "
-                        f"x {cfg.height} x {cfg.width}.")
+        raise UserError(f"An official model needs 1 + 4 m frames and sides that divide by {8 * cfg.patch}, not "
+                        f"{cfg.frames} x {cfg.height} x {cfg.width}.")
 
 
 def check_latent(cfg: Config) -> None:
@@ -264,11 +265,11 @@ def check_latent(cfg: Config) -> None:
     if not cfg.text_dim:
         raise UserError("--latent needs --text_dim: text embeddings come from the cache, as latents do.")
     if not cfg.dry_run and not (cfg.weights and cfg.cache):
-        raise UserError(f"{cfg.config} needs --weights DIR (an official model) and --cache DIR (encode.py makes it), or "
-                        "--dry_run.")
+        raise UserError(f"{cfg.config} needs --weights DIR (an official model) and --cache DIR (encode.py makes it), "
+                        "or --dry_run.")
     if cfg.base_steps or cfg.init_from or cfg.data_dir:
-        raise UserError("An official backbone comes from --weights and its clips from --cache: --base_steps, --init_from "
-                        "and --data_dir are for models trained here.")
+        raise UserError("An official backbone comes from --weights and its clips from --cache: --base_steps, "
+                        "--init_from and --data_dir are for models trained here.")
 
 
 @functools.cache

@@ -770,7 +770,8 @@ class Clips(Stream):
     def targets(self, rows: list[int]) -> tuple[Tensor, Tensor]:
         """target, target_mask (B, N, E_cat). With exact masks every token of a present category counts.
 
-        `negatives` above 0 also pulls the maps of absent categories to zero (ours): then all maps can be read side by side.
+        `negatives` above 0 also pulls the maps of absent categories to zero (ours): then all maps can be read side by
+        side.
         """
         target = torch.zeros(len(rows), int(np.prod(self.cfg.grid)), self.cfg.categories)
         mask = torch.zeros_like(target)

@@ -26,8 +26,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model import through
-
 
 @dataclass
 class Routing:
@@ -47,7 +45,7 @@ def invert(logits: Tensor) -> Tensor:
 
 
 class FullMaps(nn.Module):
-    """The paper's basis maps, a number for each expert, token and channel: rho (B, E_s), grid -> their mix (B, N, D)."""
+    """The paper's basis maps, a number an expert, token and channel: rho (B, E_s), grid -> their mix (B, N, D)."""
 
     def __init__(self, grid: tuple[int, int, int], dim: int, experts: int):
         super().__init__()
@@ -69,7 +67,7 @@ class FactoredMaps(nn.Module):
     def __init__(self, grid: tuple[int, int, int], dim: int, experts: int, rank: int):
         super().__init__()
         T, h, w = grid
-        self.time = nn.Parameter(1 + 0.02 * torch.randn(experts * rank, 1, T))  # nearly constant: a start that is smooth
+        self.time = nn.Parameter(1 + 0.02 * torch.randn(experts * rank, 1, T))  # nearly constant at first
         self.space = nn.Parameter(torch.randn(experts * rank, 1, h, w))
         self.width = nn.Parameter(torch.randn(experts, rank, dim) * 0.02 * rank**-0.5)
 
@@ -172,7 +170,7 @@ class ProPhy(nn.Module):
 
     def __init__(self, backbone: nn.Module, cfg):
         super().__init__()
-        self.backbone, self.at, dim, self.checkpointing = backbone, cfg.physical_at, cfg.dim, cfg.checkpointing
+        self.backbone, self.at, dim = backbone, cfg.physical_at, cfg.dim
         self.semantic = self.refinement = None
         if cfg.semantic and self.at:  # without physical blocks nothing would read its tokens
             self.semantic = SemanticExpertBlock(cfg.grid, dim, backbone.text_dim, cfg.semantic_experts, cfg.categories,
@@ -218,13 +216,11 @@ class ProPhy(nn.Module):
             return torch.cat([h[:, :n], video], dim=1)
 
         for i, block in enumerate(self.backbone.blocks):
-            tokens = through(block, tokens, condition, self.checkpointing)
+            tokens = block(tokens, condition)
             if i in self.at:
                 j = self.at.index(i)
-                if j == len(self.at) - 1 and self.refinement is not None:  # its routing must not be made twice
-                    branch = self.physical[j](branch, condition, refine)
-                else:
-                    branch = through(self.physical[j], branch, condition, self.checkpointing)
+                last = j == len(self.at) - 1
+                branch = self.physical[j](branch, condition, refine if last and self.refinement is not None else None)
                 tokens = torch.cat([tokens[:, :n], tokens[:, n:] + self.inject[j](branch[:, n:])], dim=1)
         return self.backbone.head(tokens, condition), routing
 
@@ -265,12 +261,18 @@ def own_state(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in module.state_dict().items() if not name.endswith(LORA_NAMES)}
 
 
+def put(block: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace the sub-module of this dotted name."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(block.get_submodule(owner), leaf, module)
+
+
 def add_lora(backbone: nn.Module, rank: int, alpha: float, targets: list[str]) -> None:
     """Put a LoRA around every linear layer of the backbone's blocks whose last name is a target, such as "to_q"."""
     for block in backbone.blocks:
         for name, module in list(block.named_modules()):
             if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets:
-                setattr(block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], LoRA(module, rank, alpha))
+                put(block, name, LoRA(module, rank, alpha))
 
 
 def merge_lora(backbone: nn.Module) -> None:
@@ -278,4 +280,4 @@ def merge_lora(backbone: nn.Module) -> None:
     for block in backbone.blocks:
         for name, module in list(block.named_modules()):
             if isinstance(module, LoRA):
-                setattr(block.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], module.merged())
+                put(block, name, module.merged())

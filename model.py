@@ -36,7 +36,6 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import config
 from config import Config, Stopped, UserError
@@ -127,7 +126,7 @@ class Attention(nn.Module):
     def queries_keys(self, x: Tensor, rope=None, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         q = self.split(self.norm_q(self.to_q(x)))
         k = self.split(self.norm_k(self.to_k(x if context is None else context)))
-        return (q, k) if rope is None else (rotate(q, rope), rotate(k, rope))  # text beside the video has no place in it
+        return (q, k) if rope is None else (rotate(q, rope), rotate(k, rope))  # a context has no place in the video
 
     def forward(self, x: Tensor, rope=None, context: Tensor | None = None) -> Tensor:
         q, k = self.queries_keys(x, rope, context)
@@ -147,7 +146,7 @@ def turns(at: Tensor, channels: int, base: float = 10_000) -> Tensor:
 
 
 def over_grid(axes: list[Tensor]) -> Tensor:
-    """One table an axis, (n_i, c_i), -> their rows side by side for each token in order t, h, w: (N, c_t + c_h + c_w)."""
+    """One table an axis, (n_i, c_i) -> their rows side by side, for tokens in order t, h, w: (N, c_t + c_h + c_w)."""
     sizes = [len(axis) for axis in axes]
     shaped = [axis.view([-1 if i == j else 1 for j in range(3)] + [axis.shape[1]]) for i, axis in enumerate(axes)]
     return torch.cat([axis.expand(*sizes, -1) for axis in shaped], dim=-1).flatten(0, 2)
@@ -184,8 +183,8 @@ def rotation(at: list[Tensor], channels: tuple[int, int, int]) -> Tensor:
 
 
 def sines(grid: tuple[int, int, int], dim: int) -> Tensor:
-    """CogVideoX-2B's table (N, D): sines, then cosines of time (D / 4), WIDTH (3 D / 8) and then height. Rows and columns
-    are 1.875 closer together than the integers."""
+    """CogVideoX-2B's table (N, D): sines, then cosines of time (D / 4), WIDTH (3 D / 8) and then height. Rows and
+    columns are 1.875 times closer together than the integers."""
     def wave(at, channels):
         angles = at.double()[:, None] / 10_000 ** (torch.arange(channels // 2).double() / (channels // 2))
         return torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -205,7 +204,8 @@ def positions(cfg: Config, grid: tuple[int, int, int], n_text: int, device: torc
     with torch.device("cpu"):  # not on the meta device, where a model may be laid out just now
         added, angles = places(cfg, grid)
         angles = F.pad(angles, (0, 0, n_text, 0))
-    return None if added is None else added.to(device), (angles.cos().float().to(device), angles.sin().float().to(device))
+        cos, sin = angles.cos().float(), angles.sin().float()
+    return None if added is None else added.to(device), (cos.to(device), sin.to(device))
 
 
 def places(cfg: Config, grid: tuple[int, int, int]) -> tuple[Tensor | None, Tensor]:
@@ -248,7 +248,7 @@ def rope_of_words(n: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]
 
 
 class TextEncoder(nn.Module):
-    """Words in context: ids (B, L) -> y (B, L, D). Trained with the backbone, where the official models have a frozen T5.
+    """Words in context: ids (B, L) -> y (B, L, D). Trained along, where the official models have a frozen T5.
 
     Without it "red" and "left" are the same tokens in every caption, and the video tokens must find out which belongs
     to which: colours and sides then take several times as many steps to come out right. As with T5 in CogVideoX,
@@ -277,8 +277,8 @@ class Backbone(nn.Module):
         self.patch_proj = nn.Linear(cfg.channels * cfg.patch_t * cfg.patch**2, cfg.dim)
         learned = cfg.text_dim == 0
         self.text_encoder = TextEncoder(vocabulary, cfg.dim, cfg.heads, cfg.text_depth) if learned else None
-        # CogVideoX-2B adds sines and cosines of the position, all others rotate q and k by it. Both together (ours) tell
-        # left from right sooner.
+        # CogVideoX-2B adds sines and cosines of the position, all others rotate q and k by it. Both together (ours)
+        # tell left from right sooner.
         self.position_gain = nn.Parameter(torch.full((cfg.dim,), 0.3)) if cfg.positions == "both" else 1
 
     def read(self, x: Tensor, text: Tensor, text_length: Tensor | None, n_text: int):
@@ -290,23 +290,17 @@ class Backbone(nn.Module):
         if added is not None:
             video = video + (self.position_gain * added).type_as(video)
         if text_length is None:
-            text_length = (text > 0).sum(1) if self.text_encoder else torch.full((len(x),), text.shape[1], device=x.device)
+            real = text > 0 if self.text_encoder else torch.ones(text.shape[:2], device=x.device)
+            text_length = real.sum(1)
         return video, rope, grid, self.text_encoder(text) if self.text_encoder else text, text_length
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, text_length: Tensor | None = None) -> Tensor:
-        """x (B, C, F, H, W), t (B,) in the lineage's unit, text ids (B, L) with 0 = padding, or embeddings (B, L, D_text)
-        -> prediction, shaped as x."""
+        """x (B, C, F, H, W), t (B,) in the lineage's unit, text ids (B, L) with 0 = padding or embeddings (B, L,
+        D_text) -> prediction, shaped as x."""
         tokens, condition = self.embed(x, t, text, text_length)
         for block in self.blocks:
-            tokens = through(block, tokens, condition, self.cfg.checkpointing)
+            tokens = block(tokens, condition)
         return self.head(tokens, condition)
-
-
-def through(block: nn.Module, tokens: Tensor, condition: Condition, checkpointing: bool) -> Tensor:
-    """One block; with checkpointing only its input is kept, and the backward pass goes through it again."""
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(block, tokens, condition, use_reentrant=False)
-    return block(tokens, condition)
 
 
 # --- CogVideoX --------------------------------------------------------------------------------------------------------
@@ -506,7 +500,7 @@ WAN_NAMES = (
     (r"^time_proj\.", "condition_embedder.time_proj."))
 WAN_ORIGINAL_NAMES = (  # our norm2, which stands before cross-attention, is the original's norm3
     (r"^table$", "head.modulation"), (r"\.table$", ".modulation"), (r"^proj_out\.", "head.head."),
-    (r"^patch_proj\.", "patch_embedding."), (r"^text_proj\.", "text_embedding."), (r"^time_embedding\.", "time_embedding."),
+    (r"^patch_proj\.", "patch_embedding."), (r"^text_proj\.", "text_embedding."),
     (r"^time_proj\.", "time_projection.1."), (r"\.ff\.", ".ffn."), (r"\.norm2\.", ".norm3."),
     (r"\.attn1\.", ".self_attn."), (r"\.attn2\.", ".cross_attn."), (r"\.to_out\.", ".o."), (r"\.to_([qkv])\.", r".\1."))
 
@@ -550,7 +544,8 @@ COG_FIXED = dict(  # what this file takes for granted of a CogVideoX
     flip_sin_to_cos=True, freq_shift=0, ofs_embed_dim=None, attention_bias=True, activation_fn="gelu-approximate",
     timestep_activation_fn="silu", norm_elementwise_affine=True, norm_eps=1e-5, spatial_interpolation_scale=1.875,
     temporal_interpolation_scale=1.0, use_learned_positional_embeddings=False, dropout=0.0)
-WAN_FIXED = dict(cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6, image_dim=None, added_kv_proj_dim=None)
+WAN_FIXED = dict(
+    cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6, image_dim=None, added_kv_proj_dim=None)
 WAN_ORIGINAL_FIXED = dict(model_type="t2v", eps=1e-6)
 
 
@@ -596,14 +591,14 @@ def wan_fields(theirs: dict) -> dict:
     if p != q:
         raise ValueError("patches that are not square")
     return dict(lineage="wan", dim=heads * theirs["attention_head_dim"], heads=heads, depth=theirs["num_layers"],
-                ffn=theirs["ffn_dim"], freq_dim=theirs["freq_dim"], text_dim=theirs["text_dim"], text_len=512, patch_t=pt,
-                patch=p, channels=theirs["in_channels"], positions="integer")
+                ffn=theirs["ffn_dim"], freq_dim=theirs["freq_dim"], text_dim=theirs["text_dim"], text_len=512,
+                patch_t=pt, patch=p, channels=theirs["in_channels"], positions="integer")
 
 
 def wan_original_fields(theirs: dict) -> dict:
-    return dict(lineage="wan", dim=theirs["dim"], heads=theirs["num_heads"], depth=theirs["num_layers"], ffn=theirs["ffn_dim"],
-                freq_dim=theirs["freq_dim"], text_dim=theirs.get("text_dim", 4096), text_len=theirs["text_len"], patch_t=1,
-                patch=2, channels=theirs["in_dim"], positions="integer")
+    return dict(lineage="wan", dim=theirs["dim"], heads=theirs["num_heads"], depth=theirs["num_layers"],
+                ffn=theirs["ffn_dim"], freq_dim=theirs["freq_dim"], text_dim=theirs.get("text_dim", 4096),
+                text_len=theirs["text_len"], patch_t=1, patch=2, channels=theirs["in_dim"], positions="integer")
 
 
 def their_config(cfg: Config) -> dict:
@@ -635,8 +630,8 @@ def shards_of(folder: Path) -> dict[str, Path]:
         found = [folder / name for name in sorted(wanted)]
     if not found:
         pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
-        raise UserError(f"{folder} holds no .safetensors file" + (", only pickled weights, which are not opened: convert "
-                        "them first." if pickled else "."))
+        why = ", only pickled weights, which are not opened: convert them first" if pickled else ""
+        raise UserError(f"{folder} holds no .safetensors file{why}.")
     for path in found:
         try:
             with safe_open(path, framework="pt") as shard:

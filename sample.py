@@ -109,6 +109,9 @@ def load_run(run_dir, checkpoint: str = "best", device: str = "cpu"):
     """
     run = Path(run_dir)
     cfg = config.check(config.load(run / "config.json"))
+    if cfg.latent:
+        raise UserError(f"{run} is a branch for official weights: sample.py --weights {cfg.weights} --run {run} "
+                        "makes its clips, and no law is measured on them.")
     tokenizer = data.Tokenizer.load(run / "tokenizer.json")
     path = find_checkpoint(run / "checkpoints", checkpoint)
     try:
@@ -141,16 +144,18 @@ def load_official(weights, device: str = "cpu", dtype: torch.dtype = torch.float
     """
     weights, lineage = Path(weights), encode.lineage_of(weights)
     model = load_pretrained(weights, device, dtype)
+    path = weights / "scheduler" / "scheduler_config.json"
     try:
-        stored = json.loads((weights / "scheduler" / "scheduler_config.json").read_text())
+        stored = json.loads(path.read_text())
+        kind, snr_shift = stored.get("_class_name", ""), float(stored.get("snr_shift_scale") or 1)
+        shift = float(stored.get("flow_shift") or stored.get("shift") or 5)
     except FileNotFoundError:
-        stored = {}
-    except (OSError, ValueError) as e:
-        raise UserError(f"{weights / 'scheduler' / 'scheduler_config.json'} cannot be read ({type(e).__name__}).") from None
-    kind = stored.get("_class_name", "")
+        kind, snr_shift, shift = "", 1.0, 5.0
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} cannot be read ({type(e).__name__}).") from None
     cfg = dataclasses.replace(
         model.cfg, fps=lineage.fps, predict="v", process="vpred" if lineage.name == "cogvideox" else "flow",
-        snr_shift=float(stored.get("snr_shift_scale") or 1), shift=float(stored.get("flow_shift") or stored.get("shift") or 5),
+        snr_shift=snr_shift, shift=shift,
         **{name: sizes.get(name) or getattr(lineage, name) for name in ("frames", "height", "width")})
     config.check_latent_size(cfg)
     process = diffusion.build(cfg)
@@ -426,10 +431,10 @@ def parse(argv: list[str]):
         add(f"--{name}", type=int, default=0, help=f"--weights: {name} of the clip; 0 = as the model was trained")
     add("--prompt", action="append", default=[], help="what the clip shows; may be given several times")
     add("--prompts", metavar="FILE", help="text file with a prompt a line")
-    add("--n", type=int, default=0, help="clips a prompt; 0 = 4, with --weights 1")
+    add("--n", type=int, help="clips a prompt; None = 4, with --weights 1")
     add("--seed", type=int, default=0, help="of the noise; clip i of a prompt depends on (seed, i) alone")
-    add("--steps", type=int, default=0, help="sampling steps; 0 = 25, with --weights 50")
-    add("--guidance", type=float, default=0, help="classifier-free guidance; 1 = off, 0 = 1.5, with --weights 6 or 5 (Wan)")
+    add("--steps", type=int, help="sampling steps; None = 25, with --weights 50")
+    add("--guidance", type=float, help="classifier-free guidance; 1 = off; None = 1.5, with --weights 6, Wan 5")
     add("--checkpoint", default="best", help="best | last | base (end of stage one) | a file in the run's checkpoints/")
     add("--no_branch", action="store_true", help="the bare backbone, for comparison")
     add("--show_routing", action="store_true", help="with each clip, a heat map a trained phenomenon, expert weights")
@@ -443,20 +448,23 @@ def parse(argv: list[str]):
     args = parser.parse_args(argv)
     if not args.run and not args.weights:
         raise UserError("Say which model: --run DIR (made by train.py), or --weights DIR (an official one).")
-    only = [f"--{name}" for name in ("negative", "solver", "dynamic", "tiled", "frames", "height", "width") if getattr(args, name)]
+    official = "negative", "solver", "dynamic", "tiled", "frames", "height", "width"
+    only = [f"--{name}" for name in official if getattr(args, name)]
     if only and not args.weights:
         raise UserError(f"{', '.join(only)} belongs to --weights.")
     if args.weights and args.show_routing:
-        raise UserError("--show_routing is for models trained here; there is no picture of an official model's routing yet.")
-    for name, least in (("n", 0), ("steps", 0), ("batch", 1), ("seed", 0), ("scale", 0), ("fps", 0), ("guidance", 0),
+        raise UserError("--show_routing is for models trained here; official ones have no picture of it yet.")
+    usual = (1, 50, None) if args.weights else (4, 25, 1.5)
+    for name, value in zip(("n", "steps", "guidance"), usual):
+        setattr(args, name, value if getattr(args, name) is None else getattr(args, name))
+    for name, least in (("n", 1), ("steps", 1), ("batch", 1), ("seed", 0), ("scale", 0), ("fps", 0), ("guidance", 0),
                         ("frames", 0), ("height", 0), ("width", 0)):
-        if not least <= getattr(args, name) < math.inf:
+        if getattr(args, name) is not None and not least <= getattr(args, name) < math.inf:
             raise UserError(f"--{name} must be {least} or more, not {getattr(args, name)}.")
     if args.no_branch and (args.show_routing or args.invert_experts):
         raise UserError("--show_routing and --invert_experts need the branch that --no_branch leaves out.")
     if args.out and Path(args.out).suffix.lower() not in (".gif", ".mp4"):
         raise UserError(f"--out must end in .gif or .mp4, not {Path(args.out).name!r}.")
-    args.n, args.steps = args.n or (1 if args.weights else 4), args.steps or (50 if args.weights else 25)
     args.prompt += read_prompts(args.prompts) if args.prompts else []
     if not args.prompt:
         raise UserError('Say what to generate: --prompt "..." or --prompts FILE.')
@@ -504,7 +512,6 @@ def main(argv: list[str]) -> None:
     device = pick_device(args.device)
     if args.weights:
         return main_official(args, device)
-    args.guidance = args.guidance or 1.5
     cfg, model, process, tokenizer, info = load_run(args.run, args.checkpoint, device)
     model = model.backbone if args.no_branch and isinstance(model, ProPhy) else model
     names = {i: data.category_names(cfg)[i] for i in info["categories_present"]}
@@ -542,9 +549,11 @@ def main(argv: list[str]) -> None:
 
 def main_official(args, device: str) -> None:
     """Clips of an official model, one file a clip: each is written when it is done, for it took minutes."""
-    dtype = torch.bfloat16 if args.precision == "bf16" or (args.precision == "auto" and device == "cuda") else torch.float32
+    precision = args.precision if args.precision != "auto" else "bf16" if device == "cuda" else "fp32"
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     sizes = {name: getattr(args, name) for name in ("frames", "height", "width")}
-    loaded = cfg, model, process, _ = load_official(args.weights, device, dtype, "" if args.no_branch else args.run, **sizes)
+    run = "" if args.no_branch else args.run
+    loaded = cfg, model, process, _ = load_official(args.weights, device, dtype, run, **sizes)
     if args.invert_experts and getattr(model, "semantic", None) is None:
         raise UserError("--invert_experts needs a semantic router: give --run, a folder trained with one.")
     try:
@@ -554,9 +563,11 @@ def main_official(args, device: str) -> None:
     except ValueError as e:
         raise UserError(str(e)) from None
     out = open_out(args)
+    guidance = {"wan": 5.0}.get(cfg.lineage, 6.0) if args.guidance is None else args.guidance
     prompts = [prompt for prompt in args.prompt for _ in range(args.n)]
     clips = generate_official(args.weights, loaded, prompts, negative=args.negative, seed=args.seed, steps=args.steps,
-                              guidance=args.guidance or (5.0 if cfg.lineage == "wan" else 6.0), solver=args.solver,
+                              guidance=guidance,
+                              solver=args.solver,
                               dynamic=args.dynamic, tiled=args.tiled, edit=invert if args.invert_experts else None,
                               device=device, dtype=dtype)
     for i, clip in enumerate(clips):

@@ -13,6 +13,7 @@ averages, optimizers and a step.
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import math
 import os
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -39,6 +41,7 @@ from experts import ProPhy
 from model import build_backbone, load_pretrained
 
 GIB = 2**30
+SHAPE = "lineage", "dim", "depth", "heads", "patch_t", "patch", "positions", "text_len"  # what weights must agree in
 BINS = 4  # the log has the diffusion loss of this many equal ranges of t: a loss says little, where it sits says more
 HELD_OUT_SEED = 2**31  # noise of the held-out split, the same in every run
 
@@ -62,7 +65,8 @@ def resolve(cfg: Config) -> tuple[Config, dict[str, str]]:
         if device == "mps" or steps < 500 or (device == "cpu" and not compiler):
             found["compile"] = "off"
             no_compiler = steps >= 500 and device == "cpu"
-            why["compile"] = "off: " + ("no C++ compiler here" if no_compiler else f"{steps} steps on {device} would not pay")
+            why["compile"] = "off: " + ("no C++ compiler here" if no_compiler
+                                        else f"{steps} steps on {device} would not pay")
         else:
             found["compile"] = "on"
             why["compile"] = f"on: {steps} steps earn back the minute it takes"
@@ -88,7 +92,8 @@ def matmul_gain(device: str) -> float:
 # --- what a run would cost --------------------------------------------------------------------------------------------
 def block_cost(backbone: nn.Module, cfg: Config) -> tuple[float, float, int, int]:
     """One block on one clip, on the meta device: FLOPs of its linear layers and of its attention, forward; bytes that
-    autograd keeps of it and bytes of its input. Counted by torch, in bf16; scores, which no fused kernel keeps, are not."""
+    autograd keeps of it, and bytes of its input. Counted by torch, in bf16; scores are left out, as no fused kernel
+    keeps them."""
     backbone.bfloat16()
     x = torch.zeros(1, cfg.channels, *(n * p for n, p in zip(cfg.grid, (cfg.patch_t, cfg.patch, cfg.patch))))
     text = torch.zeros(1, cfg.text_len, cfg.text_dim).bfloat16() if cfg.text_dim else torch.ones(1, cfg.text_len).long()
@@ -96,7 +101,8 @@ def block_cost(backbone: nn.Module, cfg: Config) -> tuple[float, float, int, int
     kept, weights = {}, {p.untyped_storage()._cdata for p in backbone.parameters()}
 
     def keep(saved: Tensor) -> Tensor:
-        scores = saved.ndim > 2 and saved.shape[-2] == tokens.shape[1] and saved.shape[-1] in (tokens.shape[1], cfg.text_len)
+        S = tokens.shape[1]
+        scores = saved.ndim > 2 and saved.shape[-2] == S and saved.shape[-1] in (S, cfg.text_len)
         if not scores and saved.untyped_storage()._cdata not in weights:
             kept[saved.untyped_storage()._cdata] = saved.untyped_storage().nbytes()
         return saved
@@ -134,15 +140,17 @@ def plan(cfg: Config) -> None:
     lean = ((passed + copies) * entry + kept) * cfg.batch_size
     print(f"{cfg.config}: {cfg.lineage}, {cfg.frames} frames of {cfg.height} x {cfg.width}, "
           f"{math.prod(cfg.grid):,} video + {cfg.text_len} text tokens\n"
-          f"parameters: backbone {(total - branch) / 1e6:,.2f} M, branch {branch / 1e6:,.2f} M, trained {trained / 1e6:,.2f} M\n"
+          f"parameters: backbone {(total - branch) / 1e6:,.2f} M, branch {branch / 1e6:,.2f} M, trained "
+          f"{trained / 1e6:,.2f} M\n"
           f"TFLOPs a clip: backbone forward {cfg.depth * (linear + attention) / 1e12:,.4g}, step "
           f"{(forward + backward) / 1e12:,.4g}, with --checkpointing {(forward + backward + again) / 1e12:,.4g}; "
           f"{cfg.batch_size} a step\n"
-          f"memory in GiB: weights {weights / GIB:,.1f}, gradients, optimizer and average {states / GIB:,.1f}, activations "
-          f"{plain / GIB:,.1f}, with --checkpointing {lean / GIB:,.1f} (batch {cfg.batch_size})")
+          f"memory in GiB: weights {weights / GIB:,.1f}, gradients, optimizer and average {states / GIB:,.1f}, "
+          f"activations {plain / GIB:,.1f}, with --checkpointing {lean / GIB:,.1f} (batch {cfg.batch_size})")
     for card in (24, 80, 141):
         room = 0.94 * card * 1e9 - weights - states  # the rest goes to kernels' workspace and fragmentation
-        print(f"{card} GB: " + ("fits" if plain < room else "fits with --checkpointing" if lean < room else "does not fit"))
+        lean_fits = "fits with --checkpointing" if lean < room else "does not fit"
+        print(f"{card} GB: {'fits' if plain < room else lean_fits}")
 
 
 # --- the run folder ---------------------------------------------------------------------------------------------------
@@ -228,6 +236,9 @@ class State:
             self.model.requires_grad_(False)  # stage one is skipped: no optimizer, no average of it
         else:
             self.model = build_backbone(cfg, vocabulary).to(self.device)
+        if cfg.checkpointing:  # around `forward`, so that names stay; the branch's copies bring it along
+            for block in self.model.blocks:
+                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         self.begin("base", cfg.lr)
 
     def begin(self, stage: str, lr: float) -> None:
@@ -292,7 +303,8 @@ class State:
         return {name: v for name, v in self.model.state_dict().items() if not official or name in self.trained}
 
     def state_dict(self) -> dict:
-        return dict(step=self.step, stage=self.stage, best=self.best, seconds=self.seconds, model=self.stored(), ema=self.ema, optimizers=[o.state_dict() for o in self.optimizers])
+        return dict(step=self.step, stage=self.stage, best=self.best, seconds=self.seconds, model=self.stored(),
+                    ema=self.ema, optimizers=[o.state_dict() for o in self.optimizers])
 
     def load_state_dict(self, state: dict) -> None:
         if state["stage"] == "physics":
@@ -309,9 +321,10 @@ class State:
 
 def same_architecture(cfg: Config, theirs: Config) -> None:
     """Raises UserError where --weights are of another model than the preset."""
-    for name in ("lineage", "dim", "depth", "heads", "text_dim", "text_len", "channels", "patch_t", "patch", "positions"):
-        if getattr(theirs, name) != getattr(cfg, name):
-            raise UserError(f"--weights {cfg.weights} has --{name} {getattr(theirs, name)}, this run {getattr(cfg, name)}.")
+    for name in (*SHAPE, "text_dim", "channels", "ffn"):
+        a, b = getattr(theirs, name), getattr(cfg, name)
+        if (a or 4 * theirs.dim if name == "ffn" else a) != (b or 4 * cfg.dim if name == "ffn" else b):
+            raise UserError(f"--weights {cfg.weights} has --{name} {a}, this run {b}.")
 
 
 def make_optimizers(trained: dict[str, nn.Parameter], cfg: Config, lr: float) -> list[torch.optim.Optimizer]:
@@ -378,7 +391,7 @@ def take_backbone(state: State, cfg: Config) -> None:
     """--init_from: the averaged backbone of another run, whose shape must be this run's."""
     other = Path(cfg.init_from)
     theirs = config.load(other / "config.json")
-    for name in ("dim", "depth", "text_depth", "heads", "time_dim", "patch_t", "patch", "text_len", "process", "predict"):
+    for name in (*SHAPE, "text_depth", "time_dim", "process", "predict"):
         if getattr(theirs, name) != getattr(cfg, name):
             raise UserError(f"--init_from {other} has --{name} {getattr(theirs, name)}, this run {getattr(cfg, name)}.")
     path = other / "checkpoints" / "base.pt"
@@ -455,7 +468,8 @@ def by_noise(per_clip: Tensor, t: Tensor) -> list[float | None]:
 
 # --- the story --------------------------------------------------------------------------------------------------------
 def main(cfg: Config) -> None:
-    """Check, settle `auto`, open the run folder, train. Raises UserError before work starts, Stopped when it cannot go on."""
+    """Check, settle `auto`, open the run folder, train. Raises UserError before work starts, Stopped when it cannot go
+    on."""
     if cfg.dry_run:
         return plan(config.check(cfg))
     if cfg.init_from:  # stage one is skipped, whatever its length
@@ -498,8 +512,8 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
     if cfg.resume:
         load_newest(state, run / "checkpoints")
         if cfg.base_steps < state.step if state.stage == "base" else cfg.base_steps != stored["base_steps"]:
-            raise UserError(f"--base_steps {cfg.base_steps} cannot be: {run} stands at step {state.step}, and its stage "
-                            f"one had {stored['base_steps']}.")
+            raise UserError(f"--base_steps {cfg.base_steps} cannot be: {run} stands at step {state.step}, and its "
+                            f"stage one had {stored['base_steps']}.")
     elif cfg.init_from:
         take_backbone(state, cfg)
     if tokenizer:
@@ -577,7 +591,8 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
             if state.step % cfg.log_every == 0 or not finite:
                 parts = {name: value.item() for name, value in losses.items()}
                 log.write(step=state.step, stage=state.stage, seconds=time.perf_counter() - clock, loss=loss.item(),
-                          **parts, grad_norm=grad_norm.item(), lr=lr, by_noise=by_noise(per_clip, t), skipped=not finite)
+                          **parts, grad_norm=grad_norm.item(), lr=lr, by_noise=by_noise(per_clip, t),
+                          skipped=not finite)
                 rate = bar.format_dict["rate"] or 0
                 bar.set_postfix_str(f"{state.stage} loss {loss.item():.3f}, {rate * cfg.batch_size:.0f} clips/s")
             state.step += 1

@@ -119,6 +119,8 @@ def test_the_branch_trains_on_a_cache_resumes_to_the_bit_and_samples(weights, ca
     again = checkpoint(tmp_path / "half")
     assert all(torch.equal(value, again[part][key]) for part in ("model", "ema") for key, value in whole[part].items())
 
+    with pytest.raises(UserError, match="--weights"):
+        sample.load_run(tmp_path / "whole")
     loaded = sample.load_official(weights[name], run=str(tmp_path / "whole"), frames=9, height=16, width=32)
     bare = sample.load_official(weights[name], frames=9, height=16, width=32)
     assert isinstance(loaded[1], ProPhy) and loaded[1].inject[0].weight.abs().max() > 0
@@ -126,9 +128,17 @@ def test_the_branch_trains_on_a_cache_resumes_to_the_bit_and_samples(weights, ca
     assert clips[0].shape == clips[1].shape == (9, 16, 32, 3) and not np.array_equal(*clips)
 
 
-def test_checkpointing_changes_no_bit(weights, caches, tmp_path):
+def test_checkpointing_goes_through_the_blocks_again_and_changes_no_bit(weights, caches, tmp_path, monkeypatch):
+    calls, attend = {True: 0, False: 0}, model.attend
+
+    def counted(*args):
+        calls[flag] += 1
+        return attend(*args)
+    monkeypatch.setattr(model, "attend", counted)
     for flag in (True, False):
         train.main(settings("wan", weights, caches, tmp_path / str(flag), checkpointing=flag))
+    again = 2 * 2 + 2 * 2  # self- and cross-attention of the two physical blocks, and of the two backbone blocks behind the first of them
+    assert calls[True] - calls[False] == 6 * again
     a, b = checkpoint(tmp_path / "True"), checkpoint(tmp_path / "False")
     assert all(torch.equal(value, b["model"][key]) for key, value in a["model"].items())
 

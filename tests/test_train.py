@@ -780,7 +780,7 @@ def test_muon_has_the_block_matrices_and_nothing_is_twice(physics):
         matrices, (decayed, undecayed) = group(muon.param_groups[0]), map(group, adamw.param_groups)
         everything = [p for o in (muon, adamw) for g in o.param_groups for p in g["params"]]
         assert len(everything) == len({id(p) for p in everything}) == len(trained)
-        blocks = {name for name in trained if re.match(r"(physical|backbone\.blocks)\.\d+\.", name)}
+        blocks = {name for name in trained if re.match(r"(physical|backbone\.(text_encoder\.)?blocks)\.\d+\.", name)}
         assert matrices == {name for name in blocks if trained[name].ndim == 2 and "norm" not in name}
         assert len(matrices) >= 12
         assert all(re.search(r"\.(to_q|to_k|to_v|to_out|ff\.[02])\.weight$", name) for name in matrices)
