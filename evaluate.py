@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 import config
 import data
+import encode
 import sample
 import world
 from config import Stopped, UserError
@@ -527,7 +528,7 @@ PARTS = {"laws": law_table, "localisation": localisation_table}
 
 def evaluate_run(run, args) -> dict:
     """{part: table} of one run; what evaluation.json holds for this checkpoint, code and settings is not done again."""
-    device = sample.pick_device(args.device)
+    device = encode.pick_device(args.device)
     loaded = cfg, _, process, _, info = sample.load_run(run, args.checkpoint, device)
     parts = [args.only] if args.only else list(PARTS)
     if cfg.data_dir:

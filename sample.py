@@ -230,13 +230,6 @@ def find_checkpoint(folder: Path, name: str) -> Path:
     return path
 
 
-def pick_device(name: str) -> str:
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if not there.get(name, name == "auto"):
-        raise UserError(f"--device {name} is not available here.")
-    return next(d for d in there if there[d]) if name == "auto" else name
-
-
 # --- pictures ---------------------------------------------------------------------------------------------------------
 PAPER, PLATE, BLUE, INK, FAINT = (17, 19, 25), (29, 32, 41), (92, 160, 255), (232, 234, 240), (136, 142, 156)
 MOST_PIXELS = 2**28  # of all frames of a sheet: 0.8 GB in memory, more than a viewer opens
@@ -509,7 +502,7 @@ def open_out(args) -> Path:
 def main(argv: list[str]) -> None:
     # --- everything that can be refused is refused before the first step
     args = parse(argv)
-    device = pick_device(args.device)
+    device = encode.pick_device(args.device)
     if args.weights:
         return main_official(args, device)
     cfg, model, process, tokenizer, info = load_run(args.run, args.checkpoint, device)

@@ -53,7 +53,7 @@ def resolve(cfg: Config) -> tuple[Config, dict[str, str]]:
     why, found = {}, {}
     torch.set_num_threads(cfg.threads or os.cpu_count())
     found["threads"] = torch.get_num_threads()
-    device = found["device"] = sample.pick_device(cfg.device)
+    device = found["device"] = encode.pick_device(cfg.device)
     if cfg.device == "auto":
         why["device"] = f"{device}: the best that torch sees here"
     if cfg.precision == "auto":
