@@ -143,6 +143,15 @@ def test_checkpointing_goes_through_the_blocks_again_and_changes_no_bit(weights,
     assert all(torch.equal(value, b["model"][key]) for key, value in a["model"].items())
 
 
+@pytest.mark.parametrize("name", LINEAGES)
+def test_a_bf16_backbone_with_a_float32_branch_trains(weights, caches, tmp_path, name):
+    """As on a GPU: frozen weights stored in half the room; what trains, and its averages, stay float32."""
+    train.main(settings(name, weights, caches, tmp_path, precision="bf16", lora_rank=2))
+    stored = checkpoint(tmp_path)
+    assert all(value.dtype == torch.float32 for part in ("model", "ema") for value in stored[part].values())
+    assert stored["model"]["inject.0.weight"].abs().max() > 0 and any(key.endswith(".up") and value.abs().max() > 0 for key, value in stored["model"].items())
+
+
 def test_lora_alone_trains_its_corrections_only(weights, caches, tmp_path):
     train.main(settings("cogvideox", weights, caches, tmp_path, physical_blocks="", lora_rank=2))
     stored = checkpoint(tmp_path)["model"]
