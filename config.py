@@ -229,6 +229,8 @@ def check(cfg: Config) -> Config:
         raise UserError(f"--time_dim must be even, not {cfg.time_dim}.")
     if not re.fullmatch(r"\s*(\d+\s*(,\s*\d+\s*)*)?", cfg.physical_blocks):
         raise UserError(f"--physical_blocks is a list such as 1,3,5, not {cfg.physical_blocks!r}.")
+    if not set(cfg.lora_targets.split(",")) <= {"to_q", "to_k", "to_v", "to_out"}:
+        raise UserError(f"--lora_targets is a list of to_q, to_k, to_v, to_out, not {cfg.lora_targets!r}.")
     at = cfg.physical_at
     if list(at) != sorted(set(at)) or any(i >= cfg.depth for i in at):
         raise UserError(f"--physical_blocks must rise and stay below --depth {cfg.depth}, not {cfg.physical_blocks!r}.")

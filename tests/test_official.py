@@ -164,7 +164,7 @@ def test_what_does_not_fit_is_one_sentence(weights, caches, tmp_path):
                          (dict(cache=str(tmp_path / "none")), "none"), (dict(frames=13), "frames")):
         with pytest.raises(UserError, match=word):
             train.main(settings("cogvideox", weights, caches, tmp_path / "run", **fields))
-    for fields, word in ((dict(frames=10), "1 \\+ 4 m"), (dict(cache=""), "--cache"), (dict(base_steps=5), "--base_steps"), (dict(width=40), "16")):
+    for fields, word in ((dict(lora_targets="to_q,nothing"), "--lora_targets"), (dict(frames=10), "1 \\+ 4 m"), (dict(cache=""), "--cache"), (dict(base_steps=5), "--base_steps"), (dict(width=40), "16")):
         with pytest.raises(UserError, match=word):
             settings("cogvideox", weights, caches, tmp_path / "run", **fields)
 
