@@ -106,7 +106,7 @@ class SemanticExpertBlock(nn.Module):
         if edit is not None:
             logits = edit(logits)
         rho = logits.float().softmax(dim=-1)
-        return logits, rho, self.lift(rho)
+        return logits, rho, self.lift(rho.type_as(self.lift.weight))
 
     def forward(self, x: Tensor, rho: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Video tokens (B, N, D) of the given grid, mixed with the maps."""
@@ -140,7 +140,7 @@ class RefinementExpertBlock(nn.Module):
     def lifted(self, rho: Tensor) -> Tensor:
         """P'_r of Eq. 5: rho_r (B, N, E_r) through the MLP -> (B, N, E_cat). Times E_r (ours), so that an expert's even
         share reads as 1 and not as 1 / E_r, from which an MLP learns slowly."""
-        return self.lift(rho * rho.shape[-1])
+        return self.lift((rho * rho.shape[-1]).type_as(self.lift[0].weight))
 
 
 @torch.compiler.disable  # segment sizes depend on the data; compiled code would break the graph here anyway

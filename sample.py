@@ -3,7 +3,7 @@
     python sample.py --run runs/small --prompt "a red ball bounces on the left"
     python sample.py --run runs/small --prompt "..." --show_routing      which phenomenon the router sees where
     python sample.py --run runs/small --prompt "..." --invert_experts    the paper's Figure 8: same noise, other experts
-    python sample.py --weights DIR --prompt "..." [--run runs/mine]      an official model, bare or with its branch
+    python sample.py --weights DIR --prompt "..." [--branch FILE]        an official model, bare or with a branch
 
     run folder --load_run--> model --generate--> clips + what the routers said --cells, sheet--> one moving picture
 
@@ -25,7 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import safetensors
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import config
@@ -35,7 +37,16 @@ import encode
 import world
 from config import Config, Stopped, UserError
 from experts import ProPhy, invert
-from model import build_backbone, load_pretrained
+from model import build_backbone, load_pretrained, read_config
+
+BRANCH_FORMAT = 1  # of branch.safetensors
+BRANCH_FIELDS = (  # what shapes a branch, and the clips that set the grid of its basis maps
+    "physical_blocks", "semantic", "refinement", "injection", "semantic_experts", "refinement_experts", "top_k",
+    "map_rank", "residual", "renormalise", "categories", "lora_rank", "lora_alpha", "lora_targets", "frames", "height",
+    "width", "fps")
+FITS = (  # what a backbone must share with the one that a branch was trained beside
+    "lineage", "dim", "depth", "heads", "ffn", "time_dim", "text_dim", "text_len", "channels", "patch_t", "patch",
+    "positions")
 
 
 @dataclass
@@ -95,6 +106,7 @@ def generate(model, process: diffusion.Process, tokenizer: data.Tokenizer, cfg: 
 
 
 def clip_routing(routing, i: int, t: float, grid: tuple[int, int, int]) -> ClipRouting:
+    """What a batch's Routing, made at diffusion time t, says of its clip i."""
     lift, rho = (None if r is None else r[i].float().cpu().numpy() for r in (routing.refinement_lift, routing.semantic))
     return ClipRouting(None if lift is None else lift.reshape(*grid, -1), rho, t)  # (N, E_cat) -> (T', h, w, E_cat)
 
@@ -110,8 +122,8 @@ def load_run(run_dir, checkpoint: str = "best", device: str = "cpu"):
     run = Path(run_dir)
     cfg = config.check(config.load(run / "config.json"))
     if cfg.latent:
-        raise UserError(f"{run} is a branch for official weights: sample.py --weights {cfg.weights} --run {run} "
-                        "makes its clips, and no law is measured on them.")
+        raise UserError(f"{run} is a branch for official weights: sample.py --weights {cfg.weights} --branch "
+                        f"{run}/branch.safetensors makes its clips, and no law is measured on them.")
     tokenizer = data.Tokenizer.load(run / "tokenizer.json")
     path = find_checkpoint(run / "checkpoints", checkpoint)
     try:
@@ -135,14 +147,15 @@ def load_run(run_dir, checkpoint: str = "best", device: str = "cpu"):
     return cfg, model.to(device).eval(), diffusion.build(cfg), tokenizer, info
 
 
-def load_official(weights, device: str = "cpu", dtype: torch.dtype = torch.float32, run: str = "", **sizes):
-    """-> cfg, model, process, solver of a folder in diffusers' layout: the backbone, or with `run` (a folder that
-    train.py made from the same weights) the backbone with its branch.
+def load_official(weights, device: str = "cpu", dtype: torch.dtype = torch.float32, branch: str = "", **sizes):
+    """-> cfg, model, process, solver of a folder in diffusers' layout: the backbone, or with `branch` (a file that
+    train.py made beside the same weights) the backbone with its branch.
 
     The noise schedule and the solver are those of scheduler/scheduler_config.json. `sizes` (frames, height, width) that
     are not given are the lineage's. Raises UserError.
     """
     weights, lineage = Path(weights), encode.lineage_of(weights)
+    published = read_branch(Path(branch), weights) if branch else None
     model = load_pretrained(weights, device, dtype)
     path = weights / "scheduler" / "scheduler_config.json"
     try:
@@ -161,25 +174,80 @@ def load_official(weights, device: str = "cpu", dtype: torch.dtype = torch.float
     process = diffusion.build(cfg)
     solver = {"CogVideoXDPMScheduler": "dpm", "FlowMatchEulerDiscreteScheduler": "wan-euler"}.get(
         kind, "ddim" if cfg.process == "vpred" else "unipc")
-    if run:
-        trained = config.load(Path(run) / "config.json")
-        model = ProPhy(model, trained)
-        load_branch(model, find_checkpoint(Path(run) / "checkpoints", "best"))
+    if published:
+        model = attach_branch(model, *published)
     return cfg, model.to(device).eval(), process, solver
 
 
-def load_branch(model: ProPhy, path: Path) -> None:
-    """What stage two trained, averaged, from a checkpoint into a model around frozen weights. Raises UserError."""
+def network_folder(weights) -> Path:
+    """Where a folder of official weights has its video transformer."""
+    part = Path(weights) / "transformer"
+    return part if part.is_dir() else Path(weights)
+
+
+def read_branch(path: Path, weights: Path) -> tuple[Config, dict[str, Tensor]]:
+    """branch.safetensors -> the Config that builds its ProPhy beside these weights, and {name: tensor}.
+
+    Raises UserError, with one sentence and before the weights are read, for a file that is damaged, of another version,
+    or for another architecture. Other weights of the same architecture are a warning only: somebody may have stored the
+    same ones in another dtype or in other pieces.
+    """
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)["ema"]
-    except Exception as e:
-        raise UserError(f"{path} is damaged or no checkpoint ({type(e).__name__}).") from None
-    own = model.branch_state()
-    if {name: v.shape for name, v in own.items()} != {name: v.shape for name, v in stored.items()}:
-        raise UserError(f"{path} holds another branch than its config.json describes.")
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.data = stored[name].to(parameter.device)
+        with safetensors.safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {}).get("about", "{}"))
+            found = {name: (file.get_slice(name).get_shape(), file.get_slice(name).get_dtype() in encode.FLOATS)
+                     for name in file.keys()}
+    except FileNotFoundError:
+        raise UserError(f"There is no {path}: a run of train.py makes it at its first validation.") from None
+    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as e:
+        raise UserError(f"{path} is damaged or no safetensors file ({e}); pickled files are not opened.") from None
+    if not isinstance(about, dict) or about.get("branch_format") != BRANCH_FORMAT:
+        raise UserError(f"{path} is no branch of format {BRANCH_FORMAT}, the one that this version of train.py writes.")
+    theirs = read_config(network_folder(weights))[0]
+    try:
+        cfg = branch_config(about, theirs)
+        with torch.device("meta"):
+            wanted = {name: (list(p.shape), True)
+                      for name, p in ProPhy(build_backbone(theirs), cfg).branch_state().items()}
+    except UserError as e:
+        raise UserError(f"{path} cannot be attached to {weights}: {e}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise UserError(f"{path} describes no branch ({type(e).__name__}: {e}).") from None
+    odd = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    if odd:
+        raise UserError(f"{path} holds another branch than its header describes: {data.listed(odd, 3)}.")
+    with safetensors.safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in found}
+    if data.checksum(tensors) != about.get("checksum"):
+        raise UserError(f"{path} is damaged: its checksum is another.")
+    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise UserError(f"{path} holds numbers that are not finite: {data.listed(bad, 3)}.")
+    if about.get("weights") != encode.fingerprint(network_folder(weights)):
+        print(f"Warning: {path} was trained beside other files than those in {weights}; that is right only if they "
+              "hold the same weights, stored in another way.", file=sys.stderr)
+    return cfg, tensors
+
+
+def branch_config(about: dict, theirs: Config) -> Config:
+    """What a branch's header describes, beside a backbone of `theirs`. Raises UserError where that is another one, and
+    KeyError, TypeError or ValueError for a header that describes nothing."""
+    for name in FITS:
+        if about["fits"][name] != getattr(theirs, name):
+            raise UserError(f"it was trained beside a model of --{name} {about['fits'][name]}, not "
+                            f"{getattr(theirs, name)}.")
+    fields = {f.name: f.type(about["branch"][f.name]) for f in dataclasses.fields(Config) if f.name in BRANCH_FIELDS}
+    return config.check(dataclasses.replace(theirs, base_steps=0, dry_run=True, **fields))
+
+
+@torch.no_grad()
+def attach_branch(backbone, cfg: Config, tensors: dict[str, Tensor]) -> ProPhy:
+    """The backbone with the branch that read_branch found, in the backbone's dtype; a physical block keeps in float32
+    what the block beside it does."""
+    model = ProPhy(backbone, cfg)
+    for name, p in model.branch_state().items():
+        dtype = p.dtype if name.startswith("physical.") else backbone.patch_proj.weight.dtype
+        p.data = tensors[name].to(p.device, dtype, copy=True)  # no tie to the file
+    return model
 
 
 @torch.no_grad()
@@ -218,6 +286,7 @@ def generate_official(weights, loaded, prompts: list[str], *, negative: str = ""
 
 
 def find_checkpoint(folder: Path, name: str) -> Path:
+    """The file that best | last | base | a file's own name stands for. Raises UserError where there is none."""
     steps = sorted((p for p in folder.glob("step*.pt") if p.stem[4:].isdigit()), key=lambda p: int(p.stem[4:]))
     if name == "last" or (name == "best" and not (folder / "best.pt").is_file()):
         if not steps:
@@ -239,11 +308,13 @@ HEAT = np.stack([np.interp(np.linspace(0, 1, 256), (0, .25, .5, .75, 1), levels)
 
 
 def font(size: int):
+    """Pillow's own font, `size` pixels high."""
     from PIL import ImageFont  # lazily: training needs no letters before its first preview
     return ImageFont.load_default(size)
 
 
 def wrap(text: str, room: int) -> list[str]:
+    """Lines of at most `room` pixels; a wider word stands alone."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -266,6 +337,7 @@ class Panel:
         self.draw.text((x, y), text, fill=colour, font=font(size), anchor=anchor)
 
     def place(self, x: int, y: int, frames: np.ndarray) -> None:
+        """Put uint8 frames (F, h, w, 3), with their upper left corner at (x, y)."""
         self.tiles.append((x, y, frames))
 
     def frames(self) -> np.ndarray:
@@ -412,10 +484,12 @@ def preview(path, model, process, tokenizer, cfg: Config, prompts: list[str], *,
 
 # --- command ----------------------------------------------------------------------------------------------------------
 def parse(argv: list[str]):
+    """Command line -> namespace. Raises UserError with the first broken rule."""
     parser = config.Parser("Generate clips from a run folder, or with an official model.")
     add = parser.add_argument
     add("--run", default="", metavar="DIR", help="run folder that train.py made")
-    add("--weights", default="", metavar="DIR", help="official model in diffusers' layout; with --run, its branch too")
+    add("--weights", default="", metavar="DIR", help="official model in diffusers' layout")
+    add("--branch", default="", metavar="FILE", help="--weights: branch.safetensors of a run beside them")
     add("--negative", default="", help="--weights: what guidance leads away from")
     add("--solver", default="", help="--weights: ddim | dpm (CogVideoX), unipc | wan-euler (Wan); empty = the folder's")
     add("--dynamic", action="store_true", help="--weights: CogVideoX's dynamic guidance")
@@ -441,7 +515,10 @@ def parse(argv: list[str]):
     args = parser.parse_args(argv)
     if not args.run and not args.weights:
         raise UserError("Say which model: --run DIR (made by train.py), or --weights DIR (an official one).")
-    official = "negative", "solver", "dynamic", "tiled", "frames", "height", "width"
+    if args.run and args.weights:
+        raise UserError("Give --run or --weights, not both; what a run trained beside official weights is attached by "
+                        "--branch RUN/branch.safetensors.")
+    official = "branch", "negative", "solver", "dynamic", "tiled", "frames", "height", "width"
     only = [f"--{name}" for name in official if getattr(args, name)]
     if only and not args.weights:
         raise UserError(f"{', '.join(only)} belongs to --weights.")
@@ -468,6 +545,7 @@ def parse(argv: list[str]):
 
 
 def read_prompts(path: str) -> list[str]:
+    """The prompts of a text file, one a line, empty lines left out. Raises UserError."""
     try:
         prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e:
@@ -478,6 +556,7 @@ def read_prompts(path: str) -> list[str]:
 
 
 def warn(tokenizer: data.Tokenizer, cfg: Config, prompts: list[str]) -> None:
+    """Say on stderr which words the run never read, and whether prompts are cut."""
     unknown = dict.fromkeys(word for prompt in prompts for word in tokenizer.unknown(prompt))
     if unknown:
         print(f"Warning: the run never read {', '.join(unknown)}; the model cannot know what that is.", file=sys.stderr)
@@ -489,7 +568,7 @@ def open_out(args) -> Path:
     """The path to write, its folder made and found writable before any clip is."""
     name = re.sub(r"[^a-z0-9]+", "-", args.prompt[0].lower())[:60].strip("-") or "clip"
     name += "-bare" * args.no_branch + "-routing" * args.show_routing + "-inverted" * args.invert_experts
-    out = Path(args.out or f"{args.run or '.'}/samples/{name}.gif")
+    out = Path(args.out or f"{args.run or Path(args.branch).parent}/samples/{name}.gif")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -500,6 +579,7 @@ def open_out(args) -> Path:
 
 
 def main(argv: list[str]) -> None:
+    """From the command line to a file of clips. Raises UserError and Stopped."""
     # --- everything that can be refused is refused before the first step
     args = parse(argv)
     device = encode.pick_device(args.device)
@@ -545,10 +625,10 @@ def main_official(args, device: str) -> None:
     precision = args.precision if args.precision != "auto" else "bf16" if device == "cuda" else "fp32"
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     sizes = {name: getattr(args, name) for name in ("frames", "height", "width")}
-    run = "" if args.no_branch else args.run
-    loaded = cfg, model, process, _ = load_official(args.weights, device, dtype, run, **sizes)
+    branch = "" if args.no_branch else args.branch
+    loaded = cfg, model, process, _ = load_official(args.weights, device, dtype, branch, **sizes)
     if args.invert_experts and getattr(model, "semantic", None) is None:
-        raise UserError("--invert_experts needs a semantic router: give --run, a folder trained with one.")
+        raise UserError("--invert_experts needs a semantic router: give --branch, a file trained with one.")
     try:
         process.times(args.steps, args.solver or None)
         if args.dynamic:
@@ -559,10 +639,8 @@ def main_official(args, device: str) -> None:
     guidance = {"wan": 5.0}.get(cfg.lineage, 6.0) if args.guidance is None else args.guidance
     prompts = [prompt for prompt in args.prompt for _ in range(args.n)]
     clips = generate_official(args.weights, loaded, prompts, negative=args.negative, seed=args.seed, steps=args.steps,
-                              guidance=guidance,
-                              solver=args.solver,
-                              dynamic=args.dynamic, tiled=args.tiled, edit=invert if args.invert_experts else None,
-                              device=device, dtype=dtype)
+                              guidance=guidance, solver=args.solver, dynamic=args.dynamic, tiled=args.tiled,
+                              edit=invert if args.invert_experts else None, device=device, dtype=dtype)
     for i, clip in enumerate(clips):
         path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{i}")
         save(path, clip, args.fps or cfg.fps)

@@ -233,6 +233,7 @@ class State:
             half = cfg.precision == "bf16" and cfg.freeze_backbone  # what trains is kept in float32
             self.model: nn.Module = load_pretrained(cfg.weights, self.device, torch.bfloat16 if half else torch.float32)
             same_architecture(cfg, self.model.cfg)
+            self.fingerprint = encode.fingerprint(sample.network_folder(cfg.weights))
             self.model.requires_grad_(False)  # stage one is skipped: no optimizer, no average of it
         else:
             self.model = build_backbone(cfg, vocabulary).to(self.device)
@@ -297,9 +298,14 @@ class State:
     def stage_step(self) -> int:
         return self.step - (self.cfg.base_steps if self.stage == "physics" else 0)
 
+    @property
+    def publishable(self) -> bool:
+        """Does what is trained stand beside frozen official weights, so that others can attach it to theirs?"""
+        return bool(self.cfg.weights and self.cfg.freeze_backbone and self.stage == "physics")
+
     def stored(self) -> dict:
         """The weights that no other file has: of frozen official ones, what stands beside them."""
-        official = self.cfg.weights and self.cfg.freeze_backbone and self.stage == "physics"
+        official = self.publishable
         return {name: v for name, v in self.model.state_dict().items() if not official or name in self.trained}
 
     def state_dict(self) -> dict:
@@ -403,6 +409,100 @@ def take_backbone(state: State, cfg: Config) -> None:
         raise UserError(f"{path} cannot be read ({type(e).__name__}).") from None
     state.model.load_state_dict(stored["ema"])
     state.ema = {name: average.clone() for name, average in stored["ema"].items()}
+
+
+# --- what a lab would publish -----------------------------------------------------------------------------------------
+def publish(state: State, run: Path, held_out: float, present: list[int]) -> None:
+    """branch.safetensors: the averaged weights of branch and LoRA, and in its header all that sample.py needs to attach
+    them; beside it README.md, the model card.
+
+    A run in fp32 is stored to the bit. One in bf16 rounded its matrices to bf16 in every product: they are stored so,
+    in half the room; norms, biases and Wan's tables of modulation stay float32.
+    """
+    cfg, theirs, tensors = state.cfg, state.model.backbone.cfg, {}
+    for name, average in state.ema.items():
+        half = cfg.precision == "bf16" and average.ndim > 1 and not name.endswith("table")
+        tensors[name] = average.to("cpu", torch.bfloat16 if half else torch.float32)
+    about = dict(branch_format=sample.BRANCH_FORMAT, weights=state.fingerprint, step=state.step, held_out=held_out,
+                 categories_present=present, branch={name: getattr(cfg, name) for name in sample.BRANCH_FIELDS},
+                 fits={name: getattr(theirs, name) for name in sample.FITS})
+    data.write_tensors(run / "branch.safetensors", tensors, about, "export")
+    config.write(run / "README.md", model_card(cfg, about))
+
+
+APACHE = ("license: apache-2.0",
+          "the Apache License 2.0: pass its text on with this file, and say that the weights were changed.")
+COGVIDEOX = ("license: other\nlicense_name: cogvideox-license\n"
+             "license_link: https://huggingface.co/THUDM/CogVideoX-5b/blob/main/LICENSE",
+             "the CogVideoX LICENSE: pass its text on with this file; commercial use needs a registration with the "
+             "authors of those weights.")
+UNKNOWN = ("license: unknown",
+           "**not known here, as they are none of the official architectures: fill it in, here and at the top, before "
+           "this file is published.**")
+UPSTREAM = {  # preset: its official weights on Hugging Face, their licence
+    "cogvideox-2b": ("THUDM/CogVideoX-2b", APACHE), "cogvideox-5b": ("THUDM/CogVideoX-5b", COGVIDEOX),
+    "cogvideox1.5-5b": ("THUDM/CogVideoX1.5-5B", COGVIDEOX),
+    "wan-1.3b": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", APACHE), "wan-14b": ("Wan-AI/Wan2.1-T2V-14B-Diffusers", APACHE),
+}
+CARD = """---
+{front}
+library_name: nanoprophy
+pipeline_tag: text-to-video
+tags:
+- text-to-video
+- physics
+- prophy
+---
+
+# {what}, for {upstream}
+
+`branch.safetensors` is no video model by itself: it is attached to the weights of {upstream}, beside
+which it was trained while they stayed as they are. Made with nanoProPhy, an independent implementation of
+[ProPhy](https://arxiv.org/abs/2512.05564).
+
+## How to attach it
+
+```bash
+python sample.py --weights DIR --branch branch.safetensors --prompt "a red ball falls on the floor"
+```
+
+`DIR` is the folder of those weights in diffusers' layout; its transformer had the fingerprint `{weights}`, and
+sample.py warns of another one. Clips may have other sizes than those it was trained on.
+
+## How it was trained
+
+Averaged weights of step {step}, of {physics_steps} planned. Diffusion loss on held-out clips, at fixed times and noise:
+{held_out:.4f}. Nothing else was measured by the run: how its clips look, and which laws they obey, is not said here.
+Phenomena that the captions were labelled with: {phenomena}.
+
+| setting | value |
+|---|---|
+{settings}
+
+## Licence
+
+This file was made from the weights of {upstream}, and their licence goes with it. That is {licence}
+Where `DIR` was somebody's changed version of them, name that version, and its licence, instead.
+"""
+
+
+def model_card(cfg: Config, about: dict) -> str:
+    """README.md beside a branch, as Hugging Face reads it; about: the header of branch.safetensors."""
+    fits, same = about["fits"], ("lineage", "dim", "depth", "heads", "patch_t", "positions")
+    preset = next((name for name in UPSTREAM if all(getattr(config.preset(name), f) == fits[f] for f in same)), None)
+    base, (front, licence) = UPSTREAM.get(preset, ("", UNKNOWN))
+    if base:
+        front += f"\nbase_model: {base}\nbase_model_relation: adapter"
+    what = ["Physical branch"] * bool(cfg.physical_at) + [f"LoRA of rank {cfg.lora_rank}"] * bool(cfg.lora_rank)
+    names = data.category_names(cfg)
+    settings = (*sample.BRANCH_FIELDS, "seed", "precision", "batch_size", "optimizer", "physics_lr", "schedule",
+                "warmup", "weight_decay", "clip", "ema", "caption_dropout", "coarse_weight", "fine_weight",
+                "balance_weight", "coarse_loss", "reduction", "negatives")
+    return CARD.format(
+        front=front, licence=licence, what=" and ".join(what), weights=about["weights"], step=about["step"],
+        upstream=base or f"a {fits['lineage']} transformer of width {fits['dim']}", physics_steps=cfg.physics_steps,
+        held_out=about["held_out"], phenomena=", ".join(names[i] for i in about["categories_present"]) or "none",
+        settings="\n".join(f"| {field} | {getattr(cfg, field)} |" for field in settings))
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -544,7 +644,10 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
                     log.write(step=state.step, stage=state.stage, seconds=state.seconds, held_out=held_out)
                     if held_out["diffusion"] < state.best:
                         state.best = held_out["diffusion"]
-                        save(state, run / "checkpoints" / "best.pt")
+                        if state.publishable:
+                            publish(state, run, state.best, clips.categories_present)
+                        else:
+                            save(state, run / "checkpoints" / "best.pt")
                 seen = border or last or (cfg.preview_every and state.step % cfg.preview_every == 0)
                 if seen and not cfg.latent:  # clips of an official model take minutes each: sample.py makes them
                     with state.averaged() as model:
@@ -602,8 +705,14 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
         for s, handler in handlers.items():
             signal.signal(s, handler)
     if last:
+        branch, from_run = run / "branch.safetensors", f"--run {run}"
+        if state.publishable:
+            from_run = f"--weights {cfg.weights} --branch {branch}"
+            if not branch.is_file():  # the finished run lost it: made again, by --resume, from the last step's weights
+                loss = held_out_loss(state, process, clips)["diffusion"]
+                publish(state, run, loss, clips.categories_present)
         print(f"Done: {run}, held-out diffusion loss {state.best:.4f}. Next:\n"
-              f"python sample.py --run {run} --prompt \"{next(iter(prompts))}\"")
+              f"python sample.py {from_run} --prompt \"{next(iter(prompts))}\"")
     else:
         print(f"Stopped at step {state.step} of {total} and saved; go on with --resume.")
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import config
+import data
 import model
 import sample
 import train
@@ -118,10 +119,12 @@ def test_the_branch_trains_on_a_cache_resumes_to_the_bit_and_samples(weights, ca
     train.main(dataclasses.replace(half, resume=True))
     again = checkpoint(tmp_path / "half")
     assert all(torch.equal(value, again[part][key]) for part in ("model", "ema") for key, value in whole[part].items())
+    published = [tmp_path / run / "branch.safetensors" for run in ("whole", "half")]
+    assert published[0].read_bytes() == published[1].read_bytes()
 
     with pytest.raises(UserError, match="--weights"):
         sample.load_run(tmp_path / "whole")
-    loaded = sample.load_official(weights[name], run=str(tmp_path / "whole"), frames=9, height=16, width=32)
+    loaded = sample.load_official(weights[name], branch=str(published[0]), frames=9, height=16, width=32)
     bare = sample.load_official(weights[name], frames=9, height=16, width=32)
     assert isinstance(loaded[1], ProPhy) and loaded[1].inject[0].weight.abs().max() > 0
     clips = [next(sample.generate_official(weights[name], one, [PROMPT], steps=3)) for one in (loaded, bare)]
@@ -141,6 +144,29 @@ def test_checkpointing_goes_through_the_blocks_again_and_changes_no_bit(weights,
     assert calls[True] - calls[False] == 6 * again
     a, b = checkpoint(tmp_path / "True"), checkpoint(tmp_path / "False")
     assert all(torch.equal(value, b["model"][key]) for key, value in a["model"].items())
+
+
+def test_the_best_weights_are_published_and_a_finished_run_that_lost_them_makes_them_again(weights, caches, tmp_path, capsys):
+    cfg = settings("wan", weights, caches, tmp_path, eval_every=2)
+    train.main(cfg)
+    about, stored = data.read_about(tmp_path / "branch.safetensors"), checkpoint(tmp_path)
+    scores = {line["step"]: line["held_out"]["diffusion"] for line in map(json.loads, (tmp_path / "log.jsonl").open()) if "held_out" in line}
+    assert about["held_out"] == min(scores.values()) == scores[about["step"]] and not (tmp_path / "checkpoints" / "best.pt").exists()
+    assert about["categories_present"] == json.loads((tmp_path / "config.json").read_text())["categories_present"]
+    card = (tmp_path / "README.md").read_text()
+    assert f"{min(scores.values()):.4f}" in card and "license: unknown" in card
+    assert f"--weights {cfg.weights} --branch {tmp_path / 'branch.safetensors'}" in capsys.readouterr().out
+
+    (tmp_path / "branch.safetensors").unlink()
+    train.main(dataclasses.replace(cfg, resume=True))
+    tensors, about = data.read_tensors(tmp_path / "branch.safetensors")
+    assert (about["step"], about["held_out"]) == (6, scores[6])
+    assert tensors.keys() == stored["ema"].keys() and all(torch.equal(value, stored["ema"][key]) for key, value in tensors.items())
+
+
+def test_a_backbone_that_was_trained_along_is_not_published(weights, caches, tmp_path):
+    train.main(settings("wan", weights, caches, tmp_path, freeze_backbone=False, physics_steps=3))
+    assert (tmp_path / "checkpoints" / "best.pt").exists() and not (tmp_path / "branch.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", LINEAGES)
@@ -172,7 +198,7 @@ def test_what_does_not_fit_is_one_sentence(weights, caches, tmp_path):
 def test_sample_command_with_official_weights(weights, tmp_path, capsys):
     sample.main(["--weights", str(weights["wan"]), "--prompt", PROMPT, "--steps", "2", "--frames", "9", "--height", "16", "--width", "32", "--out", str(tmp_path / "c.gif")])
     assert iio.imread(tmp_path / "c.gif").shape == (9, 16, 32, 3) and "wrote" in capsys.readouterr().out
-    for flags, word in ((["--solver", "dpm"], "dpm"), (["--dynamic"], "CogVideoX"), (["--frames", "8"], "1 \\+ 4 m"), (["--invert_experts"], "--run"), (["--show_routing"], "routing")):
+    for flags, word in ((["--solver", "dpm"], "dpm"), (["--dynamic"], "CogVideoX"), (["--frames", "8"], "1 \\+ 4 m"), (["--invert_experts"], "--branch"), (["--run", "."], "not both"), (["--show_routing"], "routing")):
         with pytest.raises(UserError, match=word):
             sample.main(["--weights", str(weights["wan"]), "--prompt", PROMPT, "--height", "16", "--width", "32", *flags])
     with pytest.raises(UserError, match="--weights"):
