@@ -326,7 +326,16 @@ class ExpertNorm(nn.Module):
 
 
 class CogBlock(nn.Module):
-    """Attention, then `middle` if given, then feed-forward, each with its residual."""
+    """Attention, then `middle` if given, then feed-forward, each with its residual. All on x = [text | video]:
+
+    1. L1(c): shift, scale, gate of the video, then of the text; c = silu(time embedding)
+    2. h = LN1(x) (1 + scale) + shift: one LN for all tokens, each stream's own shift and scale
+    3. q, k, v = Linear(h); q and k: LN of each head, then RoPE on the video; o = Linear(softmax(q k^T / sqrt(d)) v)
+    4. x = x + gate o, each stream's own gate
+    5. x = middle(x), ours
+    6. h, gate: steps 1 and 2 again, with L2 and LN2
+    7. x = x + gate W2 gelu(W1 h), the same weights for both streams
+    """
 
     def __init__(self, cfg: Config):
         super().__init__()
@@ -334,12 +343,12 @@ class CogBlock(nn.Module):
         self.norm2, self.ff = ExpertNorm(cfg.dim, cfg.time_dim), FeedForward(cfg.dim, cfg.ffn or 4 * cfg.dim)
 
     def forward(self, x: Tensor, condition: Condition, middle=None) -> Tensor:
-        h, gate = self.norm1(x, condition)
-        x = x + gate * self.attn1(h, condition.rope)
-        if middle is not None:  # the Refinement Expert Block of the last physical block sits here
+        h, gate = self.norm1(x, condition)  # 1, 2 (ExpertNorm)
+        x = x + gate * self.attn1(h, condition.rope)  # 3 (Attention), 4
+        if middle is not None:  # 5: the Refinement Expert Block of the last physical block sits here
             x = middle(x)
-        h, gate = self.norm2(x, condition)
-        return x + gate * self.ff(h)
+        h, gate = self.norm2(x, condition)  # 6
+        return x + gate * self.ff(h)  # 7
 
     @torch.no_grad()
     def attention_map(self, x: Tensor, condition: Condition) -> Tensor:
@@ -385,9 +394,18 @@ class CogVideoX(Backbone):
 
 # --- Wan --------------------------------------------------------------------------------------------------------------
 class WanBlock(nn.Module):
-    """Self-attention, cross-attention to the text, `middle` if given, feed-forward, each with its residual.
+    """Self-attention, cross-attention to the text, `middle` if given, feed-forward, each with its residual:
 
-    Modulation and residual sums are float32 whatever the weights are, as in the original.
+    1. s1, c1, g1, s2, c2, g2 = table + m: shift, scale, gate of attention, then of feed-forward; all blocks share m
+    2. h = LN(x) (1 + c1) + s1
+    3. q, k, v = Linear(h); q and k: RMSNorm across all heads, then RoPE; o = Linear(softmax(q k^T / sqrt(d)) v)
+    4. x = x + g1 o
+    5. x = x + the same of q from LN_affine(x), k and v from the text: no RoPE, no gate, no modulation
+    6. x = middle(x), ours
+    7. h = LN(x) (1 + c2) + s2
+    8. x = x + g2 W2 gelu(W1 h)
+
+    Modulation and the gated sums (1, 2, 4, 7, 8) are float32 whatever the weights are, as in the original.
     """
 
     def __init__(self, cfg: Config):
@@ -404,18 +422,18 @@ class WanBlock(nn.Module):
 
     def look(self, x: Tensor, condition: Condition) -> Tensor:
         """Self-attention with its residual."""
-        shift, scale, gate, *_ = self.modulation(condition)
-        h = (self.norm1(x) * (1 + scale) + shift).type_as(x)
-        return (x.float() + gate * self.attn1(h, condition.rope)).type_as(x)
+        shift, scale, gate, *_ = self.modulation(condition)  # 1: s1, c1, g1
+        h = (self.norm1(x) * (1 + scale) + shift).type_as(x)  # 2
+        return (x.float() + gate * self.attn1(h, condition.rope)).type_as(x)  # 3, 4
 
     def forward(self, x: Tensor, condition: Condition, middle=None) -> Tensor:
-        *_, shift, scale, gate = self.modulation(condition)
-        x = self.look(x, condition)
-        x = x + self.attn2(self.norm2(x).type_as(x), context=condition.context)  # no gate, no modulation
-        if middle is not None:
+        *_, shift, scale, gate = self.modulation(condition)  # 1: s2, c2, g2
+        x = self.look(x, condition)  # 1 to 4
+        x = x + self.attn2(self.norm2(x).type_as(x), context=condition.context)  # 5
+        if middle is not None:  # 6
             x = middle(x)
-        h = (self.norm3(x) * (1 + scale) + shift).type_as(x)
-        return (x.float() + gate * self.ff(h)).type_as(x)
+        h = (self.norm3(x) * (1 + scale) + shift).type_as(x)  # 7
+        return (x.float() + gate * self.ff(h)).type_as(x)  # 8
 
     @torch.no_grad()
     def attention_map(self, x: Tensor, condition: Condition) -> Tensor:
