@@ -8,6 +8,7 @@ of them.
 
 Letters: B clips, N video tokens, E_s semantic and E_r refinement experts, E_cat phenomena, k experts a token.
 """
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,21 +57,41 @@ def balance_loss(rho_r: Tensor, chosen: Tensor) -> Tensor:
     return E_r * (f * rho_r.float().flatten(0, -2).mean(0)).sum()
 
 
-def map_target(maps: Tensor, background: Tensor, categories: Tensor, negatives: float = 0.0) -> tuple[Tensor, Tensor]:
+def relative(maps: Tensor, background: Tensor, kind: str = "subtract") -> Tensor:
+    """Attention (...) set against that of a generic question (...): above 0 where the phenomenon drew more of it.
+
+    Both are densities (uniform attention = 1). "subtract" is the paper's; "divide" (Zhang et al. 2025, arXiv 2502.17422)
+    weighs places that a generic question ignores; "none" compares with uniform attention.
+    """
+    if kind == "none":
+        return maps - 1
+    return maps - background if kind == "subtract" else maps / background.clamp(min=1e-3) - 1
+
+
+def map_target(maps: Tensor, background: Tensor, categories: Tensor, negatives: float = 0.0,
+               kind: str = "subtract") -> tuple[Tensor, Tensor]:
     """A teacher's attention maps -> (target Q_r, mask M), both (B, N, E_cat), for fine_align_loss.
 
     maps (B, N, E_cat): attention of the answer about each phenomenon, as a density (uniform attention = 1). background
-    (B, N): the same for a generic question, subtracted. The paper's rule: M is 1 where the category is annotated as
-    present (categories (B, E_cat)) and the difference is positive. The target is the difference over its largest
-    value in the clip, so that it lies in 0..1 (ours). `negatives` (0 = paper) weighs a pull to zero at the other
-    tokens of present categories.
+    (B, N): the same for a generic question. NaN means that the teacher says nothing. The paper's rule: M is 1 where the
+    category is annotated as present (categories (B, E_cat)) and the difference (`relative`) is positive. The target is
+    the difference over its largest value in the clip, so that it lies in 0..1 (ours). `negatives` (0 = paper) weighs a
+    pull to zero at the other tokens of present categories.
     """
-    difference = maps - background[..., None]
-    present = categories[:, None] > 0  # (B, 1, E_cat)
+    difference = relative(maps, background[..., None], kind)
+    present = (categories[:, None] > 0) & difference.isfinite()  # (B, N, E_cat)
     positive = present & (difference > 0)
     target = torch.where(positive, difference, 0)
     target = target / target.amax(dim=1, keepdim=True).clamp(min=1e-6)
     return target, positive + negatives * (present & ~positive)
+
+
+def auc(scores, positive) -> float:
+    """Chance that a positive's score exceeds a negative's, ties counting half. Both (N,), both kinds present."""
+    _, which, count = np.unique(scores, return_inverse=True, return_counts=True)
+    rank = np.cumsum(count) - (count - 1) / 2  # equal scores share the mean of their ranks, which start at 1
+    n = positive.sum()
+    return float((rank[which][positive].sum() - n * (n + 1) / 2) / (n * (len(scores) - n)))
 
 
 def _reduce(values: Tensor, reduction: str) -> Tensor:

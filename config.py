@@ -111,6 +111,8 @@ class Config:
     balance_weight: float = 0.01  # of L_fine_balance
     coarse_loss: str = "relative"  # relative (Eq. 3-4) | bce (the ablation's rival)
     reduction: str = "mean"  # of L_coarse over pairs and L_fine_align over entries: mean (ours) | sum (as printed)
+    teacher: str = ""  # folder of maps that teacher.py made (or the world's, by name); empty = the world's exact masks
+    background: str = "subtract"  # maps against those of a generic question: subtract (paper) | divide | none
     negatives: float = 0.0  # pull to zero where the paper's mask M is 0: absent phenomena, rest of VLM maps (0 = paper)
 
     # --- training
@@ -186,7 +188,7 @@ CHOICES = {
     "ood": ("", "speed", "radius", "gravity"), "categories": (17, 29), "process": ("flow", "vpred"),
     "predict": ("x", "v", "eps"), "lineage": ("cogvideox", "wan"), "positions": ("both", "integer", "fitted", "sincos"),
     "injection": ("zero", "plain"), "coarse_loss": ("relative", "bce"), "reduction": ("mean", "sum"),
-    "optimizer": ("muon", "adamw"), "schedule": ("linear", "constant"),
+    "background": ("subtract", "divide", "none"), "optimizer": ("muon", "adamw"), "schedule": ("linear", "constant"),
 }
 MAY_BE_ZERO = {"seed", "threads", "stop_at", "world_seed", "base_steps", "physics_steps", "warmup", "weight_decay",
                "preview_every", "guidance", "time_mean", "coarse_weight", "fine_weight", "balance_weight", "negatives",

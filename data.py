@@ -29,6 +29,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import re
@@ -52,7 +53,7 @@ from tqdm import tqdm
 import world
 from config import Config, Stopped, UserError
 
-FORMAT = 1  # of the pool's files
+FORMAT = 2  # of the pool's files
 HELD_OUT = 1_000_000_000  # the world's indices from here on are never trained on
 HELD_SHARE = 0.05  # of a folder's videos
 TOLERANCE = 1e-3  # seconds: some containers round time stamps to it
@@ -84,6 +85,8 @@ class Batch:
     target_mask: Tensor  # (B, N, E_cat) float32, 1 where `target` says anything
     index: Tensor  # (B,) int64 position in the stream
     latent: Tensor | None = None  # (B, C, F, H, W) float32, F H W of the latent grid, in the network's own scale
+    maps: Tensor | None = None  # (B, N, E_cat) float32 a teacher's attention (uniform = 1), NaN where it says nothing
+    background: Tensor | None = None  # (B, N) float32 the same for a generic question; align.py makes targets of both
 
     @property
     def x(self) -> Tensor:
@@ -165,6 +168,40 @@ def resample(maps: Tensor, grid: tuple[int, int, int]) -> Tensor:
     return maps
 
 
+def token_times(cfg: Config) -> np.ndarray:
+    """(T',) seconds from a clip's start to the mean time of the frames that a token shows. Frame i is shown at i / fps;
+    a world clip lasts one second. Latent 0 is frame 0, latent k the frames 4 k - 3 .. 4 k."""
+    if not cfg.latent:
+        fps = cfg.fps if cfg.data_dir else cfg.frames
+        return np.arange(cfg.frames).reshape(-1, cfg.patch_t).mean(1) / fps
+    latents = np.maximum(4 * np.arange(1 + (cfg.frames - 1) // 4) - 1.5, 0) / cfg.fps
+    latents = np.concatenate([latents[:1]] * (-len(latents) % cfg.patch_t) + [latents])  # as the latents are padded
+    return latents.reshape(-1, cfg.patch_t).mean(1)
+
+
+def axis_weights(have: np.ndarray, want: np.ndarray) -> np.ndarray:
+    """(m, n) weights that bring values of n cells, whose n + 1 edges are `have`, to m cells with the edges `want`: the
+    average over a wanted cell's area, or, where those are finer, linear interpolation between middles. NaN where the
+    middle of a wanted cell lies outside."""
+    at, middles = (want[1:] + want[:-1]) / 2, (have[1:] + have[:-1]) / 2
+    if want[1] - want[0] < have[1] - have[0]:
+        weights = np.stack([np.interp(at, middles, one) for one in np.eye(len(middles))], axis=1)
+    else:
+        overlap = np.minimum(want[1:, None], have[None, 1:]) - np.maximum(want[:-1, None], have[None, :-1])
+        weights = overlap.clip(min=0) / overlap.clip(min=0).sum(1, keepdims=True).clip(min=1e-9)
+    weights[(at < have[0]) | (at > have[-1])] = np.nan
+    return weights
+
+
+def time_weights(have: np.ndarray, want: np.ndarray) -> np.ndarray:
+    """(m, n) weights of linear interpolation in time, from the n rising times of a map to the m times of tokens. NaN
+    where a token lies further outside than half a step of the map."""
+    slack = (have[1] - have[0]) / 2 if len(have) > 1 else math.inf
+    weights = np.stack([np.interp(want, have, one) for one in np.eye(len(have))], axis=1)
+    weights[(want < have[0] - slack - TOLERANCE) | (want > have[-1] + slack + TOLERANCE)] = np.nan
+    return weights
+
+
 # --------------------------------------------------------------------------------------------------------- pool on disk
 @dataclass
 class Pool:
@@ -176,8 +213,14 @@ class Pool:
     categories: list[list[int]]  # of all 29
     train: list[int]
     held: list[int]
+    sources: list[list]  # of each clip: file, start in seconds, [height, width], crop, as in a Window
     summary: str
     key: str  # the folder's name: a hash of all that shapes the clips
+
+    @property
+    def names(self) -> list[str]:
+        """The file that each clip is from."""
+        return [source[0] for source in self.sources]
 
     @classmethod
     def open(cls, path: Path, size: tuple[int, int, int]) -> "Pool | None":
@@ -187,7 +230,7 @@ class Pool:
             n, rows = len(meta["captions"]), set(range(len(meta["captions"])))
             shape, bits = (n, *size, 3), (n, MASKS, -(-int(np.prod(size)) // 8))
             category = np.array(meta["mask_category"], np.int64).reshape(n, MASKS)
-            whole = (len(meta["categories"]) == n and meta["train"] and meta["held"]
+            whole = (len(meta["categories"]) == len(meta["sources"]) == n and meta["train"] and meta["held"]
                      and rows >= {*meta["train"], *meta["held"]}
                      and all(isinstance(c, str) for c in (*meta["captions"], meta["summary"]))
                      and {c for row in meta["categories"] for c in row} <= set(range(29))
@@ -198,7 +241,8 @@ class Pool:
                 return None
             masks = np.memmap(path / "masks.u8", np.uint8, "r", shape=bits) if meta["masks"] else None
             return cls(np.memmap(path / "video.u8", np.uint8, "r", shape=shape), masks, category,
-                       *(meta[name] for name in ("captions", "categories", "train", "held", "summary")), path.name)
+                       *(meta[name] for name in ("captions", "categories", "train", "held", "sources", "summary")),
+                       path.name)
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
 
@@ -209,10 +253,11 @@ class Writer:
     def __init__(self, folder: Path):
         self.folder = folder
         self.video, self.masks = open(folder / "video.u8", "wb"), open(folder / "masks.u8", "wb")
-        self.meta = {"captions": [], "categories": [], "mask_category": [], "masks": False}
+        self.meta = {"captions": [], "categories": [], "mask_category": [], "sources": [], "masks": False}
 
-    def add(self, video: np.ndarray, caption: str, categories: list[int], masks: dict | None = None) -> int:
-        """One clip (F, H, W, 3) uint8 with {category: bool (F, H, W)}; returns its row."""
+    def add(self, video: np.ndarray, caption: str, categories: list[int], source: list,
+            masks: dict | None = None) -> int:
+        """One clip (F, H, W, 3) uint8, where it is from, and {category: bool (F, H, W)}; returns its row."""
         self.video.write(np.ascontiguousarray(video).data)
         if masks is not None:
             slots = np.zeros((MASKS, -(-video[..., 0].size // 8)), np.uint8)
@@ -222,6 +267,7 @@ class Writer:
             self.meta["masks"] = True
         self.meta["captions"].append(caption)
         self.meta["categories"].append(sorted(set(categories)))
+        self.meta["sources"].append(source)
         self.meta["mask_category"].append([*(masks or ()), -1, -1][:MASKS])
         return len(self.meta["captions"]) - 1
 
@@ -356,12 +402,18 @@ class World:
     def fill(self, add, progress: bool) -> tuple[list[int], list[int], str]:
         n, n_held = self.cfg.world_clips, self.cfg.val_clips
         indices = [*range(n), *range(HELD_OUT, HELD_OUT + n_held)]
-        for clip in bar(self.draw(indices), "drawing the world", len(indices), "clip", progress):
+        drawn = bar(self.draw(indices), "drawing the world", len(indices), "clip", progress)
+        for index, clip in zip(indices, drawn):
             masks = {}
             for actor in clip.actors:  # two actors of one phenomenon share its mask
                 masks[actor.category] = actor.mask | masks.get(actor.category, False)
-            add(clip.video, clip.caption, clip.categories, masks)
+            add(clip.video, clip.caption, clip.categories, self.source(index), masks)
         return list(range(n)), list(range(n, n + n_held)), f"{n} clips of the world, {n_held} more held out"
+
+    def source(self, index: int) -> list:
+        """Where a clip is from, as if each were a file."""
+        return [f"clip {index} of the world", 0.0, [self.cfg.height, self.cfg.width],
+                [0, 0, self.cfg.width, self.cfg.height]]
 
     def draw(self, indices: list[int]) -> Iterator["world.Clip"]:
         """The clips in order, drawn on all cores when they are many."""
@@ -545,7 +597,8 @@ class Folder:
                 self.skipped.append(f"{video.name} ({found})")
                 continue
             for window in found:
-                add(window.video, video.caption, video.categories)
+                add(window.video, video.caption, video.categories,
+                    [video.name, window.start, list(window.size), list(window.crop)])
                 names.append(video.name)
         skipped = f"; skipped {len(self.skipped)}: {listed(self.skipped)}" if self.skipped else ""
         if not names:
@@ -708,13 +761,101 @@ def pixels(video: np.ndarray | Tensor) -> Tensor:
     return video.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 
+# ------------------------------------------------------------------------------------------------------ a teacher's maps
+class Maps:
+    """What teacher.py left in a folder: maps.json (settings, and a hash of them), index.json (which file's seconds each
+    map is of), clips/*.safetensors. A map is read when its clip is asked for.
+
+    A map file holds maps (R, t, h, w) of R categories and background (t, h, w), float16 densities on the teacher's own
+    grid, the times of its t rows in seconds of the video, and the rectangle of the video that it covers: any clip of
+    the same video finds its tokens in it, whatever its size, rate and crop.
+    """
+
+    def __init__(self, folder: Path):
+        """Opens no map. Raises UserError."""
+        self.folder, self.damaged = Path(folder), {}
+        try:
+            settings = json.loads((self.folder / "maps.json").read_text(encoding="utf-8"))
+            index = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
+            self.key, self.of = settings["key"], {}
+            for file, source, start, end in index["clips"]:
+                self.of.setdefault(source, []).append((float(start), float(end), str(file)))
+        except FileNotFoundError as e:
+            raise UserError(f"There is no {e.filename}: teacher.py makes it, once it has gone through.") from None
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise UserError(f"{self.folder} is not what teacher.py left there: its maps.json or index.json is "
+                            "damaged.") from None
+        if index.get("key") != self.key:
+            raise UserError(f"{self.folder} is stale: its index.json is of other settings than its maps.json; run "
+                            "teacher.py again.")
+
+    def read(self, file: str) -> tuple[dict[str, Tensor], dict] | None:
+        """A map file; None where it is damaged, which is said once. UserError where it is of other settings."""
+        if file in self.damaged:
+            return None
+        try:
+            tensors, about = read_tensors(self.folder / "clips" / file)
+        except (OSError, ValueError) as e:
+            self.damaged[file] = str(getattr(e, "strerror", None) or e)
+            tqdm.write(f"{self.folder / 'clips' / file} is left out ({self.damaged[file]}); delete it and run "
+                       "teacher.py again to mend it.", file=sys.stderr)
+            return None
+        if about["key"] != self.key:
+            raise UserError(f"{self.folder / 'clips' / file} is stale, made with other settings than maps.json beside "
+                            "it says: delete it and run teacher.py again.")
+        return tensors, about
+
+    def on_tokens(self, source: list, times: np.ndarray, grid: tuple[int, int, int],
+                  n_categories: int) -> tuple[Tensor, Tensor] | None:
+        """Maps (N, E_cat) and background (N,) on the tokens of a clip: `source` says where it is from (Pool.sources),
+        `times` (T',) when its tokens are. None without a map. NaN outside what the teacher saw and for categories that
+        it was not asked for.
+        """
+        name, start, _, (left, top, right, bottom) = source
+        when = start + times
+        shared = [(min(end, when[-1]) - max(begin, when[0]), file) for begin, end, file in self.of.get(name, ())]
+        found = self.read(max(shared)[1]) if shared else None
+        if found is None:
+            return None
+        tensors, about = found
+        maps = torch.cat([tensors["maps"], tensors["background"][None]]).double()  # (R + 1, t, h, w)
+        x0, y0, x1, y1 = about["crop"]
+        rows = axis_weights(np.linspace(y0, y1, maps.shape[2] + 1), np.linspace(top, bottom, grid[1] + 1))
+        columns = axis_weights(np.linspace(x0, x1, maps.shape[3] + 1), np.linspace(left, right, grid[2] + 1))
+        weights = map(torch.from_numpy, (time_weights(np.asarray(about["times"]), when), rows, columns))
+        on_grid = torch.einsum("rthw,Tt,Yh,Xw->rTYX", maps, *weights).flatten(1).float()  # (R + 1, N)
+        filled = torch.full((on_grid.shape[1], n_categories), math.nan)
+        for category, values in zip(about["categories"], on_grid):
+            if category < n_categories:
+                filled[:, category] = values
+        return filled, on_grid[-1]
+
+
+def world_maps(cfg: Config, pool: Pool, name: str) -> Path:
+    """Where the maps of this name of the world's clips are kept."""
+    return Path(cfg.pool_dir) / f"{pool.key}-{name}"
+
+
+def open_maps(cfg: Config, pool: "Pool | Cache") -> Maps | None:
+    """The maps that --teacher names: a folder, or a name of maps of the world. None for exact masks. Raises
+    UserError."""
+    if not cfg.teacher:
+        return None
+    named = re.fullmatch(r"\w+", cfg.teacher) and not (cfg.data_dir or cfg.latent)
+    folder = world_maps(cfg, pool, cfg.teacher) if named and not Path(cfg.teacher).is_dir() else Path(cfg.teacher)
+    if not folder.is_dir():
+        how = f"`python teacher.py --annotate {cfg.teacher}` makes them" if named else "teacher.py --out makes one"
+        raise UserError(f"There are no maps in {folder}: {how}.")
+    return Maps(folder)
+
+
 # ----------------------------------------------------------------------------------------------------------- the stream
 class Stream:
     """The order of clips. Position p of the endless stream is clip order[p mod n] of epoch p div n."""
     cut = 0  # captions cut short
 
-    def __init__(self, cfg: Config, pool: "Pool | Cache"):
-        self.cfg, self.pool, self.orders = cfg, pool, {}
+    def __init__(self, cfg: Config, pool: "Pool | Cache", maps: Maps | None = None):
+        self.cfg, self.pool, self.maps, self.orders = cfg, pool, maps, {}
         self.categories = torch.zeros(len(pool.captions), cfg.categories)
         for row, present in enumerate(pool.categories):
             self.categories[row, [c for c in present if c < cfg.categories]] = 1
@@ -722,6 +863,27 @@ class Stream:
     def __len__(self) -> int:
         """Clips an epoch."""
         return len(self.pool.train)
+
+    @property
+    def key(self) -> str:
+        """Of all that shapes what is trained on: clips, and maps where there are any."""
+        return f"{self.pool.key}+{self.maps.key}" if self.maps else self.pool.key
+
+    @property
+    def unmapped(self) -> int:
+        """How many training clips have no map, so that L_fine_align skips them."""
+        names = self.pool.names
+        return sum(names[row] not in self.maps.of for row in self.pool.train) if self.maps else 0
+
+    def looked_at(self, sources: list) -> tuple[Tensor | None, Tensor | None]:
+        """A teacher's maps (B, N, E_cat) and background (B, N) for clips from `sources`; NaN where it says nothing."""
+        if not self.maps:
+            return None, None
+        N, times = int(np.prod(self.cfg.grid)), token_times(self.cfg)
+        found = [self.maps.on_tokens(source, times, self.cfg.grid, self.cfg.categories) for source in sources]
+        silent = torch.full((N, self.cfg.categories), math.nan), torch.full((N,), math.nan)
+        maps, background = zip(*(one or silent for one in found))
+        return torch.stack(maps), torch.stack(background)
 
     @property
     def categories_present(self) -> list[int]:
@@ -748,8 +910,8 @@ class Stream:
 class Clips(Stream):
     """Batches of pixels from a pool."""
 
-    def __init__(self, cfg: Config, pool: Pool, tokenizer: Tokenizer):
-        super().__init__(cfg, pool)
+    def __init__(self, cfg: Config, pool: Pool, tokenizer: Tokenizer, maps: Maps | None = None):
+        super().__init__(cfg, pool, maps)
         encoded = [tokenizer.encode(caption, cfg.text_len) for caption in pool.captions]
         self.ids, self.lengths = torch.stack([ids for ids, _ in encoded]), torch.tensor([n for _, n in encoded])
         self.cut = sum(len(tokenizer.split(caption)) > cfg.text_len for caption in pool.captions)
@@ -764,18 +926,20 @@ class Clips(Stream):
             text[drop], length[drop] = 0, 0
         video = pixels(self.pool.video[rows])
         target, target_mask = self.targets(rows)
+        maps, background = self.looked_at([self.pool.sources[r] for r in rows])
         return Batch(video, text, length, [self.pool.captions[r] for r in rows], self.categories[rows],
-                     target, target_mask, torch.tensor(positions))
+                     target, target_mask, torch.tensor(positions), None, maps, background)
 
     def targets(self, rows: list[int]) -> tuple[Tensor, Tensor]:
-        """target, target_mask (B, N, E_cat). With exact masks every token of a present category counts.
+        """target, target_mask (B, N, E_cat) of the exact masks, where there are any and no teacher's maps stand in for
+        them. Every token of a present category counts.
 
         `negatives` above 0 also pulls the maps of absent categories to zero (ours): then all maps can be read side by
         side.
         """
         target = torch.zeros(len(rows), int(np.prod(self.cfg.grid)), self.cfg.categories)
         mask = torch.zeros_like(target)
-        if self.pool.masks is not None:
+        if self.pool.masks is not None and not self.maps:
             size = self.pool.video.shape[1:4]
             mask += self.cfg.negatives
             clip, slot = np.nonzero(self.pool.mask_category[rows] >= 0)  # (P,) the clips' phenomena
@@ -841,6 +1005,7 @@ class Cache:
     folder: Path
     settings: dict  # all that shapes the clips
     files: list[str]
+    names: list[str]  # of the videos they are from
     captions: list[str]
     categories: list[list[int]]  # of all 29
     train: list[int]
@@ -881,15 +1046,15 @@ def open_cache(cfg: Config, folder: Path, expected: dict | None = None) -> Cache
     train, held, summary = shares(names, cfg.val_clips)
     if done < total:
         summary += f"; {total - done} of {total} videos are not there (yet)"
-    return Cache(folder, settings, files, captions, categories, train, held, summary, digest([key, files]))
+    return Cache(folder, settings, files, names, captions, categories, train, held, summary, digest([key, files]))
 
 
 class Latents(Stream):
     """Batches of latents and text embeddings from a cache, read clip by clip."""
 
-    def __init__(self, cfg: Config, cache: Cache):
+    def __init__(self, cfg: Config, cache: Cache, maps: Maps | None = None):
         """Reads the embedding of the empty caption. Raises UserError without it."""
-        super().__init__(cfg, cache)
+        super().__init__(cfg, cache, maps)
         self.damaged: dict[str, str] = {}  # {file: reason}
         try:
             self.empty, about = read_tensors(cache.folder / "empty.safetensors")
@@ -904,8 +1069,9 @@ class Latents(Stream):
             raise UserError(f"{self.pool.folder / file} is stale, made with other settings or weights than cache.json "
                             "beside it says: delete it and run encode.py again.")
 
-    def read(self, row: int) -> dict[str, Tensor] | None:
-        """The tensors of a row's file; None where it is damaged, which is said once. UserError where it is stale."""
+    def read(self, row: int) -> dict | None:
+        """The tensors of a row's file, and its source as in Pool.sources; None where it is damaged, which is said once.
+        UserError where it is stale."""
         file = self.pool.files[row]
         if file in self.damaged:
             return None
@@ -917,9 +1083,10 @@ class Latents(Stream):
                        "encode.py again to mend it.", file=sys.stderr)
             return None
         self.expect(about, f"clips/{file}")
-        return {**tensors, "text_length": torch.tensor(about["text_length"])}
+        source = [about["file"], about["times"][0], about["size"], about["crop"]]
+        return {**tensors, "text_length": torch.tensor(about["text_length"]), "source": source}
 
-    def clip(self, row: int, among: list[int]) -> tuple[int, dict[str, Tensor]]:
+    def clip(self, row: int, among: list[int]) -> tuple[int, dict]:
         """The row's tensors, or, round the list `among` in which it is, the next row's that can be read, and its
         number. Raises Stopped when none can."""
         at = among.index(row)
@@ -950,6 +1117,7 @@ class Latents(Stream):
             lengths.append(torch.zeros((), dtype=torch.int64) if gone else tensors["text_length"])
         rows = [row for row, _ in clips]
         target = torch.zeros(len(rows), int(np.prod(self.cfg.grid)), self.cfg.categories)  # no maps: nothing is said
+        maps, background = self.looked_at([tensors["source"] for _, tensors in clips])
         return Batch(None, torch.stack(texts), torch.stack(lengths), [self.pool.captions[row] for row in rows],
                      self.categories[rows], target, torch.zeros_like(target), torch.tensor(positions),
-                     torch.stack(latents))
+                     torch.stack(latents), maps, background)

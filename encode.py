@@ -370,14 +370,20 @@ def check(args) -> tuple[int, int]:
         if getattr(args, name) % 16:
             raise UserError(f"--{name} must be a multiple of 16, not {getattr(args, name)}: 8 pixels are a latent one, "
                             "and 2 of those a token.")
-    shard = re.fullmatch(r"(\d+)/(\d+)", args.shard)
+    return shard_of(args.shard)
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """"i/n" -> (i from 0, n). Raises UserError."""
+    shard = re.fullmatch(r"(\d+)/(\d+)", text)
     if not shard or not 1 <= int(shard[1]) <= int(shard[2]):
-        raise UserError(f"--shard is i/n with i from 1 to n, such as 1/8, not {args.shard!r}.")
+        raise UserError(f"--shard is i/n with i from 1 to n, such as 1/8, not {text!r}.")
     return int(shard[1]) - 1, int(shard[2])
 
 
 class Store:
     """The cache's folder, as one shard writes it."""
+    manifest = "cache.json"
 
     def __init__(self, out: Path, settings: dict, tag: str):
         """Makes the folder; UserError where it is of other settings. tag: ends the names of the shard's unfinished
@@ -388,10 +394,10 @@ class Store:
             for folder in (self.out, self.clips):
                 for leftover in folder.glob(f"*.{tag}.part"):  # of this shard's run that was killed
                     leftover.unlink()
-            if (out / "cache.json").exists() and any(self.clips.iterdir()):
-                self.compare(read_json(out / "cache.json").get("settings") or {}, settings)
+            if (out / self.manifest).exists() and any(self.clips.iterdir()):
+                self.compare(read_json(out / self.manifest).get("settings") or {}, settings)
             else:
-                self.write_json("cache.json", {"key": self.key, "settings": settings})
+                self.write_json(self.manifest, {"key": self.key, "settings": settings})
         except OSError as e:
             raise UserError(f"--out {out} cannot hold a cache: {e.strerror or e}.") from None
 
@@ -425,13 +431,16 @@ class Store:
         except (OSError, ValueError, KeyError):
             return False
 
+    def row(self, file: str, video: data.Video) -> tuple:
+        """What index.json says of a clip's file."""
+        return file, video.name, video.caption, video.categories
+
     def write_index(self, videos: list[data.Video], names: list[str]) -> dict:
         """index.json over all shards' clips that are there. Shards that end together: the one that writes last looks
         again afterwards, so nothing that was there by then is missing from what stays."""
         def look():
             there = self.there()
-            rows = [(file, video.name, video.caption, video.categories)
-                    for video, name in zip(videos, names) for file in there.get(name, ())]
+            rows = [self.row(file, video) for video, name in zip(videos, names) for file in there.get(name, ())]
             done = sum(name in there for name in names)
             return {"key": self.key, "videos": len(videos), "done": done, "clips": rows}
 

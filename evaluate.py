@@ -39,6 +39,7 @@ import data
 import encode
 import sample
 import world
+from align import auc
 from config import Stopped, UserError
 from experts import ProPhy
 
@@ -389,14 +390,6 @@ def law_table(loaded, batch, n, seed, steps, guidance, precision) -> dict:
 
 
 # --------------------------------------------------------------------------------------------------------- localisation
-def auc(scores, positive) -> float:
-    """Chance that a positive's score exceeds a negative's, ties counting half. Both (N,), both kinds present."""
-    _, which, count = np.unique(scores, return_inverse=True, return_counts=True)
-    rank = np.cumsum(count) - (count - 1) / 2  # equal scores share the mean of their ranks, which start at 1
-    n = positive.sum()
-    return float((rank[which][positive].sum() - n * (n + 1) / 2) / (n * (len(scores) - n)))
-
-
 @dataclass
 class Sight:
     """One phenomenon of a clip: where it is, and which words of the caption tell of it."""

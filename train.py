@@ -522,8 +522,11 @@ def losses_of(state: State, process: diffusion.Process, batch: data.Batch, t: Te
             p_s, q_s = routing.semantic_lift[told], batch.categories[told]
             losses["coarse"] = align.coarse_loss(p_s, q_s, cfg.coarse_loss, cfg.reduction)
     if routing and routing.refinement_lift is not None:
-        p_r = routing.refinement_lift
-        losses["fine_align"] = align.fine_align_loss(p_r, batch.target, batch.target_mask, cfg.reduction)
+        p_r, target, mask = routing.refinement_lift, batch.target, batch.target_mask
+        if batch.maps is not None:
+            target, mask = align.map_target(batch.maps, batch.background, batch.categories, cfg.negatives,
+                                            cfg.background)
+        losses["fine_align"] = align.fine_align_loss(p_r, target, mask, cfg.reduction)
         losses["balance"] = align.balance_loss(routing.refinement, routing.chosen)
     return losses, per_clip.detach()
 
@@ -590,7 +593,7 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
     # --- clips and words
     if cfg.latent:  # clips and words were encoded beforehand
         pool = data.open_cache(cfg, cfg.cache, encode.identity(cfg.weights))
-        clips, tokenizer = data.Latents(cfg, pool), None
+        clips, tokenizer = data.Latents(cfg, pool, data.open_maps(cfg, pool)), None
     else:
         pool = data.open_pool(cfg)
         if cfg.resume or cfg.init_from:
@@ -598,14 +601,14 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
             tokenizer = data.Tokenizer.load(words / "tokenizer.json")
         else:
             tokenizer = data.Tokenizer.from_captions([pool.captions[row] for row in pool.train])
-        clips = data.Clips(cfg, pool, tokenizer)
+        clips = data.Clips(cfg, pool, tokenizer, data.open_maps(cfg, pool))
     process = diffusion.build(cfg)
     if cfg.resume:
         stored = json.loads((run / "config.json").read_text())
         why = stored.get("resolved", why)
-        if stored.get("data") != pool.key:
-            raise UserError(f"The clips of {cfg.data_dir or 'the world'} are not those that {run} was started with; "
-                            f"--resume needs the same.")
+        if stored.get("data") != clips.key:
+            raise UserError(f"The clips of {cfg.data_dir or 'the world'}, or the maps of --teacher, are not those that "
+                            f"{run} was started with; --resume needs the same.")
 
     # --- weights, new or as they were
     state = State(cfg, len(tokenizer) if tokenizer else 0)
@@ -618,10 +621,13 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
         take_backbone(state, cfg)
     if tokenizer:
         tokenizer.save(run / "tokenizer.json")
-    describe_run(run, cfg, why, clips.categories_present, pool.key)
+    describe_run(run, cfg, why, clips.categories_present, clips.key)
     log, prompts = Log(run / "log.jsonl", state.step), preview_prompts(clips)
     for sentence in why.values():
         print(sentence)
+    if clips.unmapped:
+        print(f"{clips.unmapped} of {len(clips)} training clips have no map in {clips.maps.folder}: L_fine_align skips "
+              "them.", file=sys.stderr)
     if clips.cut:
         print(f"{clips.cut} captions have more than {cfg.text_len} words and are cut (--text_len).", file=sys.stderr)
 

@@ -69,7 +69,7 @@ class Cell:
         self.columns, self.rows = slice(x0, x1), slice(y0, y1)
         self.x = _pixels(x0, x1, self.x0, self.scale)[None, None, :]  # (1, 1, w)
         self.y = _pixels(y0, y1, self.y0, self.scale)[None, :, None]  # (1, h, 1)
-        self.rgb = _backdrop(height, width)[:, None, self.rows, self.columns]  # (3, F or 1, h, w)
+        self.rgb = backdrop(height, width)[:, None, self.rows, self.columns]  # (3, F or 1, h, w)
         self.mask = np.zeros((1, self.y.size, self.x.size), bool)  # (F or 1, h, w)
 
     def paint(self, alpha, colour, actor=False):
@@ -123,7 +123,7 @@ class Cell:
 
 
 @functools.lru_cache(maxsize=8)
-def _backdrop(height, width):
+def backdrop(height, width):
     """(3, H, W): a dark room with a floor."""
     scale = min(height, width)
     y = (np.arange(height) + .5 - (height - scale) / 2) / scale
@@ -554,7 +554,7 @@ def make_clip(seed, index, *, frames=12, height=32, width=32, decoys=.6, two=.4,
     colours = [str(c) for c in rng.permutation(list(COLOURS))]  # of both actors, then their second colours
     t = np.arange(frames) / frames
 
-    canvas = np.broadcast_to(_bytes(_backdrop(height, width)), (frames, height, width, 3)).copy()
+    canvas = np.broadcast_to(_bytes(backdrop(height, width)), (frames, height, width, 3)).copy()
     actors, phrases = [], []
     for i, name in enumerate(chosen):
         one = PHENOMENA[name]

@@ -8,7 +8,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {  # an arrow never points up
     "config": "", "world": "", "data": "config world", "encode": "config data", "diffusion": "", "model": "config", "experts": "", "align": "",
-    "teacher": "config world data align",
+    "teacher": "config world data encode align",
     "train": "config world data encode diffusion model experts align sample evaluate",
     "sample": "config world data encode diffusion model experts",
     "evaluate": "config world data encode diffusion model experts align train sample",

@@ -1,0 +1,1130 @@
+"""The teacher: where a vision-language model (VLM) looks while it describes a phenomenon, as maps that train the router.
+
+    video, phenomenon --question--> VLM --attention of the rows that predict its answer--> a map over the video's tokens
+    video ------------background question--> VLM ----------------------------------------> the same, to be subtracted
+
+    python teacher.py --videos DIR --annotations FILE --vlm DIR --out MAPS [--shard 1/8]    maps for train.py --teacher
+    python teacher.py --train_tiny                     a VLM of a quarter of a million parameters, and its maps of the world
+    python teacher.py --report                         how well the maps find what they are asked for, where truth is known
+    python teacher.py --preview overlay.gif            question, answer, map, background map, difference, exact mask
+
+Nothing imports this file: training reads the maps that it leaves on disk. Qwen2.5-VL and Qwen3-VL of transformers do the
+looking; the tiny one has the very architecture of Qwen2.5-VL, so a laptop runs the same lines as a GPU. Five steps:
+
+1. *Prefill.* The video comes first in the prompt, so that all questions share its keys and values.
+2. *Answers*, greedily, all questions at once.
+3. *Attention.* One more pass over question and answer, with hooks on the attention layers that compute again, in float32,
+   the few rows that are wanted. No S x S matrix is made (54 GB for a 7B model and 26 frames), and the model stays on its
+   fused kernels: in bf16, eager attention changes the answers.
+4. *Density.* Mean over rows, heads and layers, then renormalised over the video's tokens, times their number: uniform
+   attention is 1. Heads that ignore the video carry no weight that way.
+5. *On disk* on the VLM's own grid, with the times and the rectangle that it covers: data.py finds any clip's tokens in it.
+
+Left out on purpose: attention rollout (needs all matrices), several GPUs for one VLM, several videos in a prompt.
+
+Letters: B videos, Q questions, F frames, t h w the VLM's video tokens (N in all), P prefix tokens, R rows, h heads.
+"""
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import re
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import align
+import config
+import data
+import encode
+import world
+from config import Config, Stopped, UserError
+
+KINDS = ("question", "predict", "answer")  # rows: of the question's words; that predict the answer's tokens; of these
+DENIAL = re.compile(r"\b(no|not|cannot|none|nowhere)\b|n't\b", re.IGNORECASE)
+LITTLE = 0.02  # of all attention on the video: less in every layer suggests a broken prompt (a guess, not calibrated)
+ALIKE = 0.95  # cosine of map and background above which the difference is mostly noise (likewise)
+
+
+class VLMError(UserError):
+    """The VLM, the video or the question will not do: one sentence."""
+
+
+# ------------------------------------------------------------------------------------------------------------ questions
+CUES = {  # the visible thing, never the law: attention goes to what can be seen
+    "collision": "the objects at the point where they hit each other",
+    "rigid body motion": "the solid object that moves without changing its shape",
+    "elastic motion": "the object that bounces, stretches or springs back",
+    "liquid motion": "the liquid that pours, flows or splashes",
+    "gas motion": "the smoke, steam or mist that drifts",
+    "deformation": "the object that is bent, pressed or squeezed",
+    "melting": "the solid that turns into drops and puddles",
+    "solidification": "the liquid that becomes hard or freezes",
+    "vaporization": "the liquid that boils, with bubbles and steam",
+    "liquefaction": "the droplets that form on a cold surface",
+    "explosion": "the blast, the flash and the flying pieces",
+    "combustion": "the flames and what they burn",
+    "reflection": "the mirror image or the beam that is thrown back",
+    "refraction": "the object or beam that looks bent through glass or water",
+    "scattering": "the haze, beam or glow of scattered light",
+    "interference and diffraction": "the coloured bands and rings of light",
+    "unnatural light source": "the lamp, laser or screen that shines",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to ask and how to read attention. A folder's teacher.json may hold other values: the tiny VLM's does."""
+
+    question: str = "Describe the {name} in this video: {cue}. Say what it is and where it happens, in one sentence."
+    background: str = ("Describe the background of this video: the scene behind everything that moves. Say what it is "
+                       "and where it is, in one sentence.")
+    answer: str = ""  # this answer, such as "{name}", instead of the VLM's own: 5 to 70 times cheaper
+    words: int = 64  # tokens of an answer, at most
+    rows: str = "predict"  # question | predict | answer
+    layers: str = ""  # first-last, counted from 0; empty = from L // 2 to before 4 L // 5
+    heads: str = ""  # layer.head, layer.head ...; empty = every head
+    sinks: float = 1.0  # a map is cut at this quantile of itself, which tames tokens that draw attention always
+
+    def ask(self, name: str) -> str:
+        return self.question.format(name=name, cue=CUES.get(name, name))
+
+
+def layers_of(text: str, n: int) -> list[int]:
+    """The layers that `Settings.layers` names, of n. Raises VLMError."""
+    if not text:
+        return list(range(n // 2, max(4 * n // 5, n // 2 + 1)))
+    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+    first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+    if not first <= last < n:
+        raise VLMError(f"--layers is first-last, from 0 to {n - 1} here, not {text!r}.")
+    return list(range(first, last + 1))
+
+
+def heads_of(text: str, layers: list[int], n: int) -> dict[int, list[int]]:
+    """{layer: its heads} that `Settings.heads` names, of n a layer. Raises VLMError."""
+    chosen = {layer: [] for layer in layers}
+    for part in text.replace(" ", "").split(",") if text else ():
+        found = re.fullmatch(r"(\d+)\.(\d+)", part)
+        if not found or int(found[1]) not in chosen or int(found[2]) >= n:
+            raise VLMError(f"--heads is a list of layer.head with layers among {layers[0]}-{layers[-1]} and heads below "
+                           f"{n}, not {part!r}.")
+        chosen[int(found[1])].append(int(found[2]))
+    return {layer: heads for layer, heads in chosen.items() if heads} if text else {layer: [*range(n)] for layer in layers}
+
+
+# --------------------------------------------------------------------------------------------------- frames for the VLM
+def aligned_frames(n: int) -> np.ndarray:
+    """Of n = 1 + 4 m frames those that make VLM token row j show what latent j of a causal VAE shows: (0, 0), (2, 3),
+    (6, 7) ... Latent j has the frames 4 j - 3 .. 4 j; the pair has the same middle. Raises VLMError."""
+    if n < 1 or n % 4 != 1:
+        raise VLMError(f"A causal VAE with temporal stride 4 takes 1 + 4 m frames (e.g. 49 or 81), not {n}.")
+    pairs = 4 * np.arange((n + 3) // 4)[:, None] - [2, 1]
+    return pairs.clip(min=0).flatten()
+
+
+def uniform_frames(n: int, k: int) -> np.ndarray:
+    """k of n frames, evenly spread over all of them."""
+    return ((np.arange(k) + .5) * n / k).astype(int)
+
+
+def check_video(video, merged: int) -> np.ndarray:
+    """A video as uint8 (F, H, W, 3); floats must lie in [0, 1]. Raises VLMError."""
+    video = np.asarray(video)
+    if video.ndim != 4 or video.shape[-1] != 3:
+        raise VLMError(f"A video must be 4-dimensional, (frames, height, width, 3); got shape {video.shape}.")
+    if len(video) < merged:
+        raise VLMError(f"This video has {len(video)} frame(s) but the model merges {merged} frames into one token: give "
+                       f"at least {merged}.")
+    if video.dtype == np.uint8:
+        return video
+    low, high = float(video.min()), float(video.max())
+    if not (0 <= low and high <= 1):
+        raise VLMError(f"Float frames must lie in [0, 1]; got [{low:.2f}, {high:.2f}] (a VAE input in [-1, 1]? use "
+                       "(x + 1) / 2).")
+    return (video * 255).round().astype(np.uint8)
+
+
+# -------------------------------------------------------------------------------------------------------------- the VLM
+@dataclass
+class Prefix:
+    """Some videos of one shape, prefilled."""
+    cache: object  # keys and values of their prompts up to the question, a row a video
+    ids: list[int]  # tokens of it, the same for all
+    grid: tuple[int, int, int]  # t h w of the video tokens, after merging
+    columns: Tensor  # (N,) their places among `ids`: Qwen3-VL has time stamps between frames
+    fps: float
+
+
+@dataclass
+class Look:
+    """One answer, and where its rows looked."""
+    answer: str
+    maps: Tensor  # (layers, kinds, t, h, w) float32: mean attention of rows and heads, unnormalised
+    empty: bool  # nothing but special tokens
+
+    def density(self, layers: slice | list = slice(None), kind: int = 0, sinks: float = 1.0) -> Tensor:
+        """(t, h, w) float32, mean 1: layers averaged, renormalised over the video, cut at a quantile."""
+        raw = self.maps[layers, kind].mean(0)
+        density = raw * raw.numel() / raw.sum().clamp(min=1e-30)
+        if sinks < 1:
+            density = density.clamp(max=density.flatten().quantile(sinks))
+            density = density / density.mean().clamp(min=1e-30)
+        return density
+
+    def mass(self, kind: int = 0) -> Tensor:
+        """(layers,) share of the attention that reaches the video."""
+        return self.maps[:, kind].sum((1, 2, 3))
+
+
+class VLM:
+    """A Qwen2.5-VL or Qwen3-VL from a local folder."""
+
+    FAMILIES = {"qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration", "qwen3_vl": "Qwen3VLForConditionalGeneration"}
+
+    def __init__(self, folder, device: str = "cpu", dtype: torch.dtype = torch.float32):
+        """Reads config, weights (safetensors), tokenizer and the picture settings. Raises UserError."""
+        self.folder, self.device = Path(folder), torch.device(device)
+        kind = encode.read_json(self.folder / "config.json").get("model_type")
+        if kind not in self.FAMILIES:
+            raise VLMError(f"{self.folder} is of {kind!r}, which has no .model.language_model.layers as expected: this "
+                           f"extractor knows the {' and '.join(self.FAMILIES)} families.")
+        transformers = encode.library("transformers")
+        model = encode.load(getattr(transformers, self.FAMILIES[kind]), self.folder, dtype=dtype,
+                            attn_implementation="sdpa", ignore_mismatched_sizes=True)
+        with encode.one_sentence(self.folder):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
+        self.wear(model, tokenizer)
+
+    def wear(self, model, tokenizer) -> None:
+        """Take this model and tokenizer."""
+        self.model, self.tokenizer = model.to(self.device).eval(), tokenizer
+        self.config, vision = model.config, model.config.vision_config
+        self.stamped = model.config.model_type == "qwen3_vl"  # "<1.5 seconds>" before each row of the video
+        self.layers = model.model.language_model.layers
+        self.n_heads = model.config.text_config.num_attention_heads
+        self.merged, self.patch, self.merge = vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size
+        self.pad, self.special = model.config.video_token_id, set(tokenizer.all_special_ids)
+        if tokenizer.convert_tokens_to_ids("<|video_pad|>") != self.pad:
+            raise VLMError(f"Tokenizer and model disagree on the ids of <|video_pad|> "
+                           f"({tokenizer.convert_tokens_to_ids('<|video_pad|>')} and {self.pad}). Load both from the "
+                           "same checkpoint.")
+        ends = model.generation_config.eos_token_id
+        self.ends = {*([ends] if isinstance(ends, int) else ends or ()), tokenizer.eos_token_id} - {None}
+        self.pictures = self.read_pictures()
+        self.template = tokenizer.chat_template
+        old = self.folder / "chat_template.json"  # where older checkpoints keep the one that knows of videos
+        if old.exists() and "video_pad" not in (self.template or ""):
+            self.template = encode.read_json(old).get("chat_template")
+        if "video_pad" not in (self.template or ""):
+            raise VLMError(f"{self.folder} has no chat template with a place for a video.")
+
+    def read_pictures(self) -> dict:
+        """{mean, std, least, most}: how pixels are normalised, and how many a frame may have."""
+        found = {}
+        for name in ("preprocessor_config.json", "video_preprocessor_config.json"):
+            if (self.folder / name).exists():
+                found |= encode.read_json(self.folder / name)
+        size = found.get("size") or {}
+        return {"mean": found.get("image_mean", [.48145466, .4578275, .40821073]),  # of CLIP
+                "std": found.get("image_std", [.26862954, .26130258, .27577711]),
+                "least": found.get("min_pixels") or size.get("shortest_edge") or 56 * 56,
+                "most": found.get("max_pixels") or size.get("longest_edge") or 14 * 14 * 4 * 1280}
+
+    def settings(self, **given) -> Settings:
+        """The defaults, then the folder's teacher.json, then what is given and not None. Raises UserError."""
+        path, own = self.folder / "teacher.json", {}
+        if path.exists():
+            own = encode.read_json(path)
+        names = {f.name for f in dataclasses.fields(Settings)}
+        if not set(own) <= names:
+            raise UserError(f"{path} has unknown settings: {data.listed(sorted(set(own) - names))}.")
+        settings = Settings(**{**own, **{name: value for name, value in given.items() if value is not None}})
+        if settings.rows not in KINDS:
+            raise UserError(f"--rows must be one of {', '.join(KINDS)}, not {settings.rows!r}.")
+        try:
+            settings.ask("combustion")
+        except (KeyError, IndexError, ValueError) as e:
+            raise UserError(f"--question has a place for {{name}} and {{cue}}, not {e}.") from None
+        if not 0 < settings.sinks <= 1 or settings.words < 1:
+            raise UserError("--sinks is a quantile above 0 and up to 1, and --words at least 1.")
+        heads_of(settings.heads, layers_of(settings.layers, len(self.layers)), self.n_heads)
+        return settings
+
+    # --- pixels and words
+    def size_for(self, height: int, width: int, most: int = 0) -> tuple[int, int]:
+        """Height and width to which frames are resized: multiples of a merged patch, aspect kept nearly, and as many
+        pixels as the model was trained with (the rule of Qwen's processors, `smart_resize`)."""
+        unit, most = self.patch * self.merge, min(most or math.inf, self.pictures["most"])
+        h, w = (max(unit, round(v / unit) * unit) for v in (height, width))
+        if h * w > most:
+            shrink = math.sqrt(height * width / most)
+            h, w = (max(unit, math.floor(v / shrink / unit) * unit) for v in (height, width))
+        elif h * w < self.pictures["least"]:
+            grow = math.sqrt(self.pictures["least"] / (height * width))
+            h, w = (math.ceil(v * grow / unit) * unit for v in (height, width))
+        return h, w
+
+    def patches(self, videos) -> tuple[Tensor, tuple[int, int, int]]:
+        """videos (B, F, H, W, 3) -> pixel values (B n, C m p p) as the model wants them, and the grid (t, H', W') of
+        patches before merging. An odd last frame is repeated. Raises VLMError."""
+        videos = np.stack([check_video(video, self.merged) for video in videos])
+        B, frames, H, W = videos.shape[:4]
+        x = torch.from_numpy(videos).to(self.device).permute(0, 1, 4, 2, 3)  # (B, F, 3, H, W)
+        height, width = self.size_for(H, W)
+        if (height, width) != (H, W):
+            x = F.interpolate(x.flatten(0, 1).float(), (height, width), mode="bicubic", antialias=True)
+            x = x.round().clamp(0, 255).unflatten(0, (B, frames))
+        mean, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in (self.pictures["mean"],
+                                                                                self.pictures["std"]))
+        x = (x.float() / 255 - mean) / std
+        x = torch.cat([x, x[:, -1:].expand(-1, -frames % self.merged, -1, -1, -1)], dim=1)
+        m, s, p = self.merged, self.merge, self.patch
+        t, h, w = x.shape[1] // m, height // (p * s), width // (p * s)
+        x = x.reshape(B, t, m, 3, h, s, p, w, s, p).permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9)  # B t h w, s s, C, m, p p
+        return x.reshape(B * t * h * s * w * s, 3 * m * p * p), (t, h * s, w * s)
+
+    def prompt(self, question: str, grid: tuple[int, int, int], fps: float) -> tuple[list[int], list[int]]:
+        """Token ids up to the end of the video, and from the question on. grid: video tokens t h w; fps of the frames
+        that are shown, which makes the times the model is told."""
+        message = [{"role": "user", "content": [{"type": "video"}, {"type": "text", "text": question}]}]
+        text = self.tokenizer.apply_chat_template(message, chat_template=self.template, tokenize=False,
+                                                  add_generation_prompt=True)
+        (t, h, w), place = grid, "<|vision_start|><|video_pad|><|vision_end|>"
+        if text.count(place) != 1:
+            raise VLMError(f"The chat template of {self.folder} makes no single place for a video.")
+        before, after = text.split(place)
+        run = "<|vision_start|>" + "<|video_pad|>" * (h * w * (1 if self.stamped else t)) + "<|vision_end|>"
+        if self.stamped:
+            stamp = [(self.merged * j + (self.merged - 1) / 2) / fps for j in range(t)]
+            run = "".join(f"<{seconds:.1f} seconds>{run}" for seconds in stamp)
+        prefix, suffix = (self.tokenizer(part, add_special_tokens=False).input_ids for part in (before + run, after))
+        found = prefix.count(self.pad)
+        if found != t * h * w:
+            raise VLMError(f"The prompt holds {found} <|video_pad|> tokens (id {self.pad}) but the video has "
+                           f"{t}x{h}x{w} = {t * h * w} tokens. Was the prompt truncated, or does it hold two videos?")
+        return prefix, suffix
+
+    def positions(self, ids: list[int], grid: tuple[int, int, int], fps: float) -> Tensor:
+        """(3, 1, len(ids)) places along time, height and width, by the model's own rule. `mm_token_type_ids` tells it
+        where the video is; without them it falls back to one axis and says nothing. Likewise without the seconds a
+        token row spans: frames are then taken for 24 a second."""
+        kinds = torch.tensor([[2 * (token == self.pad) for token in ids]])
+        thw = torch.tensor([[grid[0], grid[1] * self.merge, grid[2] * self.merge]])
+        return self.model.model.get_rope_index(torch.tensor([ids]), mm_token_type_ids=kinds, video_grid_thw=thw,
+                                               second_per_grid_ts=torch.tensor([self.merged / fps]))[0]
+
+    # --- the three passes
+    @torch.no_grad()
+    def prefill(self, videos, fps: float) -> Prefix:
+        """videos (B, F, H, W, 3) of one shape, uint8 or float in [0, 1]; fps: frames a second of those shown."""
+        pixels, (t, h, w) = self.patches(videos)
+        grid = t, h // self.merge, w // self.merge
+        ids, _ = self.prompt("?", grid, fps)
+        B, positions = len(videos), self.positions(ids, grid, fps).to(self.device)
+        tokens = torch.tensor([ids], device=self.device)
+        out = self.model.model(  # .model: without logits of every token over 150,000 words
+            input_ids=tokens.expand(B, -1), position_ids=positions.expand(-1, B, -1), use_cache=True,
+            pixel_values_videos=pixels.to(self.model.dtype),
+            video_grid_thw=torch.tensor([[t, h, w]], device=self.device).expand(B, -1))
+        return Prefix(out.past_key_values, ids, grid, (tokens[0] == self.pad).nonzero()[:, 0], fps)
+
+    def fork(self, prefix: Prefix, owners: list[int]):
+        """A cache of its own for each of some questions; owners: the video of each."""
+        rows = torch.tensor(owners, device=self.device)
+        cache = type(prefix.cache)()
+        for i, layer in enumerate(prefix.cache.layers):
+            cache.update(layer.keys[rows.to(layer.keys.device)], layer.values[rows.to(layer.keys.device)], i)
+        return cache
+
+    def padded(self, prefix: Prefix, tails: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Token ids (Q, R), padded behind, and their positions (3, Q, R), after the prefix."""
+        R = max(map(len, tails))
+        ids, places = torch.zeros(len(tails), R, dtype=torch.int64), torch.zeros(3, len(tails), R, dtype=torch.int64)
+        for row, tail in enumerate(tails):
+            ids[row, :len(tail)] = torch.tensor(tail)
+            places[:, row, :len(tail)] = self.positions(prefix.ids + tail, prefix.grid, prefix.fps)[:, 0, -len(tail):]
+        return ids.to(self.device), places.to(self.device)
+
+    @torch.no_grad()
+    def answer(self, prefix: Prefix, owners: list[int], suffixes: list[list[int]], words: int) -> list[list[int]]:
+        """Token ids of the greedy answers, without the end token, all questions at once."""
+        cache, (ids, places) = self.fork(prefix, owners), self.padded(prefix, suffixes)
+        Q, R = ids.shape
+        length = torch.tensor([len(suffix) for suffix in suffixes], device=self.device)
+        # Words follow behind the padding, so it must be masked; its places in time are never read.
+        mask = torch.cat([torch.ones(Q, len(prefix.ids), dtype=torch.int64, device=self.device),
+                          (torch.arange(R, device=self.device) < length[:, None]).long()], dim=1)
+        h = self.model.model(input_ids=ids, position_ids=places, past_key_values=cache, attention_mask=mask,
+                             use_cache=True).last_hidden_state
+        last = h[torch.arange(Q, device=self.device), length - 1]  # (Q, D)
+        place = torch.stack([self.positions(prefix.ids + suffix, prefix.grid, prefix.fps).max() + 1
+                             for suffix in suffixes]).to(self.device)
+        answers, running = [[] for _ in suffixes], set(range(Q))
+        for _ in range(words):
+            token = self.model.lm_head(last).argmax(-1)
+            running -= {row for row in running if token[row].item() in self.ends}
+            for row in running:
+                answers[row].append(token[row].item())
+            if not running:
+                break
+            mask = F.pad(mask, (0, 1), value=1)
+            last = self.model.model(input_ids=token[:, None], position_ids=place.expand(3, 1, Q).transpose(1, 2),
+                                    past_key_values=cache, attention_mask=mask, use_cache=True).last_hidden_state[:, 0]
+            place = place + 1
+        return answers
+
+    @torch.no_grad()
+    def attend(self, prefix: Prefix, owners: list[int], suffixes: list[list[int]], answers: list[list[int]],
+               kinds: tuple[str, ...], heads: dict[int, list[int]]) -> Tensor:
+        """(Q, layers, kinds, t, h, w) float32: attention from rows of question and answer to the video, averaged over
+        rows and heads. heads: {layer: its heads}."""
+        tails = [suffix + answer for suffix, answer in zip(suffixes, answers)]
+        ids, places = self.padded(prefix, tails)
+        rows = [[self.rows_of(kind, suffix, answer) for kind in kinds] for suffix, answer in zip(suffixes, answers)]
+        found, handles = {}, []
+        try:
+            for layer, chosen in heads.items():
+                hook = Rows(rows, prefix, chosen, found, layer)
+                handles.append(self.layers[layer].self_attn.register_forward_hook(hook, with_kwargs=True))
+            # No mask: behind the rows that are read there is only padding, which no earlier row sees.
+            self.model.model(input_ids=ids, position_ids=places, past_key_values=self.fork(prefix, owners),
+                             use_cache=True)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return torch.stack([found[layer] for layer in heads], dim=1).unflatten(-1, prefix.grid)
+
+    def rows_of(self, kind: str, suffix: list[int], answer: list[int]) -> list[int]:
+        """The rows of one kind, counted from the end of the prefix. Special tokens and what predicts them are left
+        out: they say nothing of the video."""
+        if kind == "question":
+            words = next((i for i, token in enumerate(suffix) if token in self.special), len(suffix))
+            return list(range(words))
+        first = len(suffix) - (kind == "predict")
+        return [first + i for i, token in enumerate(answer) if token not in self.special]
+
+    def look(self, videos, fps: float, questions: list[list[str]], settings: Settings = Settings(),
+             kinds: tuple[str, ...] = (), layers: list[int] | None = None, batch: int = 0) -> list[list[Look]]:
+        """Ask each of some videos (B, F, H, W, 3) its own questions, and see where the answers look.
+
+        fps: frames a second of those shown. kinds, layers: None of them given, those of the settings. batch: questions
+        at once (0 = all); one by one gives the same to rounding. Raises VLMError; Stopped when memory is full.
+        """
+        kinds = kinds or (settings.rows,)
+        layers = layers_of(settings.layers, len(self.layers)) if layers is None else layers
+        heads = heads_of(settings.heads, layers, self.n_heads)
+        pairs = [(video, question) for video, asked in enumerate(questions) for question in asked]
+        looks, batch = [[] for _ in questions], batch or max(1, len(pairs))
+        with explained(self, len(videos), np.shape(videos[0]) if len(videos) else (), batch):
+            prefix = self.prefill(videos, fps)
+            for at in range(0, len(pairs), batch):
+                owners, asked = zip(*pairs[at:at + batch])
+                suffixes = [self.prompt(question, prefix.grid, fps)[1] for question in asked]
+                if settings.answer:
+                    said = [self.tokenizer(settings.answer, add_special_tokens=False).input_ids] * len(asked)
+                else:
+                    said = self.answer(prefix, owners, suffixes, settings.words)
+                maps = self.attend(prefix, owners, suffixes, said, kinds, heads).cpu()
+                for owner, answer, one in zip(owners, said, maps):
+                    empty = all(token in self.special for token in answer)
+                    looks[owner].append(Look(self.tokenizer.decode(answer, skip_special_tokens=True), one, empty))
+        return looks
+
+
+class Rows:
+    """A hook behind one attention layer: the rows' attention to the video, computed again in float32."""
+
+    def __init__(self, rows: list[list[list[int]]], prefix: Prefix, heads: list[int], found: dict, layer: int):
+        """rows: of each question, of each kind. found[layer] becomes (Q, kinds, N)."""
+        self.rows, self.prefix, self.heads, self.found, self.layer = rows, prefix, heads, found, layer
+
+    def __call__(self, attention, args, kwargs, output) -> None:
+        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]  # (Q, R, D)
+        cos, sin = kwargs["position_embeddings"]
+        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb  # the family's own
+        keys = kwargs["past_key_values"].layers[attention.layer_idx].keys  # (Q, groups, P + R, d), rotated
+        P, maps = len(self.prefix.ids), []
+        for one, kinds, k in zip(range(len(x)), self.rows, keys):
+            wanted = sorted({row for rows in kinds for row in rows})
+            q = attention.q_proj(x[one, wanted]).unflatten(-1, (-1, attention.head_dim))  # (rows, h, d)
+            if hasattr(attention, "q_norm"):  # Qwen3-VL
+                q = attention.q_norm(q)
+            q = rotate(q.transpose(0, 1)[None], k[None, :1, :1], cos[one, wanted][None], sin[one, wanted][None])[0][0]
+            score = torch.einsum("ghrd,gsd->ghrs", q.float().unflatten(0, (len(k), -1)), k.float())  # h share a group
+            score = score.flatten(0, 1)[self.heads] * attention.scaling  # (heads, rows, P + R)
+            future = torch.arange(k.shape[1], device=x.device) > P + torch.tensor(wanted, device=x.device)[:, None]
+            seen = score.masked_fill(future, -math.inf).softmax(-1)[..., self.prefix.columns.to(x.device)].mean(0)
+            if not seen.isfinite().all():
+                raise VLMError(f"Attention of layer {self.layer} is not finite ({x.dtype}). Qwen-VL overflows in "
+                               "float16: load it with dtype=torch.bfloat16.")
+            means = [seen[[wanted.index(row) for row in rows]].mean(0) if rows else seen.new_zeros(seen.shape[1])
+                     for rows in kinds]
+            maps.append(torch.stack(means))
+        self.found[self.layer] = torch.stack(maps)  # (Q, kinds, N)
+
+
+@contextlib.contextmanager
+def explained(vlm: VLM, videos: int, shape: tuple, batch: int):
+    """Running out of the device's memory says what is large, and what helps, most first. Raises Stopped."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        text = vlm.config.text_config
+        weights = sum(p.nbytes for p in vlm.model.parameters()) / 2**30
+        raise Stopped(
+            f"The device's memory is full: weights {weights:.1f} GiB, {videos} video(s) of {shape}, {batch} questions "
+            f"at once over {text.num_hidden_layers} layers. What helps, most first: --batch 1 (each question keeps its "
+            "own keys and values), fewer --pixels (smaller frames), fewer --frames, --dtype bf16, --answer \"{name}\" "
+            "(no decoding), a smaller VLM.") from None
+
+
+# --------------------------------------------------------------------------------------------------------- maps on disk
+@dataclass
+class Shown:
+    """A clip as the VLM sees it, and where it is from."""
+    source: str  # name of its file
+    frames: np.ndarray  # (F, H, W, 3) uint8
+    fps: float  # of these frames
+    times: list[float]  # of each row of tokens, in seconds of the file
+    size: tuple[int, int]  # height and width of the upright file
+    crop: tuple[float, float, float, float]  # left, top, right, bottom in its pixels
+    names: list[str]  # phenomena to ask for
+
+
+def shown(window: data.Window, source: str, names: list[str], fps: float, merged: int, uniform: int = 0) -> Shown:
+    """What of a window the VLM is shown: the frames that latents stand for, or, with `uniform`, that many."""
+    n = len(window.video)
+    frames = uniform_frames(n, uniform) if uniform else aligned_frames(n)
+    if not uniform and merged != 2:
+        raise VLMError(f"Time axes do not fit: this VLM merges {merged} frames, aligned sampling makes pairs; give "
+                       "--sample N.")
+    rows = np.pad(frames, (0, -len(frames) % merged), mode="edge").reshape(-1, merged).mean(1)
+    rate = uniform * fps / n if uniform else fps / 2  # pairs, four frames apart
+    return Shown(source, window.video[frames], rate, (window.start + rows / fps).tolist(), window.size, window.crop,
+                 names)
+
+
+class Store(encode.Store):
+    """A folder of maps, as one shard writes it."""
+    manifest = "maps.json"
+
+    def name(self, video: data.Video) -> str:
+        if video.path.name:
+            return super().name(video)
+        return data.digest([self.key, video.name, video.categories])[:24]  # a clip of the world is no file
+
+    def row(self, file: str, video: data.Video) -> tuple:
+        times = data.read_about(self.clips / file)["times"]
+        return file, video.name, times[0], times[-1]
+
+
+@dataclass
+class Tally:
+    """What a summary says at the end."""
+    made: int = 0
+    denied: int = 0  # answers that say it is not there
+    empty: int = 0
+    little: int = 0  # maps with hardly any attention on the video
+    alike: int = 0  # maps that are nearly the background's
+
+    def __str__(self) -> str:
+        said = {"denied": "answers deny the phenomenon, so that their maps are left out",
+                "empty": "answers hold nothing but special tokens, likewise",
+                "little": f"maps have under {LITTLE:.0%} of the attention on the video (a broken prompt?)",
+                "alike": f"maps are nearly the background's (cosine above {ALIKE})"}
+        return "".join(f"; {getattr(self, name)} {what}" for name, what in said.items() if getattr(self, name))
+
+
+def write_map(store: Store, file: str, clip: Shown, asked: list[tuple[str, Look]], background: Look,
+              settings: Settings, tally: Tally) -> None:
+    """One clip's maps of the phenomena that were found, beside the background's. Raises VLMError where the background
+    has no answer."""
+    if background.empty:
+        raise VLMError("the model answered the background question with nothing but special tokens")
+    behind, kept = background.density(sinks=settings.sinks), []
+    for name, look in asked:
+        tally.empty, tally.denied = tally.empty + look.empty, tally.denied + bool(DENIAL.search(look.answer))
+        if look.empty or DENIAL.search(look.answer):
+            continue
+        density = look.density(sinks=settings.sinks)
+        tally.little += bool((look.mass() < LITTLE).all())
+        tally.alike += F.cosine_similarity(density.flatten(), behind.flatten(), dim=0).item() > ALIKE
+        kept.append((name, look.answer, density))
+    tensors = {"maps": torch.stack([density for *_, density in kept] or [behind])[:len(kept)].half(),
+               "background": behind.half()}
+    about = {"key": store.key, "file": clip.source, "times": clip.times, "size": clip.size, "crop": clip.crop,
+             "categories": [world.CATEGORIES.index(name) for name, *_ in kept],
+             "answers": {name: answer for name, answer, _ in kept}, "background": background.answer}
+    data.write_tensors(store.clips / file, tensors, about, store.tag)
+    tally.made += 1
+
+
+def annotate(vlm: VLM, settings: Settings, store: Store, groups, tally: Tally, batch: int, skipped: list[str],
+             bar: tqdm) -> None:
+    """Make the map files of groups of clips, (file, Shown) each, all of one shape in a group. A clip that the VLM cannot
+    do is noted in `skipped`."""
+    for group in groups:
+        asked = [[settings.ask(name) for name in clip.names] + [settings.background] for _, clip in group]
+        try:
+            looks = vlm.look([clip.frames for _, clip in group], group[0][1].fps, asked, settings, batch=batch)
+            for (file, clip), (*mine, background) in zip(group, looks):
+                write_map(store, file, clip, list(zip(clip.names, mine)), background, settings, tally)
+        except VLMError as e:
+            skipped.append(f"{group[0][1].source} ({e})")
+        bar.update(len(group))
+
+
+def map_settings(vlm: VLM, settings: Settings, **more) -> dict:
+    """All that shapes the maps, but for the videos: what maps.json keeps."""
+    cues = hashlib.sha256(json.dumps([CUES, vlm.template]).encode()).hexdigest()[:16]
+    return {"format": 1, "vlm": encode.fingerprint(vlm.folder), "dtype": str(vlm.model.dtype).removeprefix("torch."),
+            "layers": layers_of(settings.layers, len(vlm.layers)), "template": cues, **more,
+            **{name: value for name, value in dataclasses.asdict(settings).items() if name != "layers"}}
+
+
+def full_frame(path: Path, vlm: VLM, most: int) -> tuple[int, int]:
+    """Height and width at which the VLM sees a video, uncropped but for a patch's rest."""
+    with data.av.open(str(path)) as container:
+        return vlm.size_for(*data.upright(next(container.decode(video=0))), most)
+
+
+def windows(video: data.Video, vlm: VLM, cfg: Config, most: int) -> list[data.Window]:
+    """The windows of a video at the VLM's size; of a short one the largest 1 + 4 m frames that it has. Raises ValueError
+    with the reason when there are none, or what the decoder raises."""
+    times, end = data.timeline(video.path)
+    has = math.ceil((end - times[0] - data.TOLERANCE) * cfg.fps)
+    frames = min(cfg.frames, 1 + 4 * ((has - 1) // 4))
+    if frames < 5:
+        raise ValueError(f"too short, {end - times[0]:.2g} s")
+    height, width = full_frame(video.path, vlm, most)
+    return data.windows_of(video.path, dataclasses.replace(cfg, frames=frames, height=height, width=width))
+
+
+def annotate_videos(args, vlm: VLM, settings: Settings) -> None:
+    """--videos: maps of a folder's videos. Raises UserError and Stopped."""
+    cfg = config.preset("small", data_dir=args.videos, annotations=args.annotations, frames=args.frames, fps=args.fps,
+                        windows=args.windows)
+    folder = data.Folder(cfg)
+    first, shards = encode.shard_of(args.shard)
+    asked = map_settings(vlm, settings, frames=args.frames, fps=args.fps, windows=args.windows, sample=args.sample,
+                         pixels=args.pixels, all=args.all)
+    store, tally = Store(Path(args.out), asked, f"{first + 1}of{shards}"), Tally()
+    videos = list(folder.videos.values())
+    names, there = [store.name(video) for video in videos], store.there()
+    mine = dict(list(zip(names, videos))[first::shards])
+    have = {file for name in mine for file in there.get(name, ()) if store.sound(store.clips / file)}
+    todo = {name: video for name, video in mine.items()
+            if not encode.complete([file for file in there.get(name, ()) if file in have])}
+
+    def groups(bar):
+        for name, video in todo.items():
+            present = [world.CATEGORIES[c] for c in video.categories if c < len(world.CATEGORIES)]
+            try:
+                found = windows(video, vlm, cfg, args.pixels)
+            except Exception as e:  # whatever decoders make of a damaged file concerns that file alone
+                folder.skipped.append(f"{video.name} ({getattr(e, 'strerror', None) or e or type(e).__name__})")
+                found = []
+            for window in found:
+                file = f"{name}-{window.number}of{window.taken}.safetensors"
+                if file not in have:
+                    one = shown(window, video.name, list(CUES) if args.all else present, cfg.fps, vlm.merged, args.sample)
+                    yield [(file, one)]
+            bar.total += max(len(found) - 1, 0)
+
+    with tqdm(total=len(todo), desc="looking", unit="clip") as bar:
+        annotate(vlm, settings, store, groups(bar), tally, args.batch, folder.skipped, bar)
+    index = store.write_index(videos, names)
+    skipped = f"; skipped {len(folder.skipped)}: {data.listed(folder.skipped)}" if folder.skipped else ""
+    if not index["clips"]:
+        raise UserError(f"No map could be made from {args.videos}{skipped or '; the annotations name no video'}.")
+    print(f"{tally.made} maps made, {len(have)} were there; {store.out} holds {len(index['clips'])} of {index['done']} of "
+          f"{index['videos']} videos{tally}{skipped}{folder.strangers()}")
+
+
+# ----------------------------------------------------------------------------------------------------- the tiny teacher
+SPECIAL = ("<|pad|>", "<|end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+TINY = dict(question="where is {name}", background="what is the background", words=4, layers="0-1")
+HIDDEN, MIXED = 0.9, 0.9  # share of video tokens hidden from a question, and from each other, in training
+GROUP = 32  # clips of the world that are looked at together
+
+
+def tiny_words() -> list[str]:
+    """All words of the tiny VLM's questions and answers."""
+    text = " ".join(["where is what on the background left right no nothing", *world.PHENOMENA])
+    return list(dict.fromkeys(text.split()))
+
+
+def lessons(clip: world.Clip, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Questions and answers about a clip: words alone, never a mask. What is there is asked for three times, each time
+    with other tokens hidden. "what is on the left" comes first to be learned and ties what is seen to names: without it
+    nothing is learned for a thousand steps."""
+    present = {actor.phenomenon: actor.side for actor in clip.actors}
+    absent = [name for name in world.PHENOMENA if name not in present]
+    asked = list(present) * 3 + [absent[i] for i in rng.permutation(len(absent))[:3]]
+    sides = {side: name for name, side in present.items()}
+    return [(TINY["background"], "nothing"), *((TINY["question"].format(name=name), present.get(name, "no"))
+                                              for name in asked),
+            *((f"what is on the {side}", sides.get(side, "nothing")) for side in ("left", "right"))]
+
+
+def write_tiny(folder: Path, seed: int) -> None:
+    """An untrained tiny VLM: a Qwen2.5-VL of a quarter of a million parameters with its tokenizer, as a folder that VLM
+    reads.
+
+    What made it work: weights of std 0.08, about 1 / sqrt(width) (with transformers' 0.02 nothing is grounded); no
+    attention in the vision tower, which would spread an object over all tokens of its frame; hardly any rotation by
+    place (ten of twelve frequencies turn with time, whose ids are all the same here), so that attention goes by content.
+    """
+    transformers = encode.library("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    words = {word: i for i, word in enumerate([*SPECIAL, *tiny_words()])}
+    core = Tokenizer(models.WordLevel(words, unk_token=SPECIAL[0]))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token=SPECIAL[0], eos_token=SPECIAL[1],
+                                                     additional_special_tokens=list(SPECIAL[2:]))
+    tokenizer.chat_template = ("{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'video' %}"
+                               "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+                               "{% endfor %}{% endfor %}")
+    rope = dict(rope_type="default", rope_theta=3.0, mrope_section=[10, 1, 1])
+    text = dict(vocab_size=len(words), hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+                num_key_value_heads=4, initializer_range=0.08, rope_parameters=rope, bos_token_id=None,
+                pad_token_id=0, eos_token_id=1, tie_word_embeddings=True)
+    vision = dict(depth=0, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=4, temporal_patch_size=2,
+                  spatial_merge_size=1, window_size=32, fullatt_block_indexes=[], out_hidden_size=96,
+                  tokens_per_second=0, initializer_range=0.08)
+    places = dict(zip(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), range(2, 6)))
+    torch.manual_seed(seed)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **places))
+    model.generation_config.eos_token_id = 1
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    # The world is dark: with the usual mean and spread all patches would look alike.
+    config.write(folder / "preprocessor_config.json", json.dumps(dict(
+        image_mean=[.12, .12, .16], image_std=[.2, .2, .2], min_pixels=1, max_pixels=2**20)))
+    config.write(folder / "teacher.json", json.dumps(TINY))
+
+
+def branches(vlm: VLM, asked: list[list[tuple[str, str]]], grid: tuple[int, int, int], fps: float,
+             random: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One sequence a video: its tokens once, then a branch a question, which sees the video and itself alone.
+
+    -> ids, labels (B, S), places (3, B, S), mask (B, 1, S, S). Token dropout: each branch is blind to HIDDEN of the
+    video's tokens, so that no single token will do and attention must find all of an object; the same among video
+    tokens, or a few of them would gather what there is to know and be read instead of the object.
+    """
+    prefix, _ = vlm.prompt(TINY["background"], grid, fps)
+    words = {text: [vlm.tokenizer(text).input_ids, len(text.split())] for row in asked for text in sum(row, ())}
+    P, N = len(prefix), math.prod(grid)
+    S = P + max(sum(words[q][1] + words[a][1] + 1 for q, a in row) for row in asked)
+    ids, labels = torch.zeros(len(asked), S, dtype=torch.int64), torch.full((len(asked), S), -100)
+    places = torch.zeros(3, len(asked), S, dtype=torch.int64)
+    ids[:, :P], places[:, :, :P] = torch.tensor(prefix), vlm.positions(prefix, grid, fps)
+    mask = torch.zeros(len(asked), S, S, dtype=torch.bool)
+    mask[:, :P, :P] = torch.rand(len(asked), P, P, generator=random) >= MIXED
+    mask[:, :P, :P] &= torch.ones(P, P, dtype=torch.bool).tril()
+    video, end, first = torch.tensor(prefix) == vlm.pad, vlm.tokenizer.eos_token_id, int(places[:, 0, :P].max()) + 1
+    for b, row in enumerate(asked):
+        at = P
+        for question, answer in row:
+            tail = words[question][0] + words[answer][0] + [end]
+            here = slice(at, at + len(tail))
+            ids[b, here], places[:, b, here] = torch.tensor(tail), first + torch.arange(len(tail))
+            labels[b, at + words[question][1] - 1:at + len(tail) - 1] = torch.tensor(tail[words[question][1]:])
+            seen = ~video
+            seen[video] = torch.rand(N, generator=random) >= HIDDEN
+            mask[b, here, :P], mask[b, here, here] = seen, torch.ones(len(tail), len(tail), dtype=torch.bool).tril()
+            at += len(tail)
+    mask |= torch.eye(S, dtype=torch.bool)  # everyone sees itself, padding too
+    return ids, labels, places, mask[:, None]
+
+
+def train_tiny(vlm: VLM, cfg: Config, seed: int, minutes: float, batch: int = 8, lr: float = 3e-3) -> None:
+    """Train a tiny VLM on the world's answers for so long. Prints the loss as it goes."""
+    model, rng, random = vlm.model.train(), np.random.default_rng([seed, 11]), torch.Generator().manual_seed(seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .98), weight_decay=.01)
+    draw = functools.partial(world.make_clip, cfg.world_seed, **data.World(cfg).drawing)
+    start, step, mean, done = time.monotonic(), 0, 0.0, 0.0
+    with tqdm(total=round(60 * minutes), desc="tiny VLM", unit="s") as bar:
+        while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
+            for group in optimizer.param_groups:
+                group["lr"] = lr * min(1, (step + 1) / 50, 2 * (1 - done))
+            clips = [draw(int(i)) for i in rng.integers(0, cfg.world_clips, batch)]
+            pixels, grid = vlm.patches([clip.video for clip in clips])
+            ids, labels, places, mask = branches(vlm, [lessons(clip, rng) for clip in clips], grid, cfg.frames, random)
+            hidden = model.model(input_ids=ids, position_ids=places, attention_mask={"full_attention": mask},
+                                 pixel_values_videos=pixels, video_grid_thw=torch.tensor([grid] * batch),
+                                 use_cache=False).last_hidden_state
+            loss = F.cross_entropy(model.lm_head(hidden[labels >= 0]), labels[labels >= 0])
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            step, mean = step + 1, .98 * mean + .02 * loss.item()
+            bar.update(min(int(time.monotonic() - start), bar.total) - bar.n)
+            bar.set_postfix_str(f"step {step}, loss {mean / (1 - .98 ** step):.3f}")
+    model.eval()
+
+
+def make_tiny(folder: Path, cfg: Config, seed: int, minutes: float) -> None:
+    """Train a tiny VLM and write it to a folder: whole or not at all."""
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        write_tiny(part, seed)
+        vlm = VLM(part)
+        vlm.model.requires_grad_(True)
+        train_tiny(vlm, cfg, seed, minutes)
+        vlm.model.save_pretrained(part)
+        shutil.rmtree(folder, ignore_errors=True)
+        part.rename(folder)
+    except OSError as e:
+        raise Stopped(f"The tiny VLM could not be written to {folder}: {e.strerror or e}.") from None
+    print(f"wrote {folder}: {sum(p.numel() for p in vlm.model.parameters()) / 1e6:.2f} M parameters")
+
+
+# ------------------------------------------------------------------------------------------------- the world's own clips
+def saliency(video: np.ndarray, t: int) -> Tensor:
+    """(t, H, W): how much each pixel changes from frame to frame. The rival that needs no model."""
+    change = np.abs(np.diff(video.astype(np.float32), axis=0)).mean(-1)
+    change = np.concatenate([change[:1], change])  # the first frame has none before it
+    return data.resample(torch.from_numpy(change), (t, *change.shape[1:]))
+
+
+def of_world(pool: data.Pool, row: int, merged: int) -> Shown:
+    """A clip of the pool, all of its frames."""
+    name, _, size, crop = pool.sources[row]
+    video, F_ = np.asarray(pool.video[row]), pool.video.shape[1]
+    times = (np.pad(np.arange(F_), (0, -F_ % merged), mode="edge").reshape(-1, merged).mean(1) / F_).tolist()
+    return Shown(name, video, F_, times, tuple(size), tuple(crop), [world.CATEGORIES[c] for c in pool.categories[row]])
+
+
+def annotate_world(args, cfg: Config, vlm: VLM | None, settings: Settings | None) -> None:
+    """--annotate NAME: maps of the pool's clips, for `train.py --teacher NAME`. Raises UserError and Stopped.
+
+    Of a VLM; or, as rivals, saliency: frame differences; shuffled: each clip gets the VLM's maps of another clip with the
+    same phenomena.
+    """
+    pool = data.open_pool(cfg)
+    asked = map_settings(vlm, settings) if vlm else {"format": 1, "kind": args.kind}
+    if args.kind == "shuffled":
+        other = data.Maps(data.world_maps(cfg, pool, args.maps))
+        asked["of"] = other.key
+    (first, shards), tally = encode.shard_of(args.shard), Tally()
+    store = Store(data.world_maps(cfg, pool, args.annotate), asked, f"{first + 1}of{shards}")
+    rows = [data.Video(source[0], Path(), caption, categories)
+            for source, caption, categories in zip(pool.sources, pool.captions, pool.categories)]
+    names, there = [store.name(video) for video in rows], store.there()
+    have = {name for name in names if name in there}
+    todo = [row for row in range(first, len(rows), shards) if names[row] not in have]
+    with tqdm(total=len(todo), desc=f"maps by {args.kind}", unit="clip") as bar:
+        groups = ([(f"{names[row]}-0of1.safetensors", of_world(pool, row, vlm.merged if vlm else 2))
+                   for row in todo[at:at + GROUP]] for at in range(0, len(todo), GROUP))
+        if args.kind == "vlm":
+            annotate(vlm, settings, store, groups, tally, args.batch, [], bar)
+        elif args.kind == "saliency":
+            for group in groups:
+                for file, clip in group:
+                    change = saliency(clip.frames, len(clip.times))
+                    look, even = (Look("", m[None, None], False) for m in (change, torch.ones_like(change)))
+                    write_map(store, file, clip, [(name, look) for name in clip.names], even, Settings(), tally)
+                bar.update(len(group))
+        else:
+            shuffle(pool, rows, names, todo, other, store, tally, bar)
+    index = store.write_index(rows, names)
+    print(f"{tally.made} maps made, {len(have)} were there; {store.out} holds {index['done']} of {len(rows)}{tally}")
+
+
+def shuffle(pool: data.Pool, rows: list, names: list[str], todo: list[int], other: data.Maps, store: Store,
+            tally: Tally, bar: tqdm) -> None:
+    """Copy maps from clip to clip of the same phenomena: right of the kind, wrong of the clip."""
+    alike = {}
+    for row, video in enumerate(rows):
+        alike.setdefault(tuple(video.categories), []).append(row)
+    swap = {}
+    for members in alike.values():
+        order = np.random.default_rng([len(members), 17]).permutation(len(members))
+        swap.update({members[a]: members[b] for a, b in zip(order, np.roll(order, 1))})
+    for row in todo:
+        found = other.of.get(rows[swap[row]].name)
+        read = other.read(found[0][2]) if found else None
+        if read:
+            tensors, about = read
+            about = {**about, "key": store.key, "file": rows[row].name}
+            data.write_tensors(store.clips / f"{names[row]}-0of1.safetensors", tensors, about, store.tag)
+            tally.made += 1
+        bar.update()
+
+
+# ------------------------------------------------------------------------------------------------------- quality report
+@dataclass
+class Truth:
+    """One phenomenon of one clip, where it is known."""
+    video: np.ndarray  # (F, H, W, 3) uint8
+    fps: float
+    name: str
+    mask: np.ndarray  # (F, H, W) bool
+    objects: np.ndarray  # (F, H, W) bool: this and everything else that stands out from the background
+    side: str = ""
+
+
+def of_clips(cfg: Config, n: int, first: int = data.HELD_OUT + 500_000) -> list[list[Truth]]:
+    """The truths of n clips that nothing was trained on."""
+    empty = (world.backdrop(cfg.height, cfg.width) * 255 + .5).astype(np.uint8)  # (3, H, W)
+    found = []
+    for index in range(first, first + n):
+        clip = world.make_clip(cfg.world_seed, index, **data.World(cfg).drawing)
+        stands = (np.abs(clip.video.astype(int) - np.moveaxis(empty, 0, -1)) > 24).any(-1)
+        found.append([Truth(clip.video, cfg.frames, actor.phenomenon, actor.mask, stands | actor.mask, actor.side)
+                      for actor in clip.actors])
+    return found
+
+
+def of_json(path: Path, vlm: VLM, cfg: Config, most: int) -> list[list[Truth]]:
+    """Truths from a file {video: {phenomenon: [[start, end, left, top, right, bottom], ...] or "mask.mp4"}}: boxes in
+    seconds and shares of the frame, or a video or picture that is bright where it happens. Videos lie beside the file.
+    Raises UserError."""
+    found = []
+    for name, phenomena in encode.read_json(path).items():
+        try:
+            window = windows(data.Video(name, path.parent / name, "", []), vlm, cfg, most)[0]
+            F_, H, W = window.video.shape[:3]
+            when = window.start + np.arange(F_) / cfg.fps
+            y, x = (np.arange(H) + .5) / H, (np.arange(W) + .5) / W
+            clip = []
+            for phenomenon, where in phenomena.items():
+                if isinstance(where, str):
+                    grey = data.windows_of(path.parent / where, dataclasses.replace(cfg, frames=F_, height=H, width=W))
+                    mask = grey[0].video.mean(-1) > 127
+                else:
+                    mask = np.zeros((F_, H, W), bool)
+                    for start, end, left, top, right, bottom in where:
+                        mask |= (((start <= when) & (when < end))[:, None, None]
+                                 & ((top <= y) & (y < bottom))[:, None] & ((left <= x) & (x < right)))
+                if phenomenon not in CUES:
+                    raise ValueError(f"{phenomenon!r} is none of {', '.join(CUES)}")
+                clip.append(Truth(window.video, cfg.fps, phenomenon, mask, mask))
+            every = np.any([truth.mask for truth in clip], axis=0)
+            found.append([dataclasses.replace(truth, objects=every) for truth in clip])
+        except Exception as e:  # of a decoder, or of the file's shape
+            raise UserError(f"{path}: {name} cannot be used ({e or type(e).__name__}).") from None
+    return found
+
+
+def measures(score: np.ndarray, positive: np.ndarray, objects: np.ndarray) -> dict[str, float]:
+    """AUC of a map (N,) against all tokens and against those of other objects; pointing game: is its peak on the object;
+    IoU of the tokens above half of its peak. NaN where there is nothing to compare with."""
+    rivals = positive | objects
+    over = score >= .5 * score.max() if score.max() > 0 else np.zeros_like(positive)
+    return {"AUC": align.auc(score, positive),
+            "AUC objects": align.auc(score[rivals], positive[rivals]) if (objects & ~positive).any() else math.nan,
+            "pointing": float(positive[score.argmax()]), "IoU": (over & positive).sum() / (over | positive).sum()}
+
+
+def bands(n: int) -> dict[str, list[int]]:
+    """Layers to average: each quarter of n, the default, all."""
+    edges = np.linspace(0, n, min(4, n) + 1).round().astype(int)
+    found = {f"{a}-{b - 1}" if b - a > 1 else f"{a}": list(range(a, b)) for a, b in zip(edges, edges[1:])}
+    found["default"] = layers_of("", n)
+    found["all"] = list(range(n))
+    return found
+
+
+def covered(mask: np.ndarray, grid: tuple[int, int, int], share: float = data.POSITIVE) -> np.ndarray:
+    """(N,) tokens of which the mask covers a share."""
+    return (data.resample(torch.from_numpy(mask).float(), grid).flatten() >= share - 1e-6).numpy()
+
+
+def report(vlm: VLM, settings: Settings, clips: list[list[Truth]], untrained: VLM | None, batch: int, shape) -> dict:
+    """{row: {measure: mean}}: every kind of rows, layer band and background, then the rivals that need no VLM, or an
+    untrained one. Also {"answers right", "mass", "overlap"}. shape: (truth, frames) of what the VLM is shown."""
+    rows, log, order = {}, {"answers right": [], "mass on the video": [], "overlap": []}, bands(len(vlm.layers))
+    prior = {}
+    for clip in tqdm(clips, desc="report", unit="clip", leave=False):
+        shownclip = shape(clip[0])
+        asked = [[settings.ask(truth.name) for truth in clip] + [settings.background]]
+        looks = vlm.look([shownclip.frames], shownclip.fps, asked, settings, KINDS, list(range(len(vlm.layers))), batch)[0]
+        none = untrained.look([shownclip.frames], shownclip.fps, asked, dataclasses.replace(settings, answer="{name}"),
+                              KINDS, list(range(len(vlm.layers))), batch)[0] if untrained else None
+        *mine, behind = looks
+        grid = tuple(behind.maps.shape[2:])
+        for i, (truth, look) in enumerate(zip(clip, mine)):
+            positive, objects = covered(truth.mask, grid), covered(truth.objects, grid)
+            if positive.all() or not positive.any():
+                continue
+            maps = {"frame differences": data.resample(saliency(truth.video, len(truth.video)), grid)}
+            for k, kind in enumerate(KINDS):
+                for band, layers in order.items():
+                    one, bg = look.density(layers, k, settings.sinks), behind.density(layers, k, settings.sinks)
+                    maps |= {f"{kind}, layers {band}, {how}": align.relative(one, bg, how)
+                             for how in ("none", "subtract", "divide")}
+            if none:
+                maps["untrained, predict, all layers, none"] = none[i].density(slice(None), 1)
+            for row, values in maps.items():
+                for measure, value in measures(values.flatten().numpy(), positive, objects).items():
+                    rows.setdefault(row, {}).setdefault(measure, []).append(value)
+            prior.setdefault(truth.name, []).append((positive, objects))
+            log["answers right"].append(float(truth.side in look.answer.split()) if truth.side else math.nan)
+            log["mass on the video"].append(look.mass(1).mean().item())
+            log["overlap"].append(F.cosine_similarity(*(one.density(order["default"], 1).flatten()
+                                                        for one in (look, behind)), dim=0).item())
+    for seen in prior.values():  # each clip against the mean mask of the others with this phenomenon
+        total = sum(positive.astype(float) for positive, _ in seen)
+        for positive, objects in seen if len(seen) > 1 else ():
+            for measure, value in measures(total - positive, positive, objects).items():
+                rows.setdefault("location prior", {}).setdefault(measure, []).append(value)
+    return {"rows": {row: {m: float(np.nanmean(v)) for m, v in table.items()} for row, table in rows.items()},
+            **{name: float(np.nanmean(values)) for name, values in log.items()}}
+
+
+# ------------------------------------------------------------------------------------------------------------- pictures
+def heat(frames: np.ndarray, values: Tensor, colour=(255, 120, 40)) -> np.ndarray:
+    """Lay a map (t, h, w) >= 0 over frames (F, H, W, 3), its peak strongest."""
+    size = [torch.from_numpy(data.axis_weights(np.linspace(0, 1, n + 1), np.linspace(0, 1, m + 1))).float()
+            for n, m in zip(values.shape[1:], frames.shape[1:3])]
+    when = torch.from_numpy(data.time_weights(np.arange(len(values)) + .5, (np.arange(len(frames)) + .5)
+                                              * len(values) / len(frames)).astype(np.float32))
+    over = torch.einsum("thw,Ft,Hh,Ww->FHW", values, when, *size).clamp(min=0)
+    return world.tint(frames, (over / over.max().clamp(min=1e-9)).numpy(), colour, .85)
+
+
+def tile(frames: np.ndarray, panels: list[tuple[str, np.ndarray]], text: str, scale: int) -> np.ndarray:
+    """One row of a preview: named panels (F, H, W, 3) side by side, the text below."""
+    shown_ = [world.annotate(np.pad(world.enlarge(panel, scale), ((0, 0), (4, 0), (4, 0), (0, 0))), name)
+              for name, panel in [("clip", frames), *panels]]
+    return world.annotate(np.concatenate(shown_, 2), text, lines=2)
+
+
+def preview(path: Path, vlm: VLM, settings: Settings, clips: list[list[Truth]], batch: int, shape) -> None:
+    """A GIF: question, answer, map, background map, difference, exact mask of each clip's first phenomenon."""
+    rows = []
+    for clip in clips:
+        truth, seen = clip[0], shape(clip[0])
+        asked = [[settings.ask(truth.name), settings.background]]
+        look, behind = vlm.look([seen.frames], seen.fps, asked, settings, batch=batch)[0]
+        one, bg = look.density(sinks=settings.sinks), behind.density(sinks=settings.sinks)
+        scale = max(1, 128 // truth.video.shape[1])
+        panels = [("map", heat(truth.video, one)), ("background map", heat(truth.video, bg)),
+                  ("difference", heat(truth.video, align.relative(one, bg).clamp(min=0))),
+                  ("exact mask", world.tint(truth.video, truth.mask, (255, 120, 40), .7))]
+        rows.append(tile(truth.video, panels, f"{asked[0][0]}: {look.answer}", scale))
+    world.save_gif(path, np.concatenate(rows, 1), max(1, clips[0][0].fps / 2))
+    print(f"wrote {path}")
+
+
+# -------------------------------------------------------------------------------------------------------- command line
+def parse(argv: list[str]):
+    """-> the flags of this file, and the Config that the rest describes (the world, threads, pool_dir)."""
+    parser = config.Parser("Where a vision-language model looks, as maps that teach the refinement router.")
+    add, own = parser.add_argument, Settings()
+    add("--videos", help="folder of videos: make their maps")
+    add("--annotations", default="", help="captions.json or a WISA list; empty = the folder's captions.json")
+    add("--vlm", default="data/tiny_vlm", help="folder of a Qwen2.5-VL or Qwen3-VL")
+    add("--out", help="folder of the maps; started again, it goes on where it was stopped")
+    add("--shard", default="1/1", help="i/n: every n-th video (or clip) from the i-th on; one process a shard")
+    add("--train_tiny", action="store_true", help="train a tiny VLM on the world, into --vlm, and make maps with it")
+    add("--minutes", type=float, default=4.5, help="of training the tiny VLM")
+    add("--annotate", help="name under which the world's clips get maps, for train.py --teacher NAME")
+    add("--kind", default="vlm", choices=("vlm", "saliency", "shuffled"), help="whose maps --annotate makes")
+    add("--maps", default="tiny_vlm", help="name of the maps that --kind shuffled shuffles")
+    add("--report", action="store_true", help="how well maps find what they are asked for, where truth is known")
+    add("--untrained", action="store_true", help="--report: beside an untrained tiny VLM")
+    add("--truth", help="JSON of boxes or masks of videos beside it, for --report and --preview; None = the world's")
+    add("--preview", help="GIF of question, answer, map, background map, difference and mask to write")
+    add("--clips", type=int, default=150, help="of the world for --report")
+    add("--frames_shown", dest="frames", type=int, default=49, help="frames a window of a video, 1 + 4 m")
+    add("--rate", dest="fps", type=float, default=8.0, help="of these frames a second")
+    add("--sample", type=int, default=0, help="frames of a window that the VLM sees, evenly; 0 = what latents stand for")
+    add("--windows_taken", dest="windows", type=int, default=4, help="windows of one long video at most")
+    add("--pixels", type=int, default=350_000, help="of a frame at most: 480 x 720 becomes 476 x 728")
+    add("--all", action="store_true", help="ask for all phenomena, not only those of the annotations")
+    add("--batch", type=int, default=0, help="questions at once; 0 = all of a group")
+    add("--dtype", default="auto", choices=("auto", "bf16", "fp32"), help="auto = bf16 on cuda, else fp32")
+    for f in dataclasses.fields(Settings):
+        add(f"--{f.name}", type=f.type, default=None, help=f"[{getattr(own, f.name)}]".replace("%", "%%"))
+    args, rest = parser.parse_known_args(argv)
+    for name in ("minutes", "clips", "frames", "fps", "windows", "pixels"):
+        if not 0 < getattr(args, name) < math.inf:
+            raise UserError(f"--{name} must be more than zero, not {getattr(args, name)}.")
+    if min(args.sample, args.batch) < 0:
+        raise UserError("--sample and --batch must be zero or more.")
+    if not args.sample and args.frames % 4 != 1:
+        aligned_frames(args.frames)
+    if args.annotate is not None and not re.fullmatch(r"\w+", args.annotate):
+        raise UserError(f"--annotate takes a plain name, not {args.annotate!r}.")
+    if args.videos and not args.out:
+        raise UserError("--videos needs --out, the folder for the maps.")
+    if not (args.videos or args.train_tiny or args.annotate or args.report or args.preview):
+        raise UserError("Say what to do: --videos, --train_tiny, --annotate, --report or --preview; --help lists all.")
+    return args, config.parse(rest, "The world's settings.")
+
+
+def main(argv: list[str]) -> None:
+    """Check everything, load the VLM once, do what was asked for. Raises UserError and Stopped."""
+    args, cfg = parse(argv)
+    torch.set_num_threads(data.cores(cfg))
+    device = encode.pick_device(cfg.device)
+    if args.train_tiny:
+        make_tiny(Path(args.vlm), cfg, cfg.seed, args.minutes)
+        args.annotate = args.annotate or "tiny_vlm"
+    if args.annotate and args.kind != "vlm":
+        return annotate_world(args, cfg, None, None)
+    dtype = torch.bfloat16 if args.dtype == "bf16" or args.dtype == "auto" and device == "cuda" else torch.float32
+    if not Path(args.vlm).is_dir():
+        raise UserError(f"There is no VLM in {args.vlm}: give --vlm DIR, or make a tiny one with --train_tiny.")
+    vlm = VLM(args.vlm, device, dtype)
+    settings = vlm.settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)})
+    if args.videos:
+        annotate_videos(args, vlm, settings)
+    if args.annotate:
+        annotate_world(args, cfg, vlm, settings)
+    if not (args.report or args.preview):
+        return
+    if args.truth:
+        film = dataclasses.replace(cfg, frames=args.frames, fps=args.fps, windows=1)
+        clips = of_json(Path(args.truth), vlm, film, args.pixels)
+        shape = lambda truth: shown(data.Window(truth.video, 0, 1, 0.0, truth.video.shape[1:3], ()), "", [], truth.fps,
+                                    vlm.merged, args.sample)
+    else:
+        clips = of_clips(cfg, args.clips)
+        shape = lambda truth: Shown("", truth.video, truth.fps, [], (), (), [])
+    if args.report:
+        print_report(vlm, settings, clips, args, shape)
+    if args.preview:
+        preview(Path(args.preview), vlm, settings, clips[:4], args.batch, shape)
+
+
+def print_report(vlm: VLM, settings: Settings, clips: list[list[Truth]], args, shape) -> None:
+    """The table of `report`, best AUC first."""
+    untrained = None
+    if args.untrained:
+        with tempfile.TemporaryDirectory() as folder:
+            write_tiny(Path(folder), 0)
+            untrained = VLM(folder)
+    found = report(vlm, settings, clips, untrained, args.batch, shape)
+    rows = found.pop("rows")
+    columns = list(next(iter(rows.values()), {}))
+    if not rows:
+        raise UserError("No phenomenon of these clips covers some, and not all, of the VLM's tokens.")
+    print(f"\n{sum(map(len, clips))} phenomena of {len(clips)} clips; " +
+          ", ".join(f"{name} {value:.2f}" for name, value in found.items()) + "\n")
+    print("| rows, layers, background | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
+    for name, values in sorted(rows.items(), key=lambda row: -row[1]["AUC"]):
+        print(f"| {name} | " + " | ".join(f"{values[column]:.3f}" for column in columns) + " |")
+
+
+if __name__ == "__main__":
+    config.entry(main, sys.argv[1:])
