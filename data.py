@@ -196,9 +196,9 @@ def axis_weights(have: np.ndarray, want: np.ndarray) -> np.ndarray:
 def time_weights(have: np.ndarray, want: np.ndarray) -> np.ndarray:
     """(m, n) weights of linear interpolation in time, from the n rising times of a map to the m times of tokens. NaN
     where a token lies further outside than half a step of the map."""
-    slack = (have[1] - have[0]) / 2 if len(have) > 1 else math.inf
+    before, after = (np.diff(have) / 2)[[0, -1]] if len(have) > 1 else (math.inf, math.inf)
     weights = np.stack([np.interp(want, have, one) for one in np.eye(len(have))], axis=1)
-    weights[(want < have[0] - slack - TOLERANCE) | (want > have[-1] + slack + TOLERANCE)] = np.nan
+    weights[(want < have[0] - before - TOLERANCE) | (want > have[-1] + after + TOLERANCE)] = np.nan
     return weights
 
 

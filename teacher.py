@@ -100,6 +100,9 @@ class Settings:
     def ask(self, name: str) -> str:
         return self.question.format(name=name, cue=CUES.get(name, name))
 
+    def say(self, name: str) -> str:
+        return self.answer.format(name=name)
+
 
 def layers_of(text: str, n: int) -> list[int]:
     """The layers that `Settings.layers` names, of n. Raises VLMError."""
@@ -196,6 +199,10 @@ class VLM:
     def __init__(self, folder, device: str = "cpu", dtype: torch.dtype = torch.float32):
         """Reads config, weights (safetensors), tokenizer and the picture settings. Raises UserError."""
         self.folder, self.device = Path(folder), torch.device(device)
+        for name in ("config.json", "tokenizer_config.json"):
+            if not (self.folder / name).is_file():
+                raise VLMError(f"There is no {self.folder / name}: a Qwen2.5-VL or Qwen3-VL is expected, as transformers "
+                               "saves it.")
         kind = encode.read_json(self.folder / "config.json").get("model_type")
         if kind not in self.FAMILIES:
             raise VLMError(f"{self.folder} is of {kind!r}, which has no .model.language_model.layers as expected: this "
@@ -247,16 +254,17 @@ class VLM:
         path, own = self.folder / "teacher.json", {}
         if path.exists():
             own = encode.read_json(path)
-        names = {f.name for f in dataclasses.fields(Settings)}
-        if not set(own) <= names:
-            raise UserError(f"{path} has unknown settings: {data.listed(sorted(set(own) - names))}.")
+        kinds = {f.name: f.type for f in dataclasses.fields(Settings)}
+        odd = [name for name, value in own.items() if type(value) is not kinds.get(name)]
+        if odd:
+            raise UserError(f"{path} has settings that are unknown or of another type: {data.listed(sorted(odd))}.")
         settings = Settings(**{**own, **{name: value for name, value in given.items() if value is not None}})
         if settings.rows not in KINDS:
             raise UserError(f"--rows must be one of {', '.join(KINDS)}, not {settings.rows!r}.")
         try:
-            settings.ask("combustion")
-        except (KeyError, IndexError, ValueError) as e:
-            raise UserError(f"--question has a place for {{name}} and {{cue}}, not {e}.") from None
+            settings.ask("combustion"), settings.say("combustion")
+        except (KeyError, IndexError, ValueError, AttributeError, TypeError) as e:
+            raise UserError(f"--question has a place for {{name}} and {{cue}}, --answer for {{name}}, not {e}.") from None
         if not 0 < settings.sinks <= 1 or settings.words < 1:
             raise UserError("--sinks is a quantile above 0 and up to 1, and --words at least 1.")
         heads_of(settings.heads, layers_of(settings.layers, len(self.layers)), self.n_heads)
@@ -320,7 +328,8 @@ class VLM:
         """(3, 1, len(ids)) places along time, height and width, by the model's own rule. `mm_token_type_ids` tells it
         where the video is; without them it falls back to one axis and says nothing. Likewise without the seconds a
         token row spans: frames are then taken for 24 a second."""
-        kinds = torch.tensor([[2 * (token == self.pad) for token in ids]])
+        pads = torch.tensor([ids]) == self.pad
+        kinds = 2 * (pads & (pads.cumsum(1) <= math.prod(grid)))  # an answer may hold one, which is a word there
         thw = torch.tensor([[grid[0], grid[1] * self.merge, grid[2] * self.merge]])
         return self.model.model.get_rope_index(torch.tensor([ids]), mm_token_type_ids=kinds, video_grid_thw=thw,
                                                second_per_grid_ts=torch.tensor([self.merged / fps]))[0]
@@ -416,24 +425,27 @@ class VLM:
         return [first + i for i, token in enumerate(answer) if token not in self.special]
 
     def look(self, videos, fps: float, questions: list[list[str]], settings: Settings = Settings(),
-             kinds: tuple[str, ...] = (), layers: list[int] | None = None, batch: int = 0) -> list[list[Look]]:
+             kinds: tuple[str, ...] = (), layers: list[int] | None = None, batch: int = 0,
+             answers: list[list[str]] | None = None) -> list[list[Look]]:
         """Ask each of some videos (B, F, H, W, 3) its own questions, and see where the answers look.
 
         fps: frames a second of those shown. kinds, layers: None of them given, those of the settings. batch: questions
-        at once (0 = all); one by one gives the same to rounding. Raises VLMError; Stopped when memory is full.
+        at once (0 = all); one by one gives the same to rounding. answers: these, a question each, instead of the
+        VLM's own (without them settings.answer, as it stands). Raises VLMError; Stopped when memory is full.
         """
         kinds = kinds or (settings.rows,)
         layers = layers_of(settings.layers, len(self.layers)) if layers is None else layers
         heads = heads_of(settings.heads, layers, self.n_heads)
         pairs = [(video, question) for video, asked in enumerate(questions) for question in asked]
+        given = sum(answers, []) if answers else [settings.answer] * len(pairs)
         looks, batch = [[] for _ in questions], batch or max(1, len(pairs))
         with explained(self, len(videos), np.shape(videos[0]) if len(videos) else (), batch):
             prefix = self.prefill(videos, fps)
             for at in range(0, len(pairs), batch):
                 owners, asked = zip(*pairs[at:at + batch])
                 suffixes = [self.prompt(question, prefix.grid, fps)[1] for question in asked]
-                if settings.answer:
-                    said = [self.tokenizer(settings.answer, add_special_tokens=False).input_ids] * len(asked)
+                if answers or settings.answer:
+                    said = [self.tokenizer(text, add_special_tokens=False).input_ids for text in given[at:at + batch]]
                 else:
                     said = self.answer(prefix, owners, suffixes, settings.words)
                 maps = self.attend(prefix, owners, suffixes, said, kinds, heads).cpu()
@@ -526,7 +538,10 @@ class Store(encode.Store):
         return data.digest([self.key, video.name, video.categories])[:24]  # a clip of the world is no file
 
     def row(self, file: str, video: data.Video) -> tuple:
-        times = data.read_about(self.clips / file)["times"]
+        try:
+            times = data.read_about(self.clips / file)["times"]
+        except ValueError:  # of another shard, which makes it again: who reads it until then is told
+            times = [0.0]
         return file, video.name, times[0], times[-1]
 
 
@@ -577,12 +592,18 @@ def annotate(vlm: VLM, settings: Settings, store: Store, groups, tally: Tally, b
     do is noted in `skipped`."""
     for group in groups:
         asked = [[settings.ask(name) for name in clip.names] + [settings.background] for _, clip in group]
+        answers = [[settings.say(name) for name in (*clip.names, "background")] for _, clip in group]
         try:
-            looks = vlm.look([clip.frames for _, clip in group], group[0][1].fps, asked, settings, batch=batch)
-            for (file, clip), (*mine, background) in zip(group, looks):
-                write_map(store, file, clip, list(zip(clip.names, mine)), background, settings, tally)
+            looks = vlm.look([clip.frames for _, clip in group], group[0][1].fps, asked, settings, batch=batch,
+                             answers=answers if settings.answer else None)
         except VLMError as e:
-            skipped.append(f"{group[0][1].source} ({e})")
+            skipped += [f"{clip.source} ({e})" for _, clip in group]
+            looks = []
+        for (file, clip), (*mine, background) in zip(group, looks):
+            try:
+                write_map(store, file, clip, list(zip(clip.names, mine)), background, settings, tally)
+            except VLMError as e:
+                skipped.append(f"{clip.source} ({e})")
         bar.update(len(group))
 
 
@@ -643,9 +664,12 @@ def annotate_videos(args, vlm: VLM, settings: Settings) -> None:
                     yield [(file, one)]
             bar.total += max(len(found) - 1, 0)
 
-    with tqdm(total=len(todo), desc="looking", unit="clip") as bar:
-        annotate(vlm, settings, store, groups(bar), tally, args.batch, folder.skipped, bar)
-    index = store.write_index(videos, names)
+    try:
+        with tqdm(total=len(todo), desc="looking", unit="clip") as bar:
+            annotate(vlm, settings, store, groups(bar), tally, args.batch, folder.skipped, bar)
+        index = store.write_index(videos, names)
+    except OSError as e:
+        raise Stopped(f"{e.filename or store.out} cannot be read or written any more: {e.strerror or e}.") from None
     skipped = f"; skipped {len(folder.skipped)}: {data.listed(folder.skipped)}" if folder.skipped else ""
     if not index["clips"]:
         raise UserError(f"No map could be made from {args.videos}{skipped or '; the annotations name no video'}.")
@@ -655,24 +679,25 @@ def annotate_videos(args, vlm: VLM, settings: Settings) -> None:
 
 # ----------------------------------------------------------------------------------------------------- the tiny teacher
 SPECIAL = ("<|pad|>", "<|end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-TINY = dict(question="where is {name}", background="what is the background", words=4, layers="0-1")
-HIDDEN, MIXED = 0.9, 0.9  # share of video tokens hidden from a question, and from each other, in training
+TINY = dict(question="where is {name}", background="what is the background", words=4)
+HIDDEN = 0.97  # share of video tokens that a question does not see in training
+CHARGE = 0.15  # of the loss, for attention that goes to the video
 GROUP = 32  # clips of the world that are looked at together
 
 
 def tiny_words() -> list[str]:
-    """All words of the tiny VLM's questions and answers."""
-    text = " ".join(["where is what on the background left right no nothing", *world.PHENOMENA])
-    return list(dict.fromkeys(text.split()))
+    """All words of the tiny VLM's questions and answers. A phenomenon's name is one word: "motion" alone would look for
+    four of them."""
+    return ["where", "is", "what", "on", "the", "background", "left", "right", "no", "nothing", *world.PHENOMENA]
 
 
 def lessons(clip: world.Clip, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions and answers about a clip: words alone, never a mask. What is there is asked for three times, each time
+    """Questions and answers about a clip: words alone, never a mask. What is there is asked for six times, each time
     with other tokens hidden. "what is on the left" comes first to be learned and ties what is seen to names: without it
     nothing is learned for a thousand steps."""
     present = {actor.phenomenon: actor.side for actor in clip.actors}
     absent = [name for name in world.PHENOMENA if name not in present]
-    asked = list(present) * 3 + [absent[i] for i in rng.permutation(len(absent))[:3]]
+    asked = list(present) * 6 + [absent[i] for i in rng.permutation(len(absent))[:4]]
     sides = {side: name for name, side in present.items()}
     return [(TINY["background"], "nothing"), *((TINY["question"].format(name=name), present.get(name, "no"))
                                               for name in asked),
@@ -692,13 +717,14 @@ def write_tiny(folder: Path, seed: int) -> None:
     words = {word: i for i, word in enumerate([*SPECIAL, *tiny_words()])}
     core = Tokenizer(models.WordLevel(words, unk_token=SPECIAL[0]))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.add_tokens([word for word in words if " " in word])  # found before the text is split at its spaces
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token=SPECIAL[0], eos_token=SPECIAL[1],
                                                      additional_special_tokens=list(SPECIAL[2:]))
     tokenizer.chat_template = ("{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'video' %}"
                                "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
                                "{% endfor %}{% endfor %}")
     rope = dict(rope_type="default", rope_theta=3.0, mrope_section=[10, 1, 1])
-    text = dict(vocab_size=len(words), hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4,
+    text = dict(vocab_size=len(words), hidden_size=96, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4,
                 num_key_value_heads=4, initializer_range=0.08, rope_parameters=rope, bos_token_id=None,
                 pad_token_id=0, eos_token_id=1, tie_word_embeddings=True)
     vision = dict(depth=0, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=4, temporal_patch_size=2,
@@ -723,27 +749,25 @@ def branches(vlm: VLM, asked: list[list[tuple[str, str]]], grid: tuple[int, int,
     """One sequence a video: its tokens once, then a branch a question, which sees the video and itself alone.
 
     -> ids, labels (B, S), places (3, B, S), mask (B, 1, S, S). Token dropout: each branch is blind to HIDDEN of the
-    video's tokens, so that no single token will do and attention must find all of an object; the same among video
-    tokens, or a few of them would gather what there is to know and be read instead of the object.
+    video's tokens, so that no single token will do and attention must find all of an object.
     """
     prefix, _ = vlm.prompt(TINY["background"], grid, fps)
-    words = {text: [vlm.tokenizer(text).input_ids, len(text.split())] for row in asked for text in sum(row, ())}
+    words = {text: vlm.tokenizer(text).input_ids for row in asked for pair in row for text in pair}
     P, N = len(prefix), math.prod(grid)
-    S = P + max(sum(words[q][1] + words[a][1] + 1 for q, a in row) for row in asked)
+    S = P + max(sum(len(words[q] + words[a]) + 1 for q, a in row) for row in asked)
     ids, labels = torch.zeros(len(asked), S, dtype=torch.int64), torch.full((len(asked), S), -100)
     places = torch.zeros(3, len(asked), S, dtype=torch.int64)
     ids[:, :P], places[:, :, :P] = torch.tensor(prefix), vlm.positions(prefix, grid, fps)
     mask = torch.zeros(len(asked), S, S, dtype=torch.bool)
-    mask[:, :P, :P] = torch.rand(len(asked), P, P, generator=random) >= MIXED
-    mask[:, :P, :P] &= torch.ones(P, P, dtype=torch.bool).tril()
+    mask[:, :P, :P] = torch.ones(P, P, dtype=torch.bool).tril()
     video, end, first = torch.tensor(prefix) == vlm.pad, vlm.tokenizer.eos_token_id, int(places[:, 0, :P].max()) + 1
     for b, row in enumerate(asked):
         at = P
         for question, answer in row:
-            tail = words[question][0] + words[answer][0] + [end]
+            tail, length = words[question] + words[answer] + [end], len(words[question])
             here = slice(at, at + len(tail))
             ids[b, here], places[:, b, here] = torch.tensor(tail), first + torch.arange(len(tail))
-            labels[b, at + words[question][1] - 1:at + len(tail) - 1] = torch.tensor(tail[words[question][1]:])
+            labels[b, at + length - 1:at + len(tail) - 1] = torch.tensor(tail[length:])
             seen = ~video
             seen[video] = torch.rand(N, generator=random) >= HIDDEN
             mask[b, here, :P], mask[b, here, here] = seen, torch.ones(len(tail), len(tail), dtype=torch.bool).tril()
@@ -752,30 +776,43 @@ def branches(vlm: VLM, asked: list[list[tuple[str, str]]], grid: tuple[int, int,
     return ids, labels, places, mask[:, None]
 
 
-def train_tiny(vlm: VLM, cfg: Config, seed: int, minutes: float, batch: int = 8, lr: float = 3e-3) -> None:
-    """Train a tiny VLM on the world's answers for so long. Prints the loss as it goes."""
+def train_tiny(vlm: VLM, cfg: Config, seed: int, minutes: float, batch: int = 8, lr: float = 5e-3) -> None:
+    """Train a tiny VLM on the world's answers for so long.
+
+    Looking is charged for, more and more: heads with nothing to look for then rest on the words, and not on whatever
+    is in the background. Muon on the matrices: with AdamW alone names are hardly told apart in that time.
+    """
     model, rng, random = vlm.model.train(), np.random.default_rng([seed, 11]), torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(.9, .98), weight_decay=.01)
-    draw = functools.partial(world.make_clip, cfg.world_seed, **data.World(cfg).drawing)
+    model.set_attn_implementation({"text_config": "eager"})  # gives the attention that is charged for
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and re.search(r"layers|merger", name)]
+    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=.01, adjust_lr_fn="match_rms_adamw"),
+                  torch.optim.AdamW(others, lr=lr, betas=(.9, .98), weight_decay=.01)]
+    # A look-alike in every scene that has room: a glass or a candle alone must not give the answer.
+    draw = functools.partial(world.make_clip, cfg.world_seed, **{**data.World(cfg).drawing, "decoys": 1.0})
     start, step, mean, done = time.monotonic(), 0, 0.0, 0.0
     with tqdm(total=round(60 * minutes), desc="tiny VLM", unit="s") as bar:
         while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
-            for group in optimizer.param_groups:
-                group["lr"] = lr * min(1, (step + 1) / 50, 2 * (1 - done))
             clips = [draw(int(i)) for i in rng.integers(0, cfg.world_clips, batch)]
             pixels, grid = vlm.patches([clip.video for clip in clips])
             ids, labels, places, mask = branches(vlm, [lessons(clip, rng) for clip in clips], grid, cfg.frames, random)
-            hidden = model.model(input_ids=ids, position_ids=places, attention_mask={"full_attention": mask},
-                                 pixel_values_videos=pixels, video_grid_thw=torch.tensor([grid] * batch),
-                                 use_cache=False).last_hidden_state
-            loss = F.cross_entropy(model.lm_head(hidden[labels >= 0]), labels[labels >= 0])
-            loss.backward()
+            told, far = labels >= 0, torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+            out = model.model(input_ids=ids, position_ids=places, attention_mask={"full_attention": far},
+                              pixel_values_videos=pixels, video_grid_thw=torch.tensor([grid] * batch), use_cache=False,
+                              output_attentions=True)
+            loss = F.cross_entropy(model.lm_head(out.last_hidden_state[told]), labels[told])
+            looking = sum(attention.mean(1)[..., ids[0] == vlm.pad].sum(-1)[told].mean() for attention in out.attentions)
+            (loss + CHARGE * min(1, 2 * done) * looking / len(out.attentions)).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = lr * min(1, (step + 1) / 50, 2 * (1 - done))
+                optimizer.step()
+                optimizer.zero_grad()
             step, mean = step + 1, .98 * mean + .02 * loss.item()
             bar.update(min(int(time.monotonic() - start), bar.total) - bar.n)
             bar.set_postfix_str(f"step {step}, loss {mean / (1 - .98 ** step):.3f}")
+    model.set_attn_implementation({"text_config": "sdpa"})
     model.eval()
 
 
