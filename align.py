@@ -60,8 +60,8 @@ def balance_loss(rho_r: Tensor, chosen: Tensor) -> Tensor:
 def relative(maps: Tensor, background: Tensor, kind: str = "subtract") -> Tensor:
     """Attention (...) set against that of a generic question (...): above 0 where the phenomenon drew more of it.
 
-    Both are densities (uniform attention = 1). "subtract" is the paper's; "divide" (Zhang et al. 2025, arXiv 2502.17422)
-    weighs places that a generic question ignores; "none" compares with uniform attention.
+    Both are densities (uniform attention = 1). "subtract" is the paper's; "divide" (arXiv 2502.17422) weighs places
+    that a generic question ignores; "none" compares with uniform attention.
     """
     if kind == "none":
         return maps - 1

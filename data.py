@@ -761,7 +761,7 @@ def pixels(video: np.ndarray | Tensor) -> Tensor:
     return video.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 
-# ------------------------------------------------------------------------------------------------------ a teacher's maps
+# ----------------------------------------------------------------------------------------------------- a teacher's maps
 class Maps:
     """What teacher.py left in a folder: maps.json (settings, and a hash of them), index.json (which file's seconds each
     map is of), clips/*.safetensors. A map is read when its clip is asked for.

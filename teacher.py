@@ -1,24 +1,24 @@
-"""The teacher: where a vision-language model (VLM) looks while it describes a phenomenon, as maps that train the router.
+"""The teacher: where a vision-language model (VLM) looks as it describes a phenomenon, as maps that teach the router.
 
     video, phenomenon --question--> VLM --attention of the rows that predict its answer--> a map over the video's tokens
     video ------------background question--> VLM ----------------------------------------> the same, to be subtracted
 
-    python teacher.py --videos DIR --annotations FILE --vlm DIR --out MAPS [--shard 1/8]    maps for train.py --teacher
-    python teacher.py --train_tiny                     a VLM of a quarter of a million parameters, and its maps of the world
-    python teacher.py --report                         how well the maps find what they are asked for, where truth is known
-    python teacher.py --preview overlay.gif            question, answer, map, background map, difference, exact mask
+    python teacher.py --videos DIR --annotations FILE --vlm DIR --out MAPS [--shard 1/8]   maps for train.py --teacher
+    python teacher.py --train_tiny --colour_cues     a VLM of a tenth of a million parameters, and its maps of the world
+    python teacher.py --report --colour_cues         how well maps find what they are asked for, where truth is known
+    python teacher.py --preview overlay.gif          question, answer, map, background map, difference, exact mask
 
-Nothing imports this file: training reads the maps that it leaves on disk. Qwen2.5-VL and Qwen3-VL of transformers do the
-looking; the tiny one has the very architecture of Qwen2.5-VL, so a laptop runs the same lines as a GPU. Five steps:
+Nothing imports this file: training reads the maps that it leaves on disk. Qwen2.5-VL and Qwen3-VL of transformers do
+the looking; the tiny one has the very architecture of Qwen2.5-VL, so a laptop runs the same lines as a GPU. Steps:
 
 1. *Prefill.* The video comes first in the prompt, so that all questions share its keys and values.
 2. *Answers*, greedily, all questions at once.
-3. *Attention.* One more pass over question and answer, with hooks on the attention layers that compute again, in float32,
-   the few rows that are wanted. No S x S matrix is made (54 GB for a 7B model and 26 frames), and the model stays on its
-   fused kernels: in bf16, eager attention changes the answers.
+3. *Attention.* One more pass over question and answer, with hooks on the attention layers that compute again, in
+   float32, the few rows that are wanted. No S x S matrix is made (54 GB for a 7B model and 26 frames), and the model
+   stays on its fused kernels: in bf16, eager attention changes the answers.
 4. *Density.* Mean over rows, heads and layers, then renormalised over the video's tokens, times their number: uniform
    attention is 1. Heads that ignore the video carry no weight that way.
-5. *On disk* on the VLM's own grid, with the times and the rectangle that it covers: data.py finds any clip's tokens in it.
+5. *On disk* on the VLM's own grid, with the times and the rectangle it covers: data.py finds any clip's tokens in it.
 
 Left out on purpose: attention rollout (needs all matrices), several GPUs for one VLM, several videos in a prompt.
 
@@ -101,6 +101,7 @@ class Settings:
         return self.question.format(name=name, cue=CUES.get(name, name))
 
     def say(self, name: str) -> str:
+        """The answer that is put into the VLM's mouth."""
         return self.answer.format(name=name)
 
 
@@ -121,10 +122,12 @@ def heads_of(text: str, layers: list[int], n: int) -> dict[int, list[int]]:
     for part in text.replace(" ", "").split(",") if text else ():
         found = re.fullmatch(r"(\d+)\.(\d+)", part)
         if not found or int(found[1]) not in chosen or int(found[2]) >= n:
-            raise VLMError(f"--heads is a list of layer.head with layers among {layers[0]}-{layers[-1]} and heads below "
-                           f"{n}, not {part!r}.")
+            raise VLMError(f"--heads is a list of layer.head with layers among {layers[0]}-{layers[-1]} and heads "
+                           f"below {n}, not {part!r}.")
         chosen[int(found[1])].append(int(found[2]))
-    return {layer: heads for layer, heads in chosen.items() if heads} if text else {layer: [*range(n)] for layer in layers}
+    if not text:
+        return {layer: list(range(n)) for layer in layers}
+    return {layer: heads for layer, heads in chosen.items() if heads}
 
 
 # --------------------------------------------------------------------------------------------------- frames for the VLM
@@ -148,8 +151,8 @@ def check_video(video, merged: int) -> np.ndarray:
     if video.ndim != 4 or video.shape[-1] != 3:
         raise VLMError(f"A video must be 4-dimensional, (frames, height, width, 3); got shape {video.shape}.")
     if len(video) < merged:
-        raise VLMError(f"This video has {len(video)} frame(s) but the model merges {merged} frames into one token: give "
-                       f"at least {merged}.")
+        raise VLMError(f"This video has {len(video)} frame(s) but the model merges {merged} frames into one token: "
+                       f"give at least {merged}.")
     if video.dtype == np.uint8:
         return video
     low, high = float(video.min()), float(video.max())
@@ -201,8 +204,8 @@ class VLM:
         self.folder, self.device = Path(folder), torch.device(device)
         for name in ("config.json", "tokenizer_config.json"):
             if not (self.folder / name).is_file():
-                raise VLMError(f"There is no {self.folder / name}: a Qwen2.5-VL or Qwen3-VL is expected, as transformers "
-                               "saves it.")
+                raise VLMError(f"There is no {self.folder / name}: a Qwen2.5-VL or Qwen3-VL is expected, as "
+                               "transformers saves it.")
         kind = encode.read_json(self.folder / "config.json").get("model_type")
         if kind not in self.FAMILIES:
             raise VLMError(f"{self.folder} is of {kind!r}, which has no .model.language_model.layers as expected: this "
@@ -264,7 +267,8 @@ class VLM:
         try:
             settings.ask("combustion"), settings.say("combustion")
         except (KeyError, IndexError, ValueError, AttributeError, TypeError) as e:
-            raise UserError(f"--question has a place for {{name}} and {{cue}}, --answer for {{name}}, not {e}.") from None
+            raise UserError(f"--question has a place for {{name}} and {{cue}}, --answer for {{name}}, not {e}."
+                            ) from None
         if not 0 < settings.sinks <= 1 or settings.words < 1:
             raise UserError("--sinks is a quantile above 0 and up to 1, and --words at least 1.")
         heads_of(settings.heads, layers_of(settings.layers, len(self.layers)), self.n_heads)
@@ -454,6 +458,12 @@ class VLM:
                     looks[owner].append(Look(self.tokenizer.decode(answer, skip_special_tokens=True), one, empty))
         return looks
 
+    def look_for(self, videos, fps: float, names: list[list[str]], settings: Settings, **how) -> list[list[Look]]:
+        """`look`, with the question for each of a video's phenomena and, last, that for the background."""
+        questions = [[settings.ask(name) for name in asked] + [settings.background] for asked in names]
+        answers = [[settings.say(name) for name in (*asked, "background")] for asked in names]
+        return self.look(videos, fps, questions, settings, answers=answers if settings.answer else None, **how)
+
 
 class Rows:
     """A hook behind one attention layer: the rows' attention to the video, computed again in float32."""
@@ -588,14 +598,12 @@ def write_map(store: Store, file: str, clip: Shown, asked: list[tuple[str, Look]
 
 def annotate(vlm: VLM, settings: Settings, store: Store, groups, tally: Tally, batch: int, skipped: list[str],
              bar: tqdm) -> None:
-    """Make the map files of groups of clips, (file, Shown) each, all of one shape in a group. A clip that the VLM cannot
-    do is noted in `skipped`."""
+    """Make the map files of groups of clips, (file, Shown) each, all of one shape in a group. A clip that the VLM
+    cannot do is noted in `skipped`."""
     for group in groups:
-        asked = [[settings.ask(name) for name in clip.names] + [settings.background] for _, clip in group]
-        answers = [[settings.say(name) for name in (*clip.names, "background")] for _, clip in group]
         try:
-            looks = vlm.look([clip.frames for _, clip in group], group[0][1].fps, asked, settings, batch=batch,
-                             answers=answers if settings.answer else None)
+            looks = vlm.look_for([clip.frames for _, clip in group], group[0][1].fps,
+                                 [clip.names for _, clip in group], settings, batch=batch)
         except VLMError as e:
             skipped += [f"{clip.source} ({e})" for _, clip in group]
             looks = []
@@ -622,8 +630,8 @@ def full_frame(path: Path, vlm: VLM, most: int) -> tuple[int, int]:
 
 
 def windows(video: data.Video, vlm: VLM, cfg: Config, most: int) -> list[data.Window]:
-    """The windows of a video at the VLM's size; of a short one the largest 1 + 4 m frames that it has. Raises ValueError
-    with the reason when there are none, or what the decoder raises."""
+    """The windows of a video at the VLM's size; of a short one the largest 1 + 4 m frames that it has. Raises
+    ValueError with the reason when there are none, or what the decoder raises."""
     times, end = data.timeline(video.path)
     has = math.ceil((end - times[0] - data.TOLERANCE) * cfg.fps)
     frames = min(cfg.frames, 1 + 4 * ((has - 1) // 4))
@@ -660,8 +668,8 @@ def annotate_videos(args, vlm: VLM, settings: Settings) -> None:
             for window in found:
                 file = f"{name}-{window.number}of{window.taken}.safetensors"
                 if file not in have:
-                    one = shown(window, video.name, list(CUES) if args.all else present, cfg.fps, vlm.merged, args.sample)
-                    yield [(file, one)]
+                    asked = list(CUES) if args.all else present
+                    yield [(file, shown(window, video.name, asked, cfg.fps, vlm.merged, args.sample))]
             bar.total += max(len(found) - 1, 0)
 
     try:
@@ -673,44 +681,45 @@ def annotate_videos(args, vlm: VLM, settings: Settings) -> None:
     skipped = f"; skipped {len(folder.skipped)}: {data.listed(folder.skipped)}" if folder.skipped else ""
     if not index["clips"]:
         raise UserError(f"No map could be made from {args.videos}{skipped or '; the annotations name no video'}.")
-    print(f"{tally.made} maps made, {len(have)} were there; {store.out} holds {len(index['clips'])} of {index['done']} of "
-          f"{index['videos']} videos{tally}{skipped}{folder.strangers()}")
+    print(f"{tally.made} maps made, {len(have)} were there; {store.out} holds {len(index['clips'])} of {index['done']} "
+          f"of {index['videos']} videos{tally}{skipped}{folder.strangers()}")
 
 
 # ----------------------------------------------------------------------------------------------------- the tiny teacher
 SPECIAL = ("<|pad|>", "<|end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-TINY = dict(question="where is {name}", background="what is the background", words=4)
-HIDDEN = 0.97  # share of video tokens that a question does not see in training
-CHARGE = 0.15  # of the loss, for attention that goes to the video
+TINY = dict(question="is there {name}", background="what is the background", words=4, sinks=.93)
+HIDDEN = 0.95  # share of video tokens that a question does not see in training
+CHARGE = 0.1  # of the loss, for attention that goes to the video
 GROUP = 32  # clips of the world that are looked at together
 
 
 def tiny_words() -> list[str]:
     """All words of the tiny VLM's questions and answers. A phenomenon's name is one word: "motion" alone would look for
     four of them."""
-    return ["where", "is", "what", "on", "the", "background", "left", "right", "no", "nothing", *world.PHENOMENA]
+    return ["is", "there", "what", "the", "background", "yes", "no", "nothing", *world.PHENOMENA]
 
 
 def lessons(clip: world.Clip, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions and answers about a clip: words alone, never a mask. What is there is asked for six times, each time
-    with other tokens hidden. "what is on the left" comes first to be learned and ties what is seen to names: without it
-    nothing is learned for a thousand steps."""
-    present = {actor.phenomenon: actor.side for actor in clip.actors}
+    """Questions and answers about a clip: words alone, never a mask. What is there is asked for four times, each time
+    with other tokens hidden; so is what only looks as if it were there (the caption tells), for otherwise a glass or a
+    table, which are larger, would be looked for instead of what happens in them. Asked for a side as well ("left"), it
+    finds out what is on each side and never looks anything up."""
+    present = [actor.phenomenon for actor in clip.actors]
     absent = [name for name in world.PHENOMENA if name not in present]
-    asked = list(present) * 6 + [absent[i] for i in rng.permutation(len(absent))[:4]]
-    sides = {side: name for name, side in present.items()}
-    return [(TINY["background"], "nothing"), *((TINY["question"].format(name=name), present.get(name, "no"))
-                                              for name in asked),
-            *((f"what is on the {side}", sides.get(side, "nothing")) for side in ("left", "right"))]
+    alike = [name for name in absent if any(re.search(phrase.replace("{c}", r"\w+"), clip.caption)
+                                            for phrase in world.PHENOMENA[name].decoy_phrases)]
+    asked = 4 * (present + alike) + [absent[i] for i in rng.permutation(len(absent))[:4]]
+    return [(TINY["background"], "nothing"),
+            *((TINY["question"].format(name=name), "yes" if name in present else "no") for name in asked)]
 
 
 def write_tiny(folder: Path, seed: int) -> None:
-    """An untrained tiny VLM: a Qwen2.5-VL of a quarter of a million parameters with its tokenizer, as a folder that VLM
-    reads.
+    """An untrained tiny VLM: a Qwen2.5-VL of a tenth of a million parameters with its tokenizer, as a folder for VLM.
 
     What made it work: weights of std 0.08, about 1 / sqrt(width) (with transformers' 0.02 nothing is grounded); no
-    attention in the vision tower, which would spread an object over all tokens of its frame; hardly any rotation by
-    place (ten of twelve frequencies turn with time, whose ids are all the same here), so that attention goes by content.
+    attention in the vision tower and one layer behind it, so that a token is what is at its place, and nothing else;
+    no rotation by place (all frequencies turn with time, whose ids are the same throughout the video), so that
+    attention goes by content.
     """
     transformers = encode.library("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -723,17 +732,17 @@ def write_tiny(folder: Path, seed: int) -> None:
     tokenizer.chat_template = ("{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'video' %}"
                                "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
                                "{% endfor %}{% endfor %}")
-    rope = dict(rope_type="default", rope_theta=3.0, mrope_section=[10, 1, 1])
-    text = dict(vocab_size=len(words), hidden_size=96, intermediate_size=192, num_hidden_layers=1, num_attention_heads=4,
-                num_key_value_heads=4, initializer_range=0.08, rope_parameters=rope, bos_token_id=None,
-                pad_token_id=0, eos_token_id=1, tie_word_embeddings=True)
+    rope = dict(rope_type="default", rope_theta=3.0, mrope_section=[12, 0, 0])
+    text = dict(vocab_size=len(words), hidden_size=96, intermediate_size=192, num_hidden_layers=1,
+                num_attention_heads=4, num_key_value_heads=4, initializer_range=0.08, rope_parameters=rope,
+                bos_token_id=None, pad_token_id=0, eos_token_id=1, tie_word_embeddings=True)
     vision = dict(depth=0, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=4, temporal_patch_size=2,
                   spatial_merge_size=1, window_size=32, fullatt_block_indexes=[], out_hidden_size=96,
                   tokens_per_second=0, initializer_range=0.08)
-    places = dict(zip(("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"), range(2, 6)))
+    marks = "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"
     torch.manual_seed(seed)
     model = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, **places))
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **dict(zip(marks, range(2, 6)))))
     model.generation_config.eos_token_id = 1
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
@@ -801,8 +810,9 @@ def train_tiny(vlm: VLM, cfg: Config, seed: int, minutes: float, batch: int = 8,
                               pixel_values_videos=pixels, video_grid_thw=torch.tensor([grid] * batch), use_cache=False,
                               output_attentions=True)
             loss = F.cross_entropy(model.lm_head(out.last_hidden_state[told]), labels[told])
-            looking = sum(attention.mean(1)[..., ids[0] == vlm.pad].sum(-1)[told].mean() for attention in out.attentions)
-            (loss + CHARGE * min(1, 2 * done) * looking / len(out.attentions)).backward()
+            attention, = out.attentions  # (B, h, S, S)
+            looking = attention.mean(1)[..., ids[0] == vlm.pad].sum(-1)[told].mean()
+            (loss + CHARGE * min(1, 2 * done) * looking).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -833,7 +843,7 @@ def make_tiny(folder: Path, cfg: Config, seed: int, minutes: float) -> None:
     print(f"wrote {folder}: {sum(p.numel() for p in vlm.model.parameters()) / 1e6:.2f} M parameters")
 
 
-# ------------------------------------------------------------------------------------------------- the world's own clips
+# ------------------------------------------------------------------------------------------------ the world's own clips
 def saliency(video: np.ndarray, t: int) -> Tensor:
     """(t, H, W): how much each pixel changes from frame to frame. The rival that needs no model."""
     change = np.abs(np.diff(video.astype(np.float32), axis=0)).mean(-1)
@@ -852,8 +862,8 @@ def of_world(pool: data.Pool, row: int, merged: int) -> Shown:
 def annotate_world(args, cfg: Config, vlm: VLM | None, settings: Settings | None) -> None:
     """--annotate NAME: maps of the pool's clips, for `train.py --teacher NAME`. Raises UserError and Stopped.
 
-    Of a VLM; or, as rivals, saliency: frame differences; shuffled: each clip gets the VLM's maps of another clip with the
-    same phenomena.
+    Of a VLM; or, as rivals, saliency: frame differences; shuffled: each clip gets the VLM's maps of another clip with
+    the same phenomena.
     """
     pool = data.open_pool(cfg)
     asked = map_settings(vlm, settings) if vlm else {"format": 1, "kind": args.kind}
@@ -915,7 +925,6 @@ class Truth:
     name: str
     mask: np.ndarray  # (F, H, W) bool
     objects: np.ndarray  # (F, H, W) bool: this and everything else that stands out from the background
-    side: str = ""
 
 
 def of_clips(cfg: Config, n: int, first: int = data.HELD_OUT + 500_000) -> list[list[Truth]]:
@@ -925,7 +934,7 @@ def of_clips(cfg: Config, n: int, first: int = data.HELD_OUT + 500_000) -> list[
     for index in range(first, first + n):
         clip = world.make_clip(cfg.world_seed, index, **data.World(cfg).drawing)
         stands = (np.abs(clip.video.astype(int) - np.moveaxis(empty, 0, -1)) > 24).any(-1)
-        found.append([Truth(clip.video, cfg.frames, actor.phenomenon, actor.mask, stands | actor.mask, actor.side)
+        found.append([Truth(clip.video, cfg.frames, actor.phenomenon, actor.mask, stands | actor.mask)
                       for actor in clip.actors])
     return found
 
@@ -962,8 +971,8 @@ def of_json(path: Path, vlm: VLM, cfg: Config, most: int) -> list[list[Truth]]:
 
 
 def measures(score: np.ndarray, positive: np.ndarray, objects: np.ndarray) -> dict[str, float]:
-    """AUC of a map (N,) against all tokens and against those of other objects; pointing game: is its peak on the object;
-    IoU of the tokens above half of its peak. NaN where there is nothing to compare with."""
+    """AUC of a map (N,) against all tokens and against those of other objects; pointing game: is its peak on the
+    object; IoU of the tokens above half of its peak. NaN where there is nothing to compare with."""
     rivals = positive | objects
     over = score >= .5 * score.max() if score.max() > 0 else np.zeros_like(positive)
     return {"AUC": align.auc(score, positive),
@@ -987,16 +996,17 @@ def covered(mask: np.ndarray, grid: tuple[int, int, int], share: float = data.PO
 
 def report(vlm: VLM, settings: Settings, clips: list[list[Truth]], untrained: VLM | None, batch: int, shape) -> dict:
     """{row: {measure: mean}}: every kind of rows, layer band and background, then the rivals that need no VLM, or an
-    untrained one. Also {"answers right", "mass", "overlap"}. shape: (truth, frames) of what the VLM is shown."""
-    rows, log, order = {}, {"answers right": [], "mass on the video": [], "overlap": []}, bands(len(vlm.layers))
+    untrained one; and means of what else is worth a look. shape: (truth, frames) of what the VLM is shown."""
+    rows, order = {}, bands(len(vlm.layers))
+    log = {"answers that affirm": [], "mass on the video": [], "overlap": []}
     prior = {}
     for clip in tqdm(clips, desc="report", unit="clip", leave=False):
-        shownclip = shape(clip[0])
-        asked = [[settings.ask(truth.name) for truth in clip] + [settings.background]]
-        looks = vlm.look([shownclip.frames], shownclip.fps, asked, settings, KINDS, list(range(len(vlm.layers))), batch)[0]
-        none = untrained.look([shownclip.frames], shownclip.fps, asked, dataclasses.replace(settings, answer="{name}"),
-                              KINDS, list(range(len(vlm.layers))), batch)[0] if untrained else None
-        *mine, behind = looks
+        seen, names = shape(clip[0]), [[truth.name for truth in clip]]
+        every = dict(kinds=KINDS, layers=list(range(len(vlm.layers))), batch=batch)
+        *mine, behind = vlm.look_for([seen.frames], seen.fps, names, settings, **every)[0]
+        if untrained:
+            questions, said = [[settings.ask(name) for name in names[0]]], [[look.answer for look in mine]]
+            none = untrained.look([seen.frames], seen.fps, questions, settings, answers=said, **every)[0]
         grid = tuple(behind.maps.shape[2:])
         for i, (truth, look) in enumerate(zip(clip, mine)):
             positive, objects = covered(truth.mask, grid), covered(truth.objects, grid)
@@ -1008,13 +1018,13 @@ def report(vlm: VLM, settings: Settings, clips: list[list[Truth]], untrained: VL
                     one, bg = look.density(layers, k, settings.sinks), behind.density(layers, k, settings.sinks)
                     maps |= {f"{kind}, layers {band}, {how}": align.relative(one, bg, how)
                              for how in ("none", "subtract", "divide")}
-            if none:
-                maps["untrained, predict, all layers, none"] = none[i].density(slice(None), 1)
+            if untrained:
+                maps["untrained, predict, layers all, none"] = none[i].density(slice(None), 1)
             for row, values in maps.items():
                 for measure, value in measures(values.flatten().numpy(), positive, objects).items():
                     rows.setdefault(row, {}).setdefault(measure, []).append(value)
             prior.setdefault(truth.name, []).append((positive, objects))
-            log["answers right"].append(float(truth.side in look.answer.split()) if truth.side else math.nan)
+            log["answers that affirm"].append(float(not look.empty and not DENIAL.search(look.answer)))
             log["mass on the video"].append(look.mass(1).mean().item())
             log["overlap"].append(F.cosine_similarity(*(one.density(order["default"], 1).flatten()
                                                         for one in (look, behind)), dim=0).item())
@@ -1050,14 +1060,13 @@ def preview(path: Path, vlm: VLM, settings: Settings, clips: list[list[Truth]], 
     rows = []
     for clip in clips:
         truth, seen = clip[0], shape(clip[0])
-        asked = [[settings.ask(truth.name), settings.background]]
-        look, behind = vlm.look([seen.frames], seen.fps, asked, settings, batch=batch)[0]
+        look, behind = vlm.look_for([seen.frames], seen.fps, [[truth.name]], settings, batch=batch)[0]
         one, bg = look.density(sinks=settings.sinks), behind.density(sinks=settings.sinks)
         scale = max(1, 128 // truth.video.shape[1])
         panels = [("map", heat(truth.video, one)), ("background map", heat(truth.video, bg)),
                   ("difference", heat(truth.video, align.relative(one, bg).clamp(min=0))),
                   ("exact mask", world.tint(truth.video, truth.mask, (255, 120, 40), .7))]
-        rows.append(tile(truth.video, panels, f"{asked[0][0]}: {look.answer}", scale))
+        rows.append(tile(truth.video, panels, f"{settings.ask(truth.name)}: {look.answer}", scale))
     world.save_gif(path, np.concatenate(rows, 1), max(1, clips[0][0].fps / 2))
     print(f"wrote {path}")
 
@@ -1084,7 +1093,7 @@ def parse(argv: list[str]):
     add("--clips", type=int, default=150, help="of the world for --report")
     add("--frames_shown", dest="frames", type=int, default=49, help="frames a window of a video, 1 + 4 m")
     add("--rate", dest="fps", type=float, default=8.0, help="of these frames a second")
-    add("--sample", type=int, default=0, help="frames of a window that the VLM sees, evenly; 0 = what latents stand for")
+    add("--sample", type=int, default=0, help="frames of a window to show, evenly; 0 = what latents stand for")
     add("--windows_taken", dest="windows", type=int, default=4, help="windows of one long video at most")
     add("--pixels", type=int, default=350_000, help="of a frame at most: 480 x 720 becomes 476 x 728")
     add("--all", action="store_true", help="ask for all phenomena, not only those of the annotations")

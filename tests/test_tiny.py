@@ -1,0 +1,200 @@
+"""The tiny teacher: what it is taught, what a question may see, that it learns, and the report that judges maps."""
+import dataclasses
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import align
+import config
+import data
+import teacher
+import world
+
+CFG = config.preset("debug", colour_cues=True, frames=4, height=32, width=32)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny") / "vlm"
+    teacher.write_tiny(folder, seed=0)
+    return teacher.VLM(folder)
+
+
+def test_it_is_a_qwen_of_a_tenth_of_a_million_parameters_with_its_own_settings(tiny):
+    assert tiny.config.model_type == "qwen2_5_vl"
+    assert sum(p.numel() for p in tiny.model.parameters()) < 250_000
+    settings = tiny.settings()
+    assert settings.ask("rigid body motion") == "is there rigid body motion" and settings.background == teacher.TINY["background"]
+    assert tiny.settings(rows="answer").rows == "answer"
+
+
+def test_a_name_is_one_word_and_every_word_is_known(tiny):
+    for name in world.PHENOMENA:
+        ids = tiny.tokenizer(teacher.TINY["question"].format(name=name)).input_ids
+        assert len(ids) == 3 and 0 not in ids and tiny.tokenizer.decode(ids[-1:]) == name
+    assert 0 not in tiny.tokenizer("what is the background yes no nothing").input_ids
+
+
+def test_lessons_are_true_and_ask_for_look_alikes():
+    rng, foreign = np.random.default_rng(0), 0
+    for index in range(200):
+        clip = world.make_clip(0, index, decoys=1, colour_cues=True)
+        present = {actor.phenomenon for actor in clip.actors}
+        asked = teacher.lessons(clip, rng)
+        assert asked[0] == (teacher.TINY["background"], "nothing")
+        answers = {question.removeprefix("is there "): answer for question, answer in asked[1:]}
+        assert {name for name, answer in answers.items() if answer == "yes"} == present
+        often = [name for name in answers if sum(q == f"is there {name}" for q, _ in asked) >= 4 and name not in present]
+        for name in often:  # what the caption calls a still look-alike of it
+            words = [phrase.split()[-1] for phrase in world.PHENOMENA[name].decoy_phrases]
+            assert any(word in clip.caption for word in words)
+        foreign += bool(often)
+    assert foreign > 30
+
+
+def test_a_branch_sees_the_video_and_itself_and_no_other_branch(tiny):
+    grid, asked = (2, 8, 8), [[("is there melting", "yes"), ("is there collision", "no")], [("is there melting", "no")]]
+    random = torch.Generator().manual_seed(0)
+    ids, labels, places, mask = teacher.branches(tiny, asked, grid, 4, random)
+    P, N = 130, 128
+    text = tiny.tokenizer.decode(ids[0, P:])
+    assert text == "is there melting yes<|end|>is there collision no<|end|>".replace("<|end|>", " <|end|> ").strip() or \
+        text.replace(" ", "") == "istheremeltingyes<|end|>istherecollisionno<|end|>"
+    first, second = slice(P, P + 5), slice(P + 5, P + 10)
+    assert torch.equal(mask[0, 0, first, first], torch.ones(5, 5).tril().bool()) and not mask[0, 0, second, first].any()
+    assert torch.equal(mask[0, 0, :P, :P], torch.ones(P, P).tril().bool()) and not mask[0, 0, :P, P:].any()
+    seen = mask[0, 0, first, 1:1 + N]
+    assert (seen == seen[0]).all() and seen[0].float().mean() < .15 and mask[0, 0, first, 0].all()  # the same tokens for all its rows
+    assert not torch.equal(seen[0], mask[0, 0, second, 1:1 + N][0])
+    # the row of the name predicts the answer, that of the answer the end; nothing else is learned
+    want = {P + 2: "yes", P + 3: "<|end|>", P + 7: "no", P + 8: "<|end|>"}
+    assert {int(i): tiny.tokenizer.decode([int(labels[0, i])]) for i in (labels[0] >= 0).nonzero()} == want
+    alone = tiny.positions(ids[0, :P + 5].tolist(), grid, 4)  # a branch stands where it would stand alone
+    assert torch.equal(places[:, 0, :P + 5], alone[:, 0]) and torch.equal(places[:, 0, second], places[:, 0, first])
+
+
+def test_training_teaches_it_something(tmp_path):
+    """A few seconds: the share of right answers on clips it never saw grows from chance. The model is left on sdpa, in eval mode."""
+    teacher.write_tiny(tmp_path / "vlm", seed=0)
+    vlm = teacher.VLM(tmp_path / "vlm")
+    vlm.model.requires_grad_(True)
+    before = {name: p.clone() for name, p in vlm.model.named_parameters()}
+    cfg = dataclasses.replace(CFG, frames=2, two=0.0)
+    loss = held_out(vlm, cfg)
+    teacher.train_tiny(vlm, cfg, seed=0, minutes=.1)
+    assert held_out(vlm, cfg) < .75 * loss
+    assert not vlm.model.training and vlm.model.config.text_config._attn_implementation == "sdpa"
+    assert all(not torch.equal(p, before[name]) for name, p in vlm.model.named_parameters() if "visual.patch_embed" in name or "q_proj.weight" in name)
+
+
+@torch.no_grad()
+def held_out(vlm, cfg) -> float:
+    """Loss of the answers on 16 clips of the held-out part, nothing hidden by chance but what the seed hides."""
+    clips = [world.make_clip(cfg.world_seed, data.HELD_OUT + i, **data.World(cfg).drawing) for i in range(16)]
+    pixels, grid = vlm.patches([clip.video for clip in clips])
+    rng, random = np.random.default_rng(5), torch.Generator().manual_seed(5)
+    ids, labels, places, mask = teacher.branches(vlm, [teacher.lessons(clip, rng) for clip in clips], grid, cfg.frames, random)
+    hidden = vlm.model.model(input_ids=ids, position_ids=places, attention_mask={"full_attention": mask}, pixel_values_videos=pixels,
+                             video_grid_thw=torch.tensor([grid] * 16), use_cache=False).last_hidden_state
+    return torch.nn.functional.cross_entropy(vlm.model.lm_head(hidden[labels >= 0]), labels[labels >= 0]).item()
+
+
+def test_measures_against_hand_counted_numbers():
+    positive, objects = np.array([1, 1, 0, 0, 0], bool), np.array([1, 1, 1, 0, 0], bool)
+    found = teacher.measures(np.array([4.0, 1.0, 2.0, 0.0, 0.0]), positive, objects)
+    assert found["AUC"] == pytest.approx(5 / 6) and found["AUC objects"] == pytest.approx(1 / 2)
+    assert found["pointing"] == 1.0 and found["IoU"] == pytest.approx(1 / 3)  # above 2: tokens 0 and 2
+    alone = teacher.measures(np.array([0.0, 0, 0, 1, 0]), positive, positive)
+    assert math.isnan(alone["AUC objects"]) and alone["pointing"] == 0.0
+
+
+def test_layer_bands_cover_all_layers_and_name_the_default():
+    found = teacher.bands(28)
+    assert sorted(sum((layers for band, layers in found.items() if band not in ("default", "all")), [])) == list(range(28)) == found["all"]
+    assert found["default"] == list(range(14, 22)) and teacher.bands(1)["default"] == [0] and teacher.bands(2)["default"] == [1]
+
+
+def test_a_map_that_is_the_mask_wins_the_report_and_its_opposite_loses(tiny, monkeypatch):
+    """The report's plumbing with a VLM that looks exactly where truth is, and one that looks everywhere else."""
+    clips = teacher.of_clips(CFG, 6)
+    shape = lambda truth: teacher.Shown("", truth.video, truth.fps, [], (), (), [])
+    grid = (2, 8, 8)
+
+    def looking(sign):
+        def look_for(videos, fps, names, settings, kinds=(), layers=None, batch=0):
+            clip = next(clip for clip in clips if clip[0].video is videos[0])
+            maps = [data.resample(torch.from_numpy(truth.mask).float(), grid) * sign + (sign < 0) for truth in clip] + [torch.full(grid, .5)]
+            return [[teacher.Look("yes", m.expand(1, 3, *grid) / m.numel(), False) for m in maps]]
+        return look_for
+    for sign, best in ((1, True), (-1, False)):
+        monkeypatch.setattr(tiny, "look_for", looking(sign))
+        rows = teacher.report(tiny, tiny.settings(), clips, None, 0, shape)["rows"]
+        value = rows["predict, layers default, subtract"]["AUC"]
+        assert value > .99 if best else value < .01
+    assert {"frame differences", "location prior"} <= set(rows)
+
+
+def test_report_and_preview_run_from_the_command_line(tiny, tmp_path, capsys):
+    flags = ["--vlm", str(tiny.folder), "--config", "debug", "--frames", "4", "--height", "32", "--width", "32", "--colour_cues", "--clips", "5"]
+    teacher.main([*flags, "--report", "--untrained", "--preview", str(tmp_path / "overlay.gif")])
+    said = capsys.readouterr().out
+    for row in ("frame differences", "location prior", "untrained, predict, layers all, none", "predict, layers default, subtract"):
+        values = re.search(rf"\| {row} \| ([\d.]+) \|", said)
+        assert values and 0 <= float(values[1]) <= 1
+    import imageio.v3 as iio
+    frames = iio.imread(tmp_path / "overlay.gif")
+    assert len(frames) == 4 and frames.shape[2] >= 5 * 128
+
+
+def test_truth_from_a_file_of_boxes(tiny, tmp_path):
+    clip = world.make_clip(0, 1, frames=16, height=32, width=32)
+    import imageio.v3 as iio
+    iio.imwrite(tmp_path / "a.mp4", clip.video, fps=8, plugin="pyav", codec="libx264")
+    (tmp_path / "truth.json").write_text(json.dumps({"a.mp4": {"melting": [[0, 1, 0, 0, .5, 1]], "combustion": [[0, 9, .5, 0, 1, .5]]}}))
+    film = dataclasses.replace(CFG, frames=9, fps=8.0, windows=1)
+    first, second = teacher.of_json(tmp_path / "truth.json", tiny, film, 350_000)[0]
+    F_, H, W = first.mask.shape
+    assert (F_, H, W) == (9, 32, 32) and first.name == "melting"
+    assert first.mask[:8, :, :16].all() and first.mask.sum() == 8 * 32 * 16  # frame 8 is shown at one second, where the box ends
+    assert second.mask[:, :16, 16:].all() and second.mask.sum() == 9 * 16 * 16
+    assert (first.objects == (first.mask | second.mask)).all()
+    for wrong, why in (({"a.mp4": {"magic": [[0, 1, 0, 0, 1, 1]]}}, "magic"), ({"b.mp4": {"melting": []}}, "b.mp4"), ({"a.mp4": {"melting": [[1]]}}, "a.mp4")):
+        (tmp_path / "truth.json").write_text(json.dumps(wrong))
+        with pytest.raises(config.UserError, match=why):
+            teacher.of_json(tmp_path / "truth.json", tiny, film, 350_000)
+
+
+def test_the_tiny_teacher_from_the_command_line_to_a_trained_branch(tmp_path, capsys):
+    """--train_tiny writes a VLM and maps of the world's clips; shuffled maps hold the same maps, of other clips; training reads them."""
+    import train
+    world_flags = ["--config", "debug", "--colour_cues", "--pool_dir", str(tmp_path / "pool"), "--world_clips", "24", "--val_clips", "4"]
+    teacher.main(["--train_tiny", "--minutes", "0.05", "--vlm", str(tmp_path / "tiny"), *world_flags])
+    assert "28 of 28" in capsys.readouterr().out
+    teacher.main(["--annotate", "mixed", "--kind", "shuffled", *world_flags])
+    cfg = config.check(config.preset("debug", colour_cues=True, pool_dir=str(tmp_path / "pool"), world_clips=24, val_clips=4))
+    pool = data.open_pool(cfg, progress=False)
+    own, mixed = (data.Maps(data.world_maps(cfg, pool, name)) for name in ("tiny_vlm", "mixed"))
+
+    def held(maps):
+        return {name: maps.read(files[0][2]) for name, files in maps.of.items()}
+    a, b = held(own), held(mixed)
+    signature = lambda found: sorted(tensors["background"].numpy().tobytes() for tensors, _ in found.values())
+    assert set(b) <= set(a) and set(signature(b)) <= set(signature(a))
+    kinds = {source[0]: tuple(categories) for source, categories in zip(pool.sources, pool.categories)}
+    several = [name for name in b if sum(kinds[other] == kinds[name] for other in kinds) > 1]
+    assert several and all(not torch.equal(a[name][0]["background"], b[name][0]["background"]) for name in several)
+    run = ["--out_dir", str(tmp_path / "run"), "--base_steps", "2", "--physics_steps", "3", "--eval_every", "3", "--save_every", "3"]
+    train.main(config.parse([*world_flags, *run, "--teacher", "tiny_vlm", "--background", "none"], ""))
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert any("held_out" in line and line["held_out"].get("fine_align", 0) > 0 for line in log)
+
+
+def test_divide_and_none_and_subtract_rank_a_token_differently():
+    maps, background = torch.tensor([2.0, 1.0]), torch.tensor([1.5, .2])
+    assert align.relative(maps, background, "none").argmax() == 0
+    assert align.relative(maps, background).tolist() == pytest.approx([.5, .8])
+    assert align.relative(maps, background, "divide").tolist() == pytest.approx([1 / 3, 4.0])
