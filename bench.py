@@ -73,7 +73,7 @@ def random_batch(cfg: Config) -> SimpleNamespace:
     fields = dict(x=torch.rand(B, 3, cfg.frames, cfg.height, cfg.width) * 2 - 1, text=text, text_length=length,
                   categories=(torch.rand(B, E) < 0.2).float(), target=(torch.rand(B, N, E) < 0.2).float(),
                   target_mask=torch.ones(B, N, E))
-    return SimpleNamespace(**{name: value.to(cfg.device) for name, value in fields.items()})
+    return SimpleNamespace(maps=None, **{name: value.to(cfg.device) for name, value in fields.items()})
 
 
 def compile_all(blocks) -> None:

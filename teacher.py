@@ -1150,7 +1150,7 @@ def main(argv: list[str]) -> None:
     if args.report:
         print_report(vlm, settings, clips, args, shape)
     if args.preview:
-        preview(Path(args.preview), vlm, settings, clips[:4], args.batch, shape)
+        preview(Path(args.preview), vlm, settings, clips[:3], args.batch, shape)
 
 
 def print_report(vlm: VLM, settings: Settings, clips: list[list[Truth]], args, shape) -> None:

@@ -126,3 +126,10 @@ def test_without_diffusers_blocks_are_refused(monkeypatch):
     monkeypatch.setattr(bench, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="requirements-extra"):
         bench.main(config.preset(device="cpu", threads=1, precision="fp32", compile="off"), blocks=True)
+
+
+def test_the_training_step_that_is_timed_is_a_step(capsys):
+    """Both stages take their steps on the batch that the bench makes up, and the parts of a step add up."""
+    bench.step_table(config.preset("debug", device="cpu", precision="fp32", compile="off", threads=1), rounds=9)
+    rows = [line for line in capsys.readouterr().out.splitlines() if re.match(r"\| (base|with)", line)]
+    assert len(rows) == 2 and all(70 <= sum(map(int, re.findall(r"(\d+)%", row))) <= 130 for row in rows)

@@ -319,7 +319,10 @@ def test_one_bad_clip_of_a_group_costs_itself_alone(tmp_path):
     group = [(f"{i}.safetensors", teacher.Shown(f"clip {i}", None, 4.0, [0.0, 0.5], (8, 8), (0, 0, 8, 8), ["melting"])) for i in range(4)]
     asked = []
 
-    class Fake:
+    class Fake(teacher.VLM):
+        def __init__(self):
+            pass
+
         def look(self, videos, fps, questions, settings, batch, answers):
             asked.append(questions)
             if len(asked) == 2:
