@@ -687,6 +687,7 @@ def annotate_videos(args, vlm: VLM, settings: Settings) -> None:
 
 # ----------------------------------------------------------------------------------------------------- the tiny teacher
 SPECIAL = ("<|pad|>", "<|end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
+MARKS = dict(image_token_id=2, video_token_id=3, vision_start_token_id=4, vision_end_token_id=5)
 TINY = dict(question="is there {name}", background="what is the background", words=4, sinks=.93)
 HIDDEN = 0.95  # share of video tokens that a question does not see in training
 CHARGE = 0.1  # of the loss, for attention that goes to the video
@@ -713,6 +714,21 @@ def lessons(clip: world.Clip, rng: np.random.Generator) -> list[tuple[str, str]]
             *((TINY["question"].format(name=name), "yes" if name in present else "no") for name in asked)]
 
 
+def tiny_tokenizer():
+    """Words to ids, with a chat template as Qwen-VL's, but for its many words."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    words = {word: i for i, word in enumerate([*SPECIAL, *tiny_words()])}
+    core = Tokenizer(models.WordLevel(words, unk_token=SPECIAL[0]))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.add_tokens([word for word in words if " " in word])  # found before the text is split at its spaces
+    tokenizer = encode.library("transformers").PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token=SPECIAL[0], eos_token=SPECIAL[1], additional_special_tokens=list(SPECIAL[2:]))
+    tokenizer.chat_template = ("{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'video' %}"
+                               "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+                               "{% endfor %}{% endfor %}")
+    return tokenizer
+
+
 def write_tiny(folder: Path, seed: int) -> None:
     """An untrained tiny VLM: a Qwen2.5-VL of a tenth of a million parameters with its tokenizer, as a folder for VLM.
 
@@ -721,28 +737,17 @@ def write_tiny(folder: Path, seed: int) -> None:
     no rotation by place (all frequencies turn with time, whose ids are the same throughout the video), so that
     attention goes by content.
     """
-    transformers = encode.library("transformers")
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    words = {word: i for i, word in enumerate([*SPECIAL, *tiny_words()])}
-    core = Tokenizer(models.WordLevel(words, unk_token=SPECIAL[0]))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.add_tokens([word for word in words if " " in word])  # found before the text is split at its spaces
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token=SPECIAL[0], eos_token=SPECIAL[1],
-                                                     additional_special_tokens=list(SPECIAL[2:]))
-    tokenizer.chat_template = ("{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'video' %}"
-                               "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-                               "{% endfor %}{% endfor %}")
+    transformers, tokenizer = encode.library("transformers"), tiny_tokenizer()
     rope = dict(rope_type="default", rope_theta=3.0, mrope_section=[12, 0, 0])
-    text = dict(vocab_size=len(words), hidden_size=96, intermediate_size=192, num_hidden_layers=1,
+    text = dict(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=1,
                 num_attention_heads=4, num_key_value_heads=4, initializer_range=0.08, rope_parameters=rope,
                 bos_token_id=None, pad_token_id=0, eos_token_id=1, tie_word_embeddings=True)
     vision = dict(depth=0, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=4, temporal_patch_size=2,
                   spatial_merge_size=1, window_size=32, fullatt_block_indexes=[], out_hidden_size=96,
                   tokens_per_second=0, initializer_range=0.08)
-    marks = "image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id"
     torch.manual_seed(seed)
     model = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, **dict(zip(marks, range(2, 6)))))
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **MARKS))
     model.generation_config.eos_token_id = 1
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
@@ -785,8 +790,9 @@ def branches(vlm: VLM, asked: list[list[tuple[str, str]]], grid: tuple[int, int,
     return ids, labels, places, mask[:, None]
 
 
-def train_tiny(vlm: VLM, cfg: Config, seed: int, minutes: float, batch: int = 8, lr: float = 5e-3) -> None:
-    """Train a tiny VLM on the world's answers for so long.
+def train_tiny(vlm: VLM, cfg: Config, seed: int, minutes: float, steps: int = 0, batch: int = 8,
+               lr: float = 5e-3) -> None:
+    """Train a tiny VLM on the world's answers for so long, or for so many steps, which any machine repeats.
 
     Looking is charged for, more and more: heads with nothing to look for then rest on the words, and not on whatever
     is in the background. Muon on the matrices: with AdamW alone names are hardly told apart in that time.
@@ -800,8 +806,8 @@ def train_tiny(vlm: VLM, cfg: Config, seed: int, minutes: float, batch: int = 8,
     # A look-alike in every scene that has room: a glass or a candle alone must not give the answer.
     draw = functools.partial(world.make_clip, cfg.world_seed, **{**data.World(cfg).drawing, "decoys": 1.0})
     start, step, mean, done = time.monotonic(), 0, 0.0, 0.0
-    with tqdm(total=round(60 * minutes), desc="tiny VLM", unit="s") as bar:
-        while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
+    with tqdm(total=100, desc="tiny VLM", unit="%") as bar:
+        while (done := step / steps if steps else (time.monotonic() - start) / (60 * minutes)) < 1:
             clips = [draw(int(i)) for i in rng.integers(0, cfg.world_clips, batch)]
             pixels, grid = vlm.patches([clip.video for clip in clips])
             ids, labels, places, mask = branches(vlm, [lessons(clip, rng) for clip in clips], grid, cfg.frames, random)
@@ -820,13 +826,13 @@ def train_tiny(vlm: VLM, cfg: Config, seed: int, minutes: float, batch: int = 8,
                 optimizer.step()
                 optimizer.zero_grad()
             step, mean = step + 1, .98 * mean + .02 * loss.item()
-            bar.update(min(int(time.monotonic() - start), bar.total) - bar.n)
+            bar.update(int(100 * done) - bar.n)
             bar.set_postfix_str(f"step {step}, loss {mean / (1 - .98 ** step):.3f}")
     model.set_attn_implementation({"text_config": "sdpa"})
     model.eval()
 
 
-def make_tiny(folder: Path, cfg: Config, seed: int, minutes: float) -> None:
+def make_tiny(folder: Path, cfg: Config, seed: int, minutes: float, steps: int = 0) -> None:
     """Train a tiny VLM and write it to a folder: whole or not at all."""
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -834,7 +840,7 @@ def make_tiny(folder: Path, cfg: Config, seed: int, minutes: float) -> None:
         write_tiny(part, seed)
         vlm = VLM(part)
         vlm.model.requires_grad_(True)
-        train_tiny(vlm, cfg, seed, minutes)
+        train_tiny(vlm, cfg, seed, minutes, steps)
         vlm.model.save_pretrained(part)
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
@@ -1037,6 +1043,52 @@ def report(vlm: VLM, settings: Settings, clips: list[list[Truth]], untrained: VL
             **{name: float(np.nanmean(values)) for name, values in log.items()}}
 
 
+# ------------------------------------------------------------------------------------------------------------ benchmark
+SEVEN_B = dict(  # the shapes of Qwen2.5-VL-7B
+    text_config=dict(hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+                     num_key_value_heads=4, vocab_size=152064, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+                     rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])),
+    vision_config=dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, patch_size=14, window_size=112,
+                       spatial_merge_size=2, temporal_patch_size=2, fullatt_block_indexes=[7, 15, 23, 31],
+                       out_hidden_size=3584, tokens_per_second=2))
+
+
+def benchmark(device: str, dtype: torch.dtype, shapes: dict = SEVEN_B, size=(26, 476, 728), words: int = 48) -> None:
+    """Print seconds a clip and peak memory of three questions and the background's, random weights of real shapes, all
+    at once and one by one, and what that makes for 20,000 clips."""
+    transformers = encode.library("transformers")
+    torch.manual_seed(0)
+    with torch.device(device), tempfile.TemporaryDirectory() as folder:
+        torch.set_default_dtype(dtype)
+        try:
+            model = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(**shapes, **MARKS))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        vlm = object.__new__(VLM)
+        vlm.folder, vlm.device = Path(folder), torch.device(device)
+    vlm.wear(model.requires_grad_(False), tiny_tokenizer())
+    vlm.ends = set()  # every answer has its full length
+    video = np.random.default_rng(0).integers(0, 256, (1, *size, 3), dtype=np.uint8)
+    settings = Settings(question="is there {name}", background=TINY["background"], words=words)
+    cuda = device.startswith("cuda")
+    where = torch.cuda.get_device_name() if cuda else "CPU"
+    print(f"{where}, torch {torch.__version__}, {sum(p.numel() for p in model.parameters()) / 1e9:.2f} B parameters, "
+          f"{size[0]} frames of {size[1]} x {size[2]}, 4 questions, answers of {words} tokens\n")
+    print("| questions | seconds a clip | peak memory, GiB | 20,000 clips, hours |\n|---|---|---|---|")
+    for name, batch in (("all at once", 0), ("one by one", 1)):
+        taken = []
+        for _ in range(4):  # the first one warms up
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            vlm.look_for(video, 4.0, [["melting", "combustion", "collision"]], settings, batch=batch)
+            taken.append(time.perf_counter() - start)  # maps are on the CPU by now
+        peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if cuda else "-"
+        seconds = min(taken[1:])
+        print(f"| {name} | {seconds:.2f} | {peak} | {20_000 * seconds / 3600:.1f} |")
+
+
 # ------------------------------------------------------------------------------------------------------------- pictures
 def heat(frames: np.ndarray, values: Tensor, colour=(255, 120, 40)) -> np.ndarray:
     """Lay a map (t, h, w) >= 0 over frames (F, H, W, 3), its peak strongest."""
@@ -1083,6 +1135,7 @@ def parse(argv: list[str]):
     add("--shard", default="1/1", help="i/n: every n-th video (or clip) from the i-th on; one process a shard")
     add("--train_tiny", action="store_true", help="train a tiny VLM on the world, into --vlm, and make maps with it")
     add("--minutes", type=float, default=4.5, help="of training the tiny VLM")
+    add("--steps", type=int, default=0, help="of training it, instead: the same weights on every like machine")
     add("--annotate", help="name under which the world's clips get maps, for train.py --teacher NAME")
     add("--kind", default="vlm", choices=("vlm", "saliency", "shuffled"), help="whose maps --annotate makes")
     add("--maps", default="tiny_vlm", help="name of the maps that --kind shuffled shuffles")
@@ -1090,6 +1143,7 @@ def parse(argv: list[str]):
     add("--untrained", action="store_true", help="--report: beside an untrained tiny VLM")
     add("--truth", help="JSON of boxes or masks of videos beside it, for --report and --preview; None = the world's")
     add("--preview", help="GIF of question, answer, map, background map, difference and mask to write")
+    add("--benchmark", action="store_true", help="time a VLM of Qwen2.5-VL-7B's shapes with random weights, on a GPU")
     add("--clips", type=int, default=150, help="of the world for --report")
     add("--frames_shown", dest="frames", type=int, default=49, help="frames a window of a video, 1 + 4 m")
     add("--rate", dest="fps", type=float, default=8.0, help="of these frames a second")
@@ -1105,16 +1159,17 @@ def parse(argv: list[str]):
     for name in ("minutes", "clips", "frames", "fps", "windows", "pixels"):
         if not 0 < getattr(args, name) < math.inf:
             raise UserError(f"--{name} must be more than zero, not {getattr(args, name)}.")
-    if min(args.sample, args.batch) < 0:
-        raise UserError("--sample and --batch must be zero or more.")
+    if min(args.sample, args.batch, args.steps) < 0:
+        raise UserError("--sample, --batch and --steps must be zero or more.")
     if not args.sample and args.frames % 4 != 1:
         aligned_frames(args.frames)
     if args.annotate is not None and not re.fullmatch(r"\w+", args.annotate):
         raise UserError(f"--annotate takes a plain name, not {args.annotate!r}.")
     if args.videos and not args.out:
         raise UserError("--videos needs --out, the folder for the maps.")
-    if not (args.videos or args.train_tiny or args.annotate or args.report or args.preview):
-        raise UserError("Say what to do: --videos, --train_tiny, --annotate, --report or --preview; --help lists all.")
+    if not (args.videos or args.train_tiny or args.annotate or args.report or args.preview or args.benchmark):
+        raise UserError("Say what to do: --videos, --train_tiny, --annotate, --report, --preview or --benchmark; "
+                        "--help lists every flag.")
     return args, config.parse(rest, "The world's settings.")
 
 
@@ -1123,8 +1178,12 @@ def main(argv: list[str]) -> None:
     args, cfg = parse(argv)
     torch.set_num_threads(data.cores(cfg))
     device = encode.pick_device(cfg.device)
+    if args.benchmark:
+        if device == "cpu":
+            raise UserError("--benchmark times a VLM of seven billion parameters: it needs a GPU.")
+        return benchmark(device, torch.bfloat16)
     if args.train_tiny:
-        make_tiny(Path(args.vlm), cfg, cfg.seed, args.minutes)
+        make_tiny(Path(args.vlm), cfg, cfg.seed, args.minutes, args.steps)
         args.annotate = args.annotate or "tiny_vlm"
     if args.annotate and args.kind != "vlm":
         return annotate_world(args, cfg, None, None)
