@@ -508,8 +508,8 @@ def explained(vlm: VLM, videos: int, shape: tuple, batch: int):
         raise Stopped(
             f"The device's memory is full: weights {weights:.1f} GiB, {videos} video(s) of {shape}, {batch} questions "
             f"at once over {text.num_hidden_layers} layers. What helps, most first: --batch 1 (each question keeps its "
-            "own keys and values), fewer --pixels (smaller frames), fewer --frames, --dtype bf16, --answer \"{name}\" "
-            "(no decoding), a smaller VLM.") from None
+            "own keys and values), fewer --pixels (smaller frames), fewer --frames_shown, --dtype bf16, --answer "
+            "\"{name}\" (no decoding), a smaller VLM.") from None
 
 
 # --------------------------------------------------------------------------------------------------------- maps on disk
@@ -641,12 +641,9 @@ def windows(video: data.Video, vlm: VLM, cfg: Config, most: int) -> list[data.Wi
     return data.windows_of(video.path, dataclasses.replace(cfg, frames=frames, height=height, width=width))
 
 
-def annotate_videos(args, vlm: VLM, settings: Settings) -> None:
+def annotate_videos(args, folder: data.Folder, vlm: VLM, settings: Settings) -> None:
     """--videos: maps of a folder's videos. Raises UserError and Stopped."""
-    cfg = config.preset("small", data_dir=args.videos, annotations=args.annotations, frames=args.frames, fps=args.fps,
-                        windows=args.windows)
-    folder = data.Folder(cfg)
-    first, shards = encode.shard_of(args.shard)
+    cfg, (first, shards) = folder.cfg, encode.shard_of(args.shard)
     asked = map_settings(vlm, settings, frames=args.frames, fps=args.fps, windows=args.windows, sample=args.sample,
                          pixels=args.pixels, all=args.all)
     store, tally = Store(Path(args.out), asked, f"{first + 1}of{shards}"), Tally()
@@ -1156,9 +1153,11 @@ def parse(argv: list[str]):
     for f in dataclasses.fields(Settings):
         add(f"--{f.name}", type=f.type, default=None, help=f"[{getattr(own, f.name)}]".replace("%", "%%"))
     args, rest = parser.parse_known_args(argv)
-    for name in ("minutes", "clips", "frames", "fps", "windows", "pixels"):
+    for name, flag in (("minutes",) * 2, ("clips",) * 2, ("pixels",) * 2, ("frames", "frames_shown"), ("fps", "rate"),
+                       ("windows", "windows_taken")):
         if not 0 < getattr(args, name) < math.inf:
-            raise UserError(f"--{name} must be more than zero, not {getattr(args, name)}.")
+            raise UserError(f"--{flag} must be more than zero, not {getattr(args, name)}.")
+    encode.shard_of(args.shard)
     if min(args.sample, args.batch, args.steps) < 0:
         raise UserError("--sample, --batch and --steps must be zero or more.")
     if not args.sample and args.frames % 4 != 1:
@@ -1190,10 +1189,13 @@ def main(argv: list[str]) -> None:
     dtype = torch.bfloat16 if args.dtype == "bf16" or args.dtype == "auto" and device == "cuda" else torch.float32
     if not Path(args.vlm).is_dir():
         raise UserError(f"There is no VLM in {args.vlm}: give --vlm DIR, or make a tiny one with --train_tiny.")
+    if args.videos:  # read before a VLM is, which may take minutes
+        folder = data.Folder(config.preset("small", data_dir=args.videos, annotations=args.annotations,
+                                           frames=args.frames, fps=args.fps, windows=args.windows))
     vlm = VLM(args.vlm, device, dtype)
     settings = vlm.settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)})
     if args.videos:
-        annotate_videos(args, vlm, settings)
+        annotate_videos(args, folder, vlm, settings)
     if args.annotate:
         annotate_world(args, cfg, vlm, settings)
     if not (args.report or args.preview):
