@@ -777,7 +777,7 @@ class Maps:
         try:
             settings = json.loads((self.folder / "maps.json").read_text(encoding="utf-8"))
             index = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
-            self.key, self.of = settings["key"], {}
+            self.made_with, self.of = settings["key"], {}
             for file, source, start, end in index["clips"]:
                 self.of.setdefault(source, []).append((float(start), float(end), str(file)))
         except FileNotFoundError as e:
@@ -785,7 +785,8 @@ class Maps:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{self.folder} is not what teacher.py left there: its maps.json or index.json is "
                             "damaged.") from None
-        if index.get("key") != self.key:
+        self.key = digest([self.made_with, sorted(self.of.items())])  # of settings and of what is there
+        if index.get("key") != self.made_with:
             raise UserError(f"{self.folder} is stale: its index.json is of other settings than its maps.json; run "
                             "teacher.py again.")
 
@@ -800,7 +801,7 @@ class Maps:
             tqdm.write(f"{self.folder / 'clips' / file} is left out ({self.damaged[file]}); delete it and run "
                        "teacher.py again to mend it.", file=sys.stderr)
             return None
-        if about["key"] != self.key:
+        if about["key"] != self.made_with:
             raise UserError(f"{self.folder / 'clips' / file} is stale, made with other settings than maps.json beside "
                             "it says: delete it and run teacher.py again.")
         return tensors, about
@@ -871,9 +872,17 @@ class Stream:
 
     @property
     def unmapped(self) -> int:
-        """How many training clips have no map, so that L_fine_align skips them."""
-        names = self.pool.names
-        return sum(names[row] not in self.maps.of for row in self.pool.train) if self.maps else 0
+        """How many training clips have no map, so that L_fine_align skips them. Of a cache, whose index has no times,
+        only those of videos without any map."""
+        if not self.maps:
+            return 0
+        if not isinstance(self.pool, Pool):
+            return sum(self.pool.names[row] not in self.maps.of for row in self.pool.train)
+        first, *_, last = (*token_times(self.cfg), *token_times(self.cfg)[-1:])
+
+        def mapped(name: str, start: float, *_) -> bool:
+            return any(begin <= start + last and start + first <= end for begin, end, _ in self.maps.of.get(name, ()))
+        return sum(not mapped(*self.pool.sources[row]) for row in self.pool.train)
 
     def looked_at(self, sources: list) -> tuple[Tensor | None, Tensor | None]:
         """A teacher's maps (B, N, E_cat) and background (B, N) for clips from `sources`; NaN where it says nothing."""

@@ -121,6 +121,9 @@ def load_run(run_dir, checkpoint: str = "best", device: str = "cpu"):
     """
     run = Path(run_dir)
     cfg = config.check(config.load(run / "config.json"))
+    if cfg.latent and not cfg.freeze_backbone:
+        raise UserError(f"{run} trained an official backbone along (--freeze_backbone false): sample.py cannot make its "
+                        "clips yet.")
     if cfg.latent:
         raise UserError(f"{run} is a branch for official weights: sample.py --weights {cfg.weights} --branch "
                         f"{run}/branch.safetensors makes its clips, and no law is measured on them.")
@@ -211,7 +214,7 @@ def read_branch(path: Path, weights: Path) -> tuple[Config, dict[str, Tensor]]:
                       for name, p in ProPhy(build_backbone(theirs), cfg).branch_state().items()}
     except UserError as e:
         raise UserError(f"{path} cannot be attached to {weights}: {e}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as e:
         raise UserError(f"{path} describes no branch ({type(e).__name__}: {e}).") from None
     odd = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
     if odd:

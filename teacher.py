@@ -831,6 +831,9 @@ def train_tiny(vlm: VLM, cfg: Config, seed: int, minutes: float, steps: int = 0,
 
 def make_tiny(folder: Path, cfg: Config, seed: int, minutes: float, steps: int = 0) -> None:
     """Train a tiny VLM and write it to a folder: whole or not at all."""
+    if not folder.name or folder.exists():
+        raise UserError(f"{folder} is there already: `--annotate tiny_vlm` makes its maps; to train another VLM give "
+                        "another --vlm, or delete it.")
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -839,7 +842,6 @@ def make_tiny(folder: Path, cfg: Config, seed: int, minutes: float, steps: int =
         vlm.model.requires_grad_(True)
         train_tiny(vlm, cfg, seed, minutes, steps)
         vlm.model.save_pretrained(part)
-        shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
     except OSError as e:
         raise Stopped(f"The tiny VLM could not be written to {folder}: {e.strerror or e}.") from None
@@ -880,22 +882,29 @@ def annotate_world(args, cfg: Config, vlm: VLM | None, settings: Settings | None
     names, there = [store.name(video) for video in rows], store.there()
     have = {name for name in names if name in there}
     todo = [row for row in range(first, len(rows), shards) if names[row] not in have]
-    with tqdm(total=len(todo), desc=f"maps by {args.kind}", unit="clip") as bar:
-        groups = ([(f"{names[row]}-0of1.safetensors", of_world(pool, row, vlm.merged if vlm else 2))
-                   for row in todo[at:at + GROUP]] for at in range(0, len(todo), GROUP))
-        if args.kind == "vlm":
-            annotate(vlm, settings, store, groups, tally, args.batch, [], bar)
-        elif args.kind == "saliency":
-            for group in groups:
-                for file, clip in group:
-                    change = saliency(clip.frames, len(clip.times))
-                    look, even = (Look("", m[None, None], False) for m in (change, torch.ones_like(change)))
-                    write_map(store, file, clip, [(name, look) for name in clip.names], even, Settings(), tally)
-                bar.update(len(group))
-        else:
-            shuffle(pool, rows, names, todo, other, store, tally, bar)
-    index = store.write_index(rows, names)
-    print(f"{tally.made} maps made, {len(have)} were there; {store.out} holds {index['done']} of {len(rows)}{tally}")
+    skipped = []
+    try:
+        with tqdm(total=len(todo), desc=f"maps by {args.kind}", unit="clip") as bar:
+            groups = ([(f"{names[row]}-0of1.safetensors", of_world(pool, row, vlm.merged if vlm else 2))
+                       for row in todo[at:at + GROUP]] for at in range(0, len(todo), GROUP))
+            if args.kind == "vlm":
+                annotate(vlm, settings, store, groups, tally, args.batch, skipped, bar)
+            elif args.kind == "saliency":
+                for group in groups:
+                    for file, clip in group:
+                        change = saliency(clip.frames, len(clip.times))
+                        look, even = (Look("", m[None, None], False) for m in (change, torch.ones_like(change)))
+                        write_map(store, file, clip, [(name, look) for name in clip.names], even, Settings(), tally)
+                    bar.update(len(group))
+            else:
+                shuffle(pool, rows, names, todo, other, store, tally, bar)
+        index = store.write_index(rows, names)
+    except OSError as e:
+        raise Stopped(f"{e.filename or store.out} cannot be read or written any more: {e.strerror or e}.") from None
+    if not index["clips"]:
+        raise UserError(f"No map could be made{': ' + data.listed(skipped) if skipped else ''}.")
+    print(f"{tally.made} maps made, {len(have)} were there; {store.out} holds {index['done']} of {len(rows)}{tally}"
+          + (f"; skipped {len(skipped)}: {data.listed(skipped)}" if skipped else ""))
 
 
 def shuffle(pool: data.Pool, rows: list, names: list[str], todo: list[int], other: data.Maps, store: Store,
@@ -950,6 +959,8 @@ def of_json(path: Path, vlm: VLM, cfg: Config, most: int) -> list[list[Truth]]:
     for name, phenomena in encode.read_json(path).items():
         try:
             window = windows(data.Video(name, path.parent / name, "", []), vlm, cfg, most)[0]
+            if not phenomena:
+                raise ValueError("it names no phenomenon")
             F_, H, W = window.video.shape[:3]
             when = window.start + np.arange(F_) / cfg.fps
             y, x = (np.arange(H) + .5) / H, (np.arange(W) + .5) / W
@@ -970,6 +981,8 @@ def of_json(path: Path, vlm: VLM, cfg: Config, most: int) -> list[list[Truth]]:
             found.append([dataclasses.replace(truth, objects=every) for truth in clip])
         except Exception as e:  # of a decoder, or of the file's shape
             raise UserError(f"{path}: {name} cannot be used ({e or type(e).__name__}).") from None
+    if not found:
+        raise UserError(f"{path} names no video.")
     return found
 
 
@@ -999,7 +1012,8 @@ def covered(mask: np.ndarray, grid: tuple[int, int, int], share: float = data.PO
 
 def report(vlm: VLM, settings: Settings, clips: list[list[Truth]], untrained: VLM | None, batch: int, shape) -> dict:
     """{row: {measure: mean}}: every kind of rows, layer band and background, then the rivals that need no VLM, or an
-    untrained one; and means of what else is worth a look. shape: (truth, frames) of what the VLM is shown."""
+    untrained one; and means of what else is worth a look. Masks are averaged over equal parts of the clip: with aligned
+    frames of a real video that is up to a frame and a half off. shape: (truth, frames) of what the VLM is shown."""
     rows, order = {}, bands(len(vlm.layers))
     log = {"answers that affirm": [], "mass on the video": [], "overlap": []}
     prior = {}
@@ -1116,6 +1130,9 @@ def preview(path: Path, vlm: VLM, settings: Settings, clips: list[list[Truth]], 
                   ("difference", heat(truth.video, align.relative(one, bg).clamp(min=0))),
                   ("exact mask", world.tint(truth.video, truth.mask, (255, 120, 40), .7))]
         rows.append(tile(truth.video, panels, f"{settings.ask(truth.name)}: {look.answer}", scale))
+    longest, widest = (max(row.shape[axis] for row in rows) for axis in (0, 2))
+    rows = [np.pad(np.pad(row, ((0, longest - len(row)), (0, 0), (0, 0), (0, 0)), mode="edge"),
+                   ((0, 0), (0, 0), (0, widest - row.shape[2]), (0, 0))) for row in rows]
     world.save_gif(path, np.concatenate(rows, 1), max(1, clips[0][0].fps / 2))
     print(f"wrote {path}")
 
@@ -1124,6 +1141,8 @@ def preview(path: Path, vlm: VLM, settings: Settings, clips: list[list[Truth]], 
 def parse(argv: list[str]):
     """-> the flags of this file, and the Config that the rest describes (the world, threads, pool_dir)."""
     parser = config.Parser("Where a vision-language model looks, as maps that teach the refinement router.")
+    parser.epilog = ("The world, --device, --threads, --seed and --pool_dir are set as for train.py; its --help lists "
+                     "them.")
     add, own = parser.add_argument, Settings()
     add("--videos", help="folder of videos: make their maps")
     add("--annotations", default="", help="captions.json or a WISA list; empty = the folder's captions.json")
@@ -1153,6 +1172,15 @@ def parse(argv: list[str]):
     for f in dataclasses.fields(Settings):
         add(f"--{f.name}", type=f.type, default=None, help=f"[{getattr(own, f.name)}]".replace("%", "%%"))
     args, rest = parser.parse_known_args(argv)
+    check(args, rest)
+    cfg = config.parse(rest, "The world's settings.")
+    if cfg.data_dir and (args.annotate or args.train_tiny):
+        raise UserError("--annotate and --train_tiny are for the world; --videos makes maps of a folder.")
+    return args, cfg
+
+
+def check(args, rest: list[str]) -> None:
+    """The first broken rule of the flags as one sentence; rest: those for the Config. Raises UserError."""
     for name, flag in (("minutes",) * 2, ("clips",) * 2, ("pixels",) * 2, ("frames", "frames_shown"), ("fps", "rate"),
                        ("windows", "windows_taken")):
         if not 0 < getattr(args, name) < math.inf:
@@ -1169,7 +1197,14 @@ def parse(argv: list[str]):
     if not (args.videos or args.train_tiny or args.annotate or args.report or args.preview or args.benchmark):
         raise UserError("Say what to do: --videos, --train_tiny, --annotate, --report, --preview or --benchmark; "
                         "--help lists every flag.")
-    return args, config.parse(rest, "The world's settings.")
+    if args.preview and not (args.preview.lower().endswith(".gif") and Path(args.preview).parent.is_dir()):
+        raise UserError(f"--preview takes a .gif in a folder that is there, not {args.preview!r}.")
+    if args.truth and not Path(args.truth).is_file():
+        raise UserError(f"There is no {args.truth}.")
+    odd = {word.split("=")[0] for word in rest} & {"--frames", "--fps", "--windows", "--height", "--width"}
+    if odd and (args.videos or args.truth):
+        raise UserError(f"{', '.join(sorted(odd))} shapes the world's clips; for videos there are --frames_shown, "
+                        "--rate, --windows_taken and --pixels.")
 
 
 def main(argv: list[str]) -> None:
@@ -1182,8 +1217,11 @@ def main(argv: list[str]) -> None:
             raise UserError("--benchmark times a VLM of seven billion parameters: it needs a GPU.")
         return benchmark(device, torch.bfloat16)
     if args.train_tiny:
-        make_tiny(Path(args.vlm), cfg, cfg.seed, args.minutes, args.steps)
         args.annotate = args.annotate or "tiny_vlm"
+        old = data.world_maps(cfg, data.open_pool(cfg), args.annotate)
+        if old.exists():
+            raise UserError(f"{old} holds maps of another VLM: delete it, or give --annotate another name.")
+        make_tiny(Path(args.vlm), cfg, cfg.seed, args.minutes, args.steps)
     if args.annotate and args.kind != "vlm":
         return annotate_world(args, cfg, None, None)
     dtype = torch.bfloat16 if args.dtype == "bf16" or args.dtype == "auto" and device == "cuda" else torch.float32

@@ -497,7 +497,7 @@ def model_card(cfg: Config, about: dict) -> str:
     names = data.category_names(cfg)
     settings = (*sample.BRANCH_FIELDS, "seed", "precision", "batch_size", "optimizer", "physics_lr", "schedule",
                 "warmup", "weight_decay", "clip", "ema", "caption_dropout", "coarse_weight", "fine_weight",
-                "balance_weight", "coarse_loss", "reduction", "negatives")
+                "balance_weight", "coarse_loss", "reduction", "negatives", "teacher", "background")
     return CARD.format(
         front=front, licence=licence, what=" and ".join(what), weights=about["weights"], step=about["step"],
         upstream=base or f"a {fits['lineage']} transformer of width {fits['dim']}", physics_steps=cfg.physics_steps,
@@ -717,8 +717,9 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
             if not branch.is_file():  # the finished run lost it: made again, by --resume, from the last step's weights
                 loss = held_out_loss(state, process, clips)["diffusion"]
                 publish(state, run, loss, clips.categories_present)
-        print(f"Done: {run}, held-out diffusion loss {state.best:.4f}. Next:\n"
-              f"python sample.py {from_run} --prompt \"{next(iter(prompts))}\"")
+        print(f"Done: {run}, held-out diffusion loss {state.best:.4f}.")
+        if state.publishable or not cfg.latent:
+            print(f"Next:\npython sample.py {from_run} --prompt \"{next(iter(prompts))}\"")
     else:
         print(f"Stopped at step {state.step} of {total} and saved; go on with --resume.")
 

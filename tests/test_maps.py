@@ -442,7 +442,7 @@ def test_all_phenomena_by_switch_and_even_sampling(vlm, videos, tmp_path):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (dict(frames_shown=48), "1 + 4 m"), (dict(rate=0), "--fps"), (dict(rate="nan"), "--fps"), (dict(shard="3/2"), "--shard"), (dict(batch=-1), "--batch"),
+    (dict(frames_shown=48), "1 + 4 m"), (dict(rate=0), "--rate"), (dict(rate="nan"), "--rate"), (dict(shard="3/2"), "--shard"), (dict(batch=-1), "--batch"),
     (dict(annotations="nowhere.json"), "nowhere.json"), (dict(windows_taken=-1), "--windows"), (dict(rows="tokens"), "--rows"), (dict(pixels=0), "--pixels"),
     (dict(layers="7"), "--layers"), (dict(words="few"), "--words"), (dict(question="{nom}"), "--question"), (dict(heads="1"), "--heads")])
 def test_wrong_flags_are_one_sentence(vlm, videos, tmp_path, flags, words):

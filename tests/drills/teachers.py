@@ -23,13 +23,18 @@ def run(*command: str) -> None:
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
 
 
+def again(out: str) -> list[str]:
+    """What a run that was stopped half-way needs."""
+    return ["--resume"] * any((ROOT / out / "checkpoints").glob("step*.pt"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--base_steps", default="3100")
     parser.add_argument("--physics_steps", default="450")
     parser.add_argument("--negatives", default="0.02", help="see config.py")
-    parser.add_argument("--world_clips", default="16000")
+    parser.add_argument("--world_clips", default="16000", help="those that the tiny VLM's maps were made of")
     parser.add_argument("--out", default="runs/teachers")
     parser.add_argument("--pool_dir", default="data")
     parser.add_argument("--threads", default="0")
@@ -44,12 +49,12 @@ def main() -> None:
         base = f"{args.out}/base{seed}"
         if not (ROOT / base / "checkpoints/base.pt").exists():
             run("train.py", *world, "--seed", str(seed), "--base_steps", args.base_steps, "--physics_steps", "0",
-                "--out_dir", base)
+                "--out_dir", base, *again(base))
         for name, flags in TEACHERS.items():
             out = f"{args.out}/{name.replace(' ', '_')}{seed}"
             if not (ROOT / out / "checkpoints" / f"step{int(args.physics_steps):06d}.pt").exists():
                 run("train.py", *world, "--seed", str(seed), "--init_from", base, "--physics_steps", args.physics_steps,
-                    "--negatives", args.negatives, "--out_dir", out, *flags)
+                    "--negatives", args.negatives, "--out_dir", out, *flags, *again(out))
             run("evaluate.py", "--run", out, "--n", args.n, "--precision", "bf16", "--checkpoint", "last")
             found[name].append(json.loads((ROOT / out / "evaluation.json").read_text()))
     levels = list(next(iter(found.values()))[0]["localisation"]["rows"]["location prior"])
