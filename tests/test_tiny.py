@@ -224,3 +224,16 @@ def test_seven_billion_parameters():
     with torch.device("meta"):
         model = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(**teacher.SEVEN_B, **teacher.MARKS))
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(8.29e9, rel=.01)  # as Qwen2.5-VL-7B-Instruct counts itself
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--train_tiny", "--vlm", "HERE"], "is there already"), (["--preview", "p.txt", "--vlm", "HERE"], ".gif"), (["--preview", "no/p.gif"], ".gif"),
+    (["--report", "--truth", "none.json"], "none.json"), (["--videos", "v", "--out", "m", "--fps", "4"], "--rate"),
+    (["--annotate", "x", "--data_dir", "v"], "--videos"), (["--train_tiny", "--steps", "-1"], "--steps"), ([], "Say what to do")])
+def test_what_is_refused_before_any_work_and_deletes_nothing(tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "HERE").mkdir()
+    (tmp_path / "HERE" / "model.safetensors").write_text("mine")
+    with pytest.raises(config.UserError, match=re.escape(words)):
+        teacher.main([*flags, "--config", "debug", "--world_clips", "8", "--val_clips", "2", "--device", "cpu", "--threads", "1"])
+    assert (tmp_path / "HERE" / "model.safetensors").read_text() == "mine"
