@@ -607,8 +607,8 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
         stored = json.loads((run / "config.json").read_text())
         why = stored.get("resolved", why)
         if stored.get("data") != clips.key:
-            raise UserError(f"The clips of {cfg.data_dir or 'the world'}, or the maps of --teacher, are not those that "
-                            f"{run} was started with; --resume needs the same.")
+            raise UserError(f"The clips of {cfg.data_dir or 'the world'} are not those that {run} was started with, or "
+                            "the maps of --teacher are not; --resume needs the same.")
 
     # --- weights, new or as they were
     state = State(cfg, len(tokenizer) if tokenizer else 0)
