@@ -785,6 +785,8 @@ class Maps:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{self.folder} is not what teacher.py left there: its maps.json or index.json is "
                             "damaged.") from None
+        if not self.of:
+            raise UserError(f"There is no map in {self.folder}: teacher.py made none.")
         self.key = digest([self.made_with, sorted(self.of.items())])  # of settings and of what is there
         if index.get("key") != self.made_with:
             raise UserError(f"{self.folder} is stale: its index.json is of other settings than its maps.json; run "
