@@ -568,25 +568,29 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
 
 
 def test_two_runs_build_once(tmp_path, monkeypatch, capsys):
-    cfg, built, fill, begun = cfg_of(tmp_path), [], data.World.fill, threading.Event()
+    import fcntl
+    cfg, built, fill, flock = cfg_of(tmp_path), [], data.World.fill, fcntl.flock
+    begun, waits = threading.Event(), threading.Event()
 
     def slow(self, add, progress):
         built.append(1)
         begun.set()
-        second_waits.wait(5)
+        assert waits.wait(60)  # the second run stands before the lock while the first still builds
         return fill(self, add, progress)
 
-    second_waits = threading.Event()
+    def seen(handle, how):
+        if not how & fcntl.LOCK_NB:
+            waits.set()
+        return flock(handle, how)
+
     monkeypatch.setattr(data.World, "fill", slow)
+    monkeypatch.setattr("fcntl.flock", seen)
     with concurrent.futures.ThreadPoolExecutor(2) as runs:
         first = runs.submit(opened, cfg)
-        begun.wait(5)
+        assert begun.wait(60)
         second = runs.submit(opened, cfg)
-        while "waiting for it" not in capsys.readouterr().out:
-            assert not second.done()
-        second_waits.set()
         assert np.array_equal(first.result().video, second.result().video)
-    assert len(built) == 1
+    assert len(built) == 1 and "waiting for it" in capsys.readouterr().out
 
 
 def test_without_locks_pools_are_built_all_the_same(tmp_path, monkeypatch):
