@@ -686,8 +686,8 @@ def annotate_videos(args, folder: data.Folder, vlm: VLM, settings: Settings) -> 
 SPECIAL = ("<|pad|>", "<|end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 MARKS = dict(image_token_id=2, video_token_id=3, vision_start_token_id=4, vision_end_token_id=5)
 TINY = dict(question="is there {name}", background="what is the background", words=4, sinks=.93)
-HIDDEN = 0.95  # share of video tokens that a question does not see in training
-CHARGE = 0.1  # of the loss, for attention that goes to the video
+KEPT = 24  # video tokens that a question may see in training
+GLIMPSES = 4  # draws of so many from each video
 GROUP = 32  # clips of the world that are looked at together
 
 
@@ -697,18 +697,30 @@ def tiny_words() -> list[str]:
     return ["is", "there", "what", "the", "background", "yes", "no", "nothing", *world.PHENOMENA]
 
 
-def lessons(clip: world.Clip, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions and answers about a clip: words alone, never a mask. What is there is asked for four times, each time
-    with other tokens hidden; so is what only looks as if it were there (the caption tells), for otherwise a glass or a
-    table, which are larger, would be looked for instead of what happens in them. Asked for a side as well ("left"), it
-    finds out what is on each side and never looks anything up."""
-    present = [actor.phenomenon for actor in clip.actors]
-    absent = [name for name in world.PHENOMENA if name not in present]
-    alike = [name for name in absent if any(re.search(phrase.replace("{c}", r"\w+"), clip.caption)
-                                            for phrase in world.PHENOMENA[name].decoy_phrases)]
-    asked = 4 * (present + alike) + [absent[i] for i in rng.permutation(len(absent))[:4]]
+def lessons(clip: world.Clip, still: bool, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Questions and answers about a clip: words alone, never a mask. Some are asked several times, each answer counts.
+
+    still: it is a photograph, in which nothing happens. What only looks as if it happened is asked for as well (the
+    caption tells, or it is a photograph), for otherwise a press or a hot plate, as sure a sign as what happens in it
+    and often larger, would be looked for.
+    """
+    shown = [actor.phenomenon for actor in clip.actors]
+    alike = [name for name in world.PHENOMENA if name not in shown
+             and any(re.search(phrase.replace("{c}", r"\w+"), clip.caption)
+                     for phrase in world.PHENOMENA[name].decoy_phrases)]
+    present, alike = ([], shown + alike) if still else (shown, alike)
+    absent = [name for name in world.PHENOMENA if name not in shown]
+    asked = 3 * present + 2 * alike + [str(rng.choice(absent))]
     return [(TINY["background"], "nothing"),
             *((TINY["question"].format(name=name), "yes" if name in present else "no") for name in asked)]
+
+
+def photograph(cfg: Config, rng: np.random.Generator) -> world.Clip:
+    """A still of the world, in any colours: colour cues and motion are missing, everything else is there."""
+    drawing = {**data.World(cfg).drawing, "decoys": 1.0, "colour_cues": False}
+    clip = world.make_clip(cfg.world_seed, int(rng.integers(cfg.world_clips)), **drawing)
+    still = np.broadcast_to(clip.video[rng.integers(cfg.frames)], clip.video.shape)
+    return dataclasses.replace(clip, video=still)
 
 
 def tiny_tokenizer():
@@ -755,23 +767,23 @@ def write_tiny(folder: Path, seed: int) -> None:
     config.write(folder / "teacher.json", json.dumps(TINY))
 
 
-def branches(vlm: VLM, asked: list[list[tuple[str, str]]], grid: tuple[int, int, int], fps: float,
-             random: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One sequence a video: its tokens once, then a branch a question, which sees the video and itself alone.
+def branches(vlm: VLM, asked: list[list[tuple[str, str]]], grid: tuple[int, int, int], fps: float
+             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One sequence a row of questions: KEPT video tokens once, then a branch a question, which sees them and itself.
 
-    -> ids, labels (B, S), places (3, B, S), mask (B, 1, S, S). Token dropout: each branch is blind to HIDDEN of the
-    video's tokens, so that no single token will do and attention must find all of an object.
+    -> ids, labels (B, S), places (3, B, S), mask (B, 1, S, S).
     """
-    prefix, _ = vlm.prompt(TINY["background"], grid, fps)
-    words = {text: vlm.tokenizer(text).input_ids for row in asked for pair in row for text in pair}
-    P, N = len(prefix), math.prod(grid)
+    whole, _ = vlm.prompt(TINY["background"], grid, fps)
+    places = vlm.positions(whole, grid, fps)  # (3, 1, n): all tokens of the video stand at the same place
+    dropped = set([i for i, token in enumerate(whole) if token == vlm.pad][KEPT:])
+    left = [i for i in range(len(whole)) if i not in dropped]
+    words = {text: vlm.tokenizer(text).input_ids for text in {text for row in asked for pair in row for text in pair}}
+    end, first, P = vlm.tokenizer.eos_token_id, int(places.max()) + 1, len(left)
     S = P + max(sum(len(words[q] + words[a]) + 1 for q, a in row) for row in asked)
     ids, labels = torch.zeros(len(asked), S, dtype=torch.int64), torch.full((len(asked), S), -100)
-    places = torch.zeros(3, len(asked), S, dtype=torch.int64)
-    ids[:, :P], places[:, :, :P] = torch.tensor(prefix), vlm.positions(prefix, grid, fps)
-    mask = torch.zeros(len(asked), S, S, dtype=torch.bool)
+    ids[:, :P], places = torch.tensor(whole)[left], F.pad(places[:, :, left], (0, S - P)).repeat(1, len(asked), 1)
+    mask = torch.eye(S, dtype=torch.bool).repeat(len(asked), 1, 1)  # everyone sees itself, padding too
     mask[:, :P, :P] = torch.ones(P, P, dtype=torch.bool).tril()
-    video, end, first = torch.tensor(prefix) == vlm.pad, vlm.tokenizer.eos_token_id, int(places[:, 0, :P].max()) + 1
     for b, row in enumerate(asked):
         at = P
         for question, answer in row:
@@ -779,43 +791,75 @@ def branches(vlm: VLM, asked: list[list[tuple[str, str]]], grid: tuple[int, int,
             here = slice(at, at + len(tail))
             ids[b, here], places[:, b, here] = torch.tensor(tail), first + torch.arange(len(tail))
             labels[b, at + length - 1:at + len(tail) - 1] = torch.tensor(tail[length:])
-            seen = ~video
-            seen[video] = torch.rand(N, generator=random) >= HIDDEN
-            mask[b, here, :P], mask[b, here, here] = seen, torch.ones(len(tail), len(tail), dtype=torch.bool).tril()
+            mask[b, here, :P], mask[b, here, here] = True, torch.ones(len(tail), len(tail), dtype=torch.bool).tril()
             at += len(tail)
-    mask |= torch.eye(S, dtype=torch.bool)  # everyone sees itself, padding too
     return ids, labels, places, mask[:, None]
+
+
+def glimpses(vlm: VLM, clips: list[world.Clip], random: torch.Generator) -> tuple[Tensor, tuple[int, int, int]]:
+    """Pixel values (B GLIMPSES KEPT, C) of tokens drawn from each clip (all, where there are fewer), and the grid t h w
+    of all its tokens.
+
+    Token dropout: no single token will do, so attention must find all of an object. As the tiny VLM's tokens know
+    nothing of each other, those that a question may not see need not be there at all, which makes a step cheap.
+    """
+    pixels, grid = vlm.patches([clip.video for clip in clips])
+    pixels = pixels.unflatten(0, (len(clips), -1)).repeat_interleave(GLIMPSES, 0)  # (B GLIMPSES, N, C)
+    drawn = torch.rand(pixels.shape[:2], generator=random).argsort(1)[:, :KEPT]
+    return pixels.gather(1, drawn[..., None].expand(-1, -1, pixels.shape[2])).flatten(0, 1), grid
+
+
+def answer_loss(vlm: VLM, cfg: Config, n: int, rng: np.random.Generator, random: torch.Generator) -> Tensor:
+    """Cross-entropy of the answers about n clips; every other one is a photograph."""
+    # A look-alike in every scene that has room: a glass or a candle alone must not give the answer.
+    drawing = {**data.World(cfg).drawing, "decoys": 1.0}
+    clips = [photograph(cfg, rng) if i % 2 else
+             world.make_clip(cfg.world_seed, int(rng.integers(cfg.world_clips)), **drawing) for i in range(n)]
+    pixels, grid = glimpses(vlm, clips, random)
+    ids, labels, places, mask = branches(vlm, [lessons(clip, bool(i % 2), rng) for i, clip in enumerate(clips)], grid,
+                                         cfg.frames)
+    ids, labels, mask = (x.repeat_interleave(GLIMPSES, 0) for x in (ids, labels, mask))
+    places, told = places.repeat_interleave(GLIMPSES, 1), labels >= 0
+    thw = torch.tensor([[len(pixels) // len(ids), 1, 1]] * len(ids))  # as if each token were a frame of its own
+    out = vlm.model.model(input_ids=ids, position_ids=places, attention_mask={"full_attention": mask}, use_cache=False,
+                          pixel_values_videos=pixels, video_grid_thw=thw)
+    return F.cross_entropy(vlm.model.lm_head(out.last_hidden_state[told]), labels[told])
+
+
+class DropHeads:
+    """A hook before an attention's output: whole heads are left out at random, so that each learns to find everything.
+
+    Without it some find nothing, rest on the background, and spoil the mean of heads.
+    """
+
+    def __init__(self, heads: int, share: float, random: torch.Generator):
+        self.heads, self.share, self.random = heads, share, random
+
+    def __call__(self, module, args):
+        x = args[0].unflatten(-1, (self.heads, -1))  # (B, S, h, d)
+        kept = torch.rand(*x.shape[:3], 1, generator=self.random) >= self.share
+        return ((x * kept / (1 - self.share)).flatten(-2),)
 
 
 def train_tiny(vlm: VLM, cfg: Config, seed: int, minutes: float, steps: int = 0, batch: int = 8,
                lr: float = 5e-3) -> None:
     """Train a tiny VLM on the world's answers for so long, or for so many steps, which any machine repeats.
 
-    Looking is charged for, more and more: heads with nothing to look for then rest on the words, and not on whatever
-    is in the background. Muon on the matrices: with AdamW alone names are hardly told apart in that time.
+    Muon on the matrices: with AdamW alone names are hardly told apart in that time. Its weight decay is a hundred
+    times the usual: it keeps attention soft, so that it finds all of an object and not its surest token.
     """
     model, rng, random = vlm.model.train(), np.random.default_rng([seed, 11]), torch.Generator().manual_seed(seed)
-    model.set_attn_implementation({"text_config": "eager"})  # gives the attention that is charged for
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and re.search(r"layers|merger", name)]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=.01, adjust_lr_fn="match_rms_adamw"),
+    optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=1.0, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, lr=lr, betas=(.9, .98), weight_decay=.01)]
-    # A look-alike in every scene that has room: a glass or a candle alone must not give the answer.
-    draw = functools.partial(world.make_clip, cfg.world_seed, **{**data.World(cfg).drawing, "decoys": 1.0})
+    dropping = [layer.self_attn.o_proj.register_forward_pre_hook(DropHeads(vlm.n_heads, .3, random))
+                for layer in vlm.layers]
     start, step, mean, done = time.monotonic(), 0, 0.0, 0.0
     with tqdm(total=100, desc="tiny VLM", unit="%") as bar:
         while (done := step / steps if steps else (time.monotonic() - start) / (60 * minutes)) < 1:
-            clips = [draw(int(i)) for i in rng.integers(0, cfg.world_clips, batch)]
-            pixels, grid = vlm.patches([clip.video for clip in clips])
-            ids, labels, places, mask = branches(vlm, [lessons(clip, rng) for clip in clips], grid, cfg.frames, random)
-            told, far = labels >= 0, torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
-            out = model.model(input_ids=ids, position_ids=places, attention_mask={"full_attention": far},
-                              pixel_values_videos=pixels, video_grid_thw=torch.tensor([grid] * batch), use_cache=False,
-                              output_attentions=True)
-            loss = F.cross_entropy(model.lm_head(out.last_hidden_state[told]), labels[told])
-            attention, = out.attentions  # (B, h, S, S)
-            looking = attention.mean(1)[..., ids[0] == vlm.pad].sum(-1)[told].mean()
-            (loss + CHARGE * min(1, 2 * done) * looking).backward()
+            loss = answer_loss(vlm, cfg, batch, rng, random)
+            loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
@@ -825,7 +869,8 @@ def train_tiny(vlm: VLM, cfg: Config, seed: int, minutes: float, steps: int = 0,
             step, mean = step + 1, .98 * mean + .02 * loss.item()
             bar.update(int(100 * done) - bar.n)
             bar.set_postfix_str(f"step {step}, loss {mean / (1 - .98 ** step):.3f}")
-    model.set_attn_implementation({"text_config": "sdpa"})
+    for hook in dropping:
+        hook.remove()
     model.eval()
 
 
