@@ -525,7 +525,7 @@ class Folder:
         self.unknown = collections.Counter()  # category names that match none
         self.videos: dict[Path, Video] = {}
         if not self.dir.is_dir():
-            raise UserError(f"--data_dir {self.dir} is not a folder.")
+            raise UserError(f"There is no folder of videos {self.dir}.")
         for i, record in enumerate(self.records()):
             self.take(record, f"record {i + 1}")
 

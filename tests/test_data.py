@@ -424,7 +424,7 @@ def test_annotations_of_another_kind_are_one_sentence(tmp_path, text, words):
 
 
 def test_missing_folder_and_annotations_are_one_sentence(tmp_path):
-    with pytest.raises(UserError, match="nowhere is not a folder"):
+    with pytest.raises(UserError, match="no folder of videos .*nowhere"):
         opened(cfg_of(tmp_path, data_dir=str(tmp_path / "nowhere")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="captions.json .*--annotations FILE.*WISA"):
