@@ -1170,7 +1170,7 @@ def preview(path: Path, vlm: VLM, settings: Settings, clips: list[list[Truth]], 
         truth, seen = clip[0], shape(clip[0])
         look, behind = vlm.look_for([seen.frames], seen.fps, [[truth.name]], settings, batch=batch)[0]
         one, bg = look.density(sinks=settings.sinks), behind.density(sinks=settings.sinks)
-        scale = max(1, 128 // truth.video.shape[1])
+        scale = max(1, 112 // truth.video.shape[1])
         panels = [("map", heat(truth.video, one)), ("background map", heat(truth.video, bg)),
                   ("difference", heat(truth.video, align.relative(one, bg).clamp(min=0))),
                   ("exact mask", world.tint(truth.video, truth.mask, (255, 120, 40), .7))]

@@ -181,7 +181,7 @@ def test_report_and_preview_run_from_the_command_line(tiny, tmp_path, capsys):
         assert values and 0 <= float(values[1]) <= 1
     import imageio.v3 as iio
     frames = iio.imread(tmp_path / "overlay.gif")
-    assert len(frames) == 4 and frames.shape[2] >= 5 * 128
+    assert len(frames) == 4 and frames.shape[2] >= 5 * 96
 
 
 def test_truth_from_a_file_of_boxes(tiny, tmp_path):
