@@ -1057,17 +1057,22 @@ def covered(mask: np.ndarray, grid: tuple[int, int, int], share: float = data.PO
 
 def report(vlm: VLM, settings: Settings, clips: list[list[Truth]], untrained: VLM | None, batch: int, shape) -> dict:
     """{row: {measure: mean}}: every kind of rows, layer band and background, then the rivals that need no VLM, or an
-    untrained one; and means of what else is worth a look. Masks are averaged over equal parts of the clip: with aligned
-    frames of a real video that is up to a frame and a half off. shape: (truth, frames) of what the VLM is shown."""
+    untrained one; and means of what else is worth a look, such as how often a phenomenon is affirmed that only other
+    clips hold (one a clip is asked for). Masks are averaged over equal parts of the clip: with aligned frames of a real
+    video that is up to a frame and a half off. shape: (truth, frames) of what the VLM is shown."""
     rows, order = {}, bands(len(vlm.layers))
-    log = {"answers that affirm": [], "mass on the video": [], "overlap": []}
-    prior = {}
-    for clip in tqdm(clips, desc="report", unit="clip", leave=False):
-        seen, names = shape(clip[0]), [[truth.name for truth in clip]]
+    log = {"answers that affirm what is there": [], "what is not": [], "mass on the video": [], "overlap": []}
+    prior, affirms = {}, lambda look: float(not look.empty and not DENIAL.search(look.answer))
+    known = sorted({truth.name for clip in clips for truth in clip})
+    for number, clip in enumerate(tqdm(clips, desc="report", unit="clip", leave=False)):
+        seen, names = shape(clip[0]), [truth.name for truth in clip]
+        absent = [name for name in known if name not in names]
+        absent = [absent[number % len(absent)]] if absent else []
         every = dict(kinds=KINDS, layers=list(range(len(vlm.layers))), batch=batch)
-        *mine, behind = vlm.look_for([seen.frames], seen.fps, names, settings, **every)[0]
+        *mine, behind = vlm.look_for([seen.frames], seen.fps, [names + absent], settings, **every)[0]
+        log["what is not"] += map(affirms, mine[len(names):])
         if untrained:
-            questions, said = [[settings.ask(name) for name in names[0]]], [[look.answer for look in mine]]
+            questions, said = [[settings.ask(name) for name in names]], [[look.answer for look in mine[:len(names)]]]
             none = untrained.look([seen.frames], seen.fps, questions, settings, answers=said, **every)[0]
         grid = tuple(behind.maps.shape[2:])
         for i, (truth, look) in enumerate(zip(clip, mine)):
@@ -1086,7 +1091,7 @@ def report(vlm: VLM, settings: Settings, clips: list[list[Truth]], untrained: VL
                 for measure, value in measures(values.flatten().numpy(), positive, objects).items():
                     rows.setdefault(row, {}).setdefault(measure, []).append(value)
             prior.setdefault(truth.name, []).append((positive, objects))
-            log["answers that affirm"].append(float(not look.empty and not DENIAL.search(look.answer)))
+            log["answers that affirm what is there"].append(affirms(look))
             log["mass on the video"].append(look.mass(1).mean().item())
             log["overlap"].append(F.cosine_similarity(*(one.density(order["default"], 1).flatten()
                                                         for one in (look, behind)), dim=0).item())
@@ -1096,7 +1101,7 @@ def report(vlm: VLM, settings: Settings, clips: list[list[Truth]], untrained: VL
             for measure, value in measures(total - positive, positive, objects).items():
                 rows.setdefault("location prior", {}).setdefault(measure, []).append(value)
     return {"rows": {row: {m: float(np.nanmean(v)) for m, v in table.items()} for row, table in rows.items()},
-            **{name: float(np.nanmean(values)) for name, values in log.items()}}
+            **{name: float(np.nanmean(values)) if values else math.nan for name, values in log.items()}}
 
 
 # ------------------------------------------------------------------------------------------------------------ benchmark

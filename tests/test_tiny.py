@@ -172,6 +172,22 @@ def test_a_map_that_is_the_mask_wins_the_report_and_its_opposite_loses(tiny, mon
     assert {"frame differences", "location prior"} <= set(rows)
 
 
+def test_the_report_counts_what_is_affirmed_and_is_not_there(tiny, monkeypatch):
+    clips = teacher.of_clips(CFG, 6)
+    asked = []
+
+    def look_for(videos, fps, names, settings, **_):
+        here = {truth.name for clip in clips if clip[0].video is videos[0] for truth in clip}
+        asked.append((here, names[0]))
+        answers = ["yes" if name in here or name == asked[0][1][-1] else "no" for name in names[0]]  # one false friend
+        return [[teacher.Look(answer, torch.rand(1, 3, 2, 8, 8), False) for answer in (*answers, "nothing")]]
+    monkeypatch.setattr(tiny, "look_for", look_for)
+    found = teacher.report(tiny, tiny.settings(), clips, None, 0, lambda t: teacher.Shown("", t.video, t.fps, [], (), (), []))
+    wrong = [names[-1] == asked[0][1][-1] for _, names in asked]
+    assert all(len(names) == len(here) + 1 and names[-1] not in here for here, names in asked) and not all(wrong)
+    assert found["answers that affirm what is there"] == 1 and found["what is not"] == pytest.approx(np.mean(wrong))
+
+
 def test_report_and_preview_run_from_the_command_line(tiny, tmp_path, capsys):
     flags = ["--vlm", str(tiny.folder), "--config", "debug", "--frames", "4", "--height", "32", "--width", "32", "--colour_cues", "--clips", "5", "--threads", "1"]
     teacher.main([*flags, "--report", "--untrained", "--preview", str(tmp_path / "overlay.gif")])
@@ -179,6 +195,7 @@ def test_report_and_preview_run_from_the_command_line(tiny, tmp_path, capsys):
     for row in ("frame differences", "location prior", "untrained, predict, layers all, none", "predict, layers default, subtract"):
         values = re.search(rf"\| {row} \| ([\d.]+) \|", said)
         assert values and 0 <= float(values[1]) <= 1
+    assert re.search(r"affirm what is there [\d.]+, what is not [\d.]+,", said)
     import imageio.v3 as iio
     frames = iio.imread(tmp_path / "overlay.gif")
     assert len(frames) == 4 and frames.shape[2] >= 5 * 96
