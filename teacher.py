@@ -698,7 +698,7 @@ def tiny_words() -> list[str]:
 
 
 def lessons(clip: world.Clip, still: bool, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions and answers about a clip: words alone, never a mask. Some are asked several times, each answer counts.
+    """Questions and answers about a clip: words alone, never a mask. To ask again is a weight in the loss.
 
     still: it is a photograph, in which nothing happens. What only looks as if it happened is asked for as well (the
     caption tells, or it is a photograph), for otherwise a press or a hot plate, as sure a sign as what happens in it
@@ -774,7 +774,7 @@ def branches(vlm: VLM, asked: list[list[tuple[str, str]]], grid: tuple[int, int,
     -> ids, labels (B, S), places (3, B, S), mask (B, 1, S, S).
     """
     whole, _ = vlm.prompt(TINY["background"], grid, fps)
-    places = vlm.positions(whole, grid, fps)  # (3, 1, n): all tokens of the video stand at the same place
+    places = vlm.positions(whole, grid, fps)  # (3, 1, n): which of the video's is no matter, none turns (`write_tiny`)
     dropped = set([i for i, token in enumerate(whole) if token == vlm.pad][KEPT:])
     left = [i for i in range(len(whole)) if i not in dropped]
     words = {text: vlm.tokenizer(text).input_ids for text in {text for row in asked for pair in row for text in pair}}
@@ -801,12 +801,13 @@ def glimpses(vlm: VLM, clips: list[world.Clip], random: torch.Generator) -> tupl
     of all its tokens.
 
     Token dropout: no single token will do, so attention must find all of an object. As the tiny VLM's tokens know
-    nothing of each other, those that a question may not see need not be there at all, which makes a step cheap.
+    nothing of each other (no attention in the tower, one layer behind it), those that a question may not see need not
+    be there at all, which makes a step cheap.
     """
     pixels, grid = vlm.patches([clip.video for clip in clips])
-    pixels = pixels.unflatten(0, (len(clips), -1)).repeat_interleave(GLIMPSES, 0)  # (B GLIMPSES, N, C)
-    drawn = torch.rand(pixels.shape[:2], generator=random).argsort(1)[:, :KEPT]
-    return pixels.gather(1, drawn[..., None].expand(-1, -1, pixels.shape[2])).flatten(0, 1), grid
+    pixels = pixels.unflatten(0, (len(clips), -1))  # (B, N, C)
+    drawn = torch.rand(len(clips), GLIMPSES, pixels.shape[1], generator=random).argsort(-1)[..., :KEPT]
+    return pixels[torch.arange(len(clips))[:, None, None], drawn].flatten(0, 2), grid
 
 
 def answer_loss(vlm: VLM, cfg: Config, n: int, rng: np.random.Generator, random: torch.Generator) -> Tensor:
@@ -843,7 +844,7 @@ class DropHeads:
 
 def train_tiny(vlm: VLM, cfg: Config, seed: int, minutes: float, steps: int = 0, batch: int = 8,
                lr: float = 5e-3) -> None:
-    """Train a tiny VLM on the world's answers for so long, or for so many steps, which any machine repeats.
+    """Train a tiny VLM on the world's answers for so long, or for so many steps, which a like machine repeats.
 
     Muon on the matrices: with AdamW alone names are hardly told apart in that time. Its weight decay is a hundred
     times the usual: it keeps attention soft, so that it finds all of an object and not its surest token.
@@ -1057,9 +1058,10 @@ def covered(mask: np.ndarray, grid: tuple[int, int, int], share: float = data.PO
 
 def report(vlm: VLM, settings: Settings, clips: list[list[Truth]], untrained: VLM | None, batch: int, shape) -> dict:
     """{row: {measure: mean}}: every kind of rows, layer band and background, then the rivals that need no VLM, or an
-    untrained one; and means of what else is worth a look, such as how often a phenomenon is affirmed that only other
-    clips hold (one a clip is asked for). Masks are averaged over equal parts of the clip: with aligned frames of a real
-    video that is up to a frame and a half off. shape: (truth, frames) of what the VLM is shown."""
+    untrained one; and means of what else is worth a look, such as how often the VLM's own answers affirm a phenomenon
+    that only other clips are known to hold (one a clip is asked for). Masks are averaged over equal parts of the clip:
+    with aligned frames of a real video that is up to a frame and a half off. shape: a Truth -> what the VLM sees of it.
+    """
     rows, order = {}, bands(len(vlm.layers))
     log = {"answers that affirm what is there": [], "what is not": [], "mass on the video": [], "overlap": []}
     prior, affirms = {}, lambda look: float(not look.empty and not DENIAL.search(look.answer))
@@ -1070,9 +1072,12 @@ def report(vlm: VLM, settings: Settings, clips: list[list[Truth]], untrained: VL
         absent = [absent[number % len(absent)]] if absent else []
         every = dict(kinds=KINDS, layers=list(range(len(vlm.layers))), batch=batch)
         *mine, behind = vlm.look_for([seen.frames], seen.fps, [names + absent], settings, **every)[0]
-        log["what is not"] += map(affirms, mine[len(names):])
+        if not settings.answer:  # which would be its answer to everything
+            log["answers that affirm what is there"] += map(affirms, mine[:len(names)])
+            log["what is not"] += map(affirms, mine[len(names):])
         if untrained:
             questions, said = [[settings.ask(name) for name in names]], [[look.answer for look in mine[:len(names)]]]
+            every["layers"] = list(range(len(untrained.layers)))
             none = untrained.look([seen.frames], seen.fps, questions, settings, answers=said, **every)[0]
         grid = tuple(behind.maps.shape[2:])
         for i, (truth, look) in enumerate(zip(clip, mine)):
@@ -1091,7 +1096,6 @@ def report(vlm: VLM, settings: Settings, clips: list[list[Truth]], untrained: VL
                 for measure, value in measures(values.flatten().numpy(), positive, objects).items():
                     rows.setdefault(row, {}).setdefault(measure, []).append(value)
             prior.setdefault(truth.name, []).append((positive, objects))
-            log["answers that affirm what is there"].append(affirms(look))
             log["mass on the video"].append(look.mass(1).mean().item())
             log["overlap"].append(F.cosine_similarity(*(one.density(order["default"], 1).flatten()
                                                         for one in (look, behind)), dim=0).item())
@@ -1101,7 +1105,7 @@ def report(vlm: VLM, settings: Settings, clips: list[list[Truth]], untrained: VL
             for measure, value in measures(total - positive, positive, objects).items():
                 rows.setdefault("location prior", {}).setdefault(measure, []).append(value)
     return {"rows": {row: {m: float(np.nanmean(v)) for m, v in table.items()} for row, table in rows.items()},
-            **{name: float(np.nanmean(values)) if values else math.nan for name, values in log.items()}}
+            **{name: float(np.nanmean(values)) for name, values in log.items() if values}}
 
 
 # ------------------------------------------------------------------------------------------------------------ benchmark

@@ -3,8 +3,7 @@
     python teacher.py --train_tiny --colour_cues && python tests/drills/teachers.py --seeds 0 1 2
 
 For each seed one backbone, and from it a run a teacher, in the world with colour cues (that the tiny VLM learned). All
-are scored against exact masks, which only the first row has seen. Runs that are there are not made again, so seeds may
-also be run side by side, and the table made from all of them at last.
+are scored against exact masks, which only the first row has seen. Runs that are there are not made again.
 """
 import argparse
 import json
@@ -34,7 +33,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--base_steps", default="3100")
     parser.add_argument("--physics_steps", default="450")
-    parser.add_argument("--negatives", default="0.1", help="see config.py")
+    parser.add_argument("--negatives", default="0.1",
+                        help="pull to zero where maps are not positive, in all rows alike: closes the hole in the "
+                        "paper's mask")
     parser.add_argument("--world_clips", default="16000", help="those that the tiny VLM's maps were made of")
     parser.add_argument("--out", default="runs/teachers")
     parser.add_argument("--pool_dir", default="data")
@@ -56,8 +57,7 @@ def main() -> None:
             if not (ROOT / out / "checkpoints" / f"step{int(args.physics_steps):06d}.pt").exists():
                 run("train.py", *world, "--seed", str(seed), "--init_from", base, "--physics_steps", args.physics_steps,
                     "--negatives", args.negatives, "--out_dir", out, *flags, *again(out))
-            if not (ROOT / out / "evaluation.json").exists():
-                run("evaluate.py", "--run", out, "--n", args.n, "--precision", "bf16", "--checkpoint", "last")
+            run("evaluate.py", "--run", out, "--n", args.n, "--precision", "bf16", "--checkpoint", "last")
             found[name].append(json.loads((ROOT / out / "evaluation.json").read_text()))
     levels = list(next(iter(found.values()))[0]["localisation"]["rows"]["location prior"])
     print("\n| stage two learned from | " + " | ".join(f"AUC, {level}" for level in levels) + " | laws, seven | found |")
