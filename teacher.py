@@ -26,7 +26,6 @@ Letters: B videos, Q questions, F frames, t h w the VLM's video tokens (N in all
 """
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import math
