@@ -13,9 +13,10 @@ the looking; the tiny one has the very architecture of Qwen2.5-VL, so a laptop r
 
 1. *Prefill.* The video comes first in the prompt, so that all questions share its keys and values.
 2. *Answers*, greedily, all questions at once.
-3. *Attention.* One more pass over question and answer, with hooks on the attention layers that compute again, in
-   float32, the few rows that are wanted. No S x S matrix is made (54 GB for a 7B model and 26 frames), and the model
-   stays on its fused kernels: in bf16, eager attention changes the answers.
+3. *Attention.* One more pass over question and answer. The model's attention function is ours, registered through
+   transformers' `AttentionInterface`: it hands on to the library's fused kernel, and computes beside it, in float32,
+   the few rows that are wanted. No S x S matrix is made (54 GB for a 7B model and 26 frames), and the model stays on
+   its fused kernels: in bf16, eager attention changes the answers.
 4. *Density.* Mean over rows, heads and layers, then renormalised over the video's tokens, times their number: uniform
    attention is 1. Heads that ignore the video carry no weight that way.
 5. *On disk* on the VLM's own grid, with the times and the rectangle it covers: data.py finds any clip's tokens in it.
@@ -25,6 +26,7 @@ Left out on purpose: attention rollout (needs all matrices), several GPUs for on
 Letters: B videos, Q questions, F frames, t h w the VLM's video tokens (N in all), P prefix tokens, R rows, h heads.
 """
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import json
@@ -161,6 +163,77 @@ def check_video(video, merged: int) -> np.ndarray:
     return (video * 255).round().astype(np.uint8)
 
 
+# ------------------------------------------------------------------------------------------------ the attention function
+ATTENTION = "watched_sdpa"  # the name under which transformers knows `watched_attention`
+
+
+def watched_attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask, watcher=None, **how):
+    """The library's sdpa attention, with somebody who watches.
+
+    query (B, heads, S, d) and key, value (B, groups, P + S, d) come rotated, and joined with the cache: nothing of the
+    model's projections, norms and positions has to be known here. watcher: what the model's forward was given under
+    this name; watcher(query, key, mask, scaling, output) -> the output (B, S, heads, d) to go on with.
+    """
+    sdpa = encode.library("transformers").AttentionInterface()["sdpa"]
+    output, weights = sdpa(module, query, key, value, attention_mask, **how)
+    if watcher is not None:
+        output = watcher(query, key, attention_mask, how["scaling"], output)
+    return output, weights
+
+
+def register_attention() -> None:
+    """Tell transformers of `watched_attention`, and that it takes the masks that sdpa takes: without the second line
+    the mask would be dropped without a word (`RowMaps` notices)."""
+    transformers = encode.library("transformers")
+    transformers.AttentionInterface.register(ATTENTION, watched_attention)
+    transformers.AttentionMaskInterface.register(ATTENTION, transformers.AttentionMaskInterface()["sdpa"])
+
+
+def library_changed(what: str) -> UserError:
+    """The error when transformers does not do what `VLM` relies on. It concerns every clip, so it is no VLMError, for
+    which a clip would be skipped."""
+    version = encode.library("transformers").__version__
+    return UserError(f"transformers {version} {what}: this release may have changed; README names those that were "
+                     "tested.")
+
+
+class RowMaps:
+    """Watches one pass after a prefix: where some rows look, layer by layer, computed in float32."""
+
+    def __init__(self, rows: list[list[list[int]]], prefix: "Prefix", heads: dict[int, list[int]]):
+        """rows: of each question, of each kind, counted from the end of the prefix. heads: {layer: its heads}."""
+        self.rows, self.prefix, self.heads = rows, prefix, heads
+        self.layer = 0  # the library calls once a layer, the first layer first
+        self.maps = {}  # {layer: (Q, kinds, N)}
+
+    def __call__(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, output: Tensor) -> Tensor:
+        if key.shape[2] != len(self.prefix.ids) + query.shape[2]:
+            raise library_changed(f"passes {key.shape[2]} keys to attention, not those of the cache and the question")
+        if mask is None and query.shape[2] > 1:
+            raise library_changed("drops the attention mask of a registered attention function")
+        if self.layer in self.heads:
+            self.maps[self.layer] = torch.stack([self.of_question(*one, scaling)
+                                                 for one in zip(self.rows, query, key)])
+        self.layer += 1
+        return output
+
+    def of_question(self, kinds: list[list[int]], query: Tensor, key: Tensor, scaling: float) -> Tensor:
+        """(kinds, N) mean attention to the video of one question's rows. query (heads, R, d), key (groups, P + R, d)."""
+        wanted = sorted({row for rows in kinds for row in rows})
+        q = query[:, wanted].float().unflatten(0, (len(key), -1))  # (groups, heads of a group, rows, d)
+        score = torch.einsum("ghrd,gsd->ghrs", q, key.float())
+        score = score.flatten(0, 1)[self.heads[self.layer]] * scaling  # (heads, rows, P + R)
+        place = len(self.prefix.ids) + torch.tensor(wanted, device=key.device)
+        future = torch.arange(key.shape[1], device=key.device) > place[:, None]
+        attention = score.masked_fill(future, -math.inf).softmax(-1)
+        seen = attention[..., self.prefix.columns.to(key.device)].mean(0)  # (rows, N)
+        if not seen.isfinite().all():
+            raise VLMError(f"Attention of layer {self.layer} is not finite ({key.dtype}). Qwen-VL overflows in "
+                           "float16: load it with dtype=torch.bfloat16.")
+        return torch.stack([seen[[wanted.index(row) for row in rows]].mean(0) if rows else seen.new_zeros(seen.shape[1])
+                            for rows in kinds])
+
+
 # -------------------------------------------------------------------------------------------------------------- the VLM
 @dataclass
 class Prefix:
@@ -194,9 +267,13 @@ class Look:
 
 
 class VLM:
-    """A Qwen2.5-VL or Qwen3-VL from a local folder."""
+    """A Qwen2.5-VL, Qwen3-VL or a model that is built like them, from a local folder.
 
-    FAMILIES = {"qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration", "qwen3_vl": "Qwen3VLForConditionalGeneration"}
+    Tried: the TRIED families below. Another one is taken if it has what is needed: video tokens in one order (time,
+    height, width), positions along these three axes by `get_rope_index`, and full attention in every layer.
+    """
+
+    TRIED = ("qwen2_5_vl", "qwen3_vl", "qwen2_vl", "qwen3_vl_moe")
 
     def __init__(self, folder, device: str = "cpu", dtype: torch.dtype = torch.float32):
         """Reads config, weights (safetensors), tokenizer and the picture settings. Raises UserError."""
@@ -205,24 +282,40 @@ class VLM:
             if not (self.folder / name).is_file():
                 raise VLMError(f"There is no {self.folder / name}: a Qwen2.5-VL or Qwen3-VL is expected, as "
                                "transformers saves it.")
-        kind = encode.read_json(self.folder / "config.json").get("model_type")
-        if kind not in self.FAMILIES:
-            raise VLMError(f"{self.folder} is of {kind!r}, which has no .model.language_model.layers as expected: this "
-                           f"extractor knows the {' and '.join(self.FAMILIES)} families.")
+        self.check_family()
         transformers = encode.library("transformers")
-        model = encode.load(getattr(transformers, self.FAMILIES[kind]), self.folder, dtype=dtype,
+        model = encode.load(transformers.AutoModelForImageTextToText, self.folder, dtype=dtype,
                             attn_implementation="sdpa", ignore_mismatched_sizes=True)
         with encode.one_sentence(self.folder):
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
         self.wear(model, tokenizer)
 
+    def check_family(self) -> None:
+        """Raises VLMError, before any weights are read, for a model without what the maps need."""
+        about = encode.read_json(self.folder / "config.json")
+        vision = about.get("vision_config")
+        needs = {"video tokens (video_token_id)": "video_token_id" in about,
+                 "patches over time (temporal_patch_size)": isinstance(vision, dict) and "temporal_patch_size" in vision,
+                 "positions along time, height and width (mrope_section)": "mrope_section" in json.dumps(about)}
+        lacks = [what for what, there in needs.items() if not there]
+        if lacks:
+            raise VLMError(f"{self.folder} is of {about.get('model_type')!r}, which lacks {lacks[0]}: a Qwen-VL is "
+                           f"needed; tried were {', '.join(self.TRIED)}.")
+
     def wear(self, model, tokenizer) -> None:
         """Take this model and tokenizer."""
         self.model, self.tokenizer = model.to(self.device).eval(), tokenizer
+        self.core = model.base_model  # without logits of every token over 150,000 words
         self.config, vision = model.config, model.config.vision_config
-        self.stamped = model.config.model_type == "qwen3_vl"  # "<1.5 seconds>" before each row of the video
-        self.layers = model.model.language_model.layers
-        self.n_heads = model.config.text_config.num_attention_heads
+        text = model.config.get_text_config()
+        kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"} or not hasattr(self.core, "get_rope_index"):
+            raise VLMError(f"{self.folder} is of {model.config.model_type!r}, whose layers are {', '.join(sorted(kinds))}"
+                           " or whose positions are not along time, height and width: its maps would be wrong.")
+        register_attention()
+        model.set_attn_implementation({"text_config": ATTENTION})
+        self.stamped = model.config.model_type.startswith("qwen3_vl")  # "<1.5 seconds>" before each row of the video
+        self.n_layers, self.n_heads = text.num_hidden_layers, text.num_attention_heads
         self.merged, self.patch, self.merge = vision.temporal_patch_size, vision.patch_size, vision.spatial_merge_size
         self.pad, self.special = model.config.video_token_id, set(tokenizer.all_special_ids)
         if tokenizer.convert_tokens_to_ids("<|video_pad|>") != self.pad:
@@ -270,7 +363,7 @@ class VLM:
                             ) from None
         if not 0 < settings.sinks <= 1 or settings.words < 1:
             raise UserError("--sinks is a quantile above 0 and up to 1, and --words at least 1.")
-        heads_of(settings.heads, layers_of(settings.layers, len(self.layers)), self.n_heads)
+        heads_of(settings.heads, layers_of(settings.layers, self.n_layers), self.n_heads)
         return settings
 
     # --- pixels and words
@@ -334,8 +427,19 @@ class VLM:
         pads = torch.tensor([ids]) == self.pad
         kinds = 2 * (pads & (pads.cumsum(1) <= math.prod(grid)))  # an answer may hold one, which is a word there
         thw = torch.tensor([[grid[0], grid[1] * self.merge, grid[2] * self.merge]])
-        return self.model.model.get_rope_index(torch.tensor([ids]), mm_token_type_ids=kinds, video_grid_thw=thw,
-                                               second_per_grid_ts=torch.tensor([self.merged / fps]))[0]
+        try:
+            places = self.core.get_rope_index(torch.tensor([ids]), mm_token_type_ids=kinds, video_grid_thw=thw,
+                                              second_per_grid_ts=torch.tensor([self.merged / fps]))[0]
+        except TypeError as e:
+            raise library_changed(f"calls the arguments of get_rope_index otherwise ({e})") from None
+        if places.shape != (3, 1, len(ids)):
+            raise library_changed(f"gives positions of shape {tuple(places.shape)}, not one of each token along 3 axes")
+        return places
+
+    def run(self, ids: Tensor, places: Tensor, cache, mask: Tensor | None = None, **more) -> Tensor:
+        """Hidden states (B, S, D) of tokens (B, S) at their positions (3, B, S), after what the cache holds, which grows
+        by them. The first four arguments have changed their names before, never their order: they go by place."""
+        return self.core(ids, mask, places, cache, use_cache=True, **more).last_hidden_state
 
     # --- the three passes
     @torch.no_grad()
@@ -346,18 +450,18 @@ class VLM:
         ids, _ = self.prompt("?", grid, fps)
         B, positions = len(videos), self.positions(ids, grid, fps).to(self.device)
         tokens = torch.tensor([ids], device=self.device)
-        out = self.model.model(  # .model: without logits of every token over 150,000 words
-            input_ids=tokens.expand(B, -1), position_ids=positions.expand(-1, B, -1), use_cache=True,
-            pixel_values_videos=pixels.to(self.model.dtype),
-            video_grid_thw=torch.tensor([[t, h, w]], device=self.device).expand(B, -1))
-        return Prefix(out.past_key_values, ids, grid, (tokens[0] == self.pad).nonzero()[:, 0], fps)
+        cache = encode.library("transformers").DynamicCache(config=self.config.get_text_config())
+        self.run(tokens.expand(B, -1), positions.expand(-1, B, -1), cache,
+                 pixel_values_videos=pixels.to(self.model.dtype),
+                 video_grid_thw=torch.tensor([[t, h, w]], device=self.device).expand(B, -1))
+        if cache.get_seq_length() != len(ids):
+            raise library_changed(f"left {cache.get_seq_length()} of {len(ids)} tokens in the cache it was given")
+        return Prefix(cache, ids, grid, (tokens[0] == self.pad).nonzero()[:, 0], fps)
 
     def fork(self, prefix: Prefix, owners: list[int]):
         """A cache of its own for each of some questions; owners: the video of each."""
-        rows = torch.tensor(owners, device=self.device)
-        cache = type(prefix.cache)()
-        for i, layer in enumerate(prefix.cache.layers):
-            cache.update(layer.keys[rows.to(layer.keys.device)], layer.values[rows.to(layer.keys.device)], i)
+        cache = copy.deepcopy(prefix.cache)
+        cache.batch_select_indices(torch.tensor(owners, device=self.device))
         return cache
 
     def padded(self, prefix: Prefix, tails: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -378,22 +482,20 @@ class VLM:
         # Words follow behind the padding, so it must be masked; its places in time are never read.
         mask = torch.cat([torch.ones(Q, len(prefix.ids), dtype=torch.int64, device=self.device),
                           (torch.arange(R, device=self.device) < length[:, None]).long()], dim=1)
-        h = self.model.model(input_ids=ids, position_ids=places, past_key_values=cache, attention_mask=mask,
-                             use_cache=True).last_hidden_state
+        h = self.run(ids, places, cache, mask)
         last = h[torch.arange(Q, device=self.device), length - 1]  # (Q, D)
         place = torch.stack([self.positions(prefix.ids + suffix, prefix.grid, prefix.fps).max() + 1
                              for suffix in suffixes]).to(self.device)
         answers, running = [[] for _ in suffixes], set(range(Q))
         for _ in range(words):
-            token = self.model.lm_head(last).argmax(-1)
+            token = self.model.get_output_embeddings()(last).argmax(-1)
             running -= {row for row in running if token[row].item() in self.ends}
             for row in running:
                 answers[row].append(token[row].item())
             if not running:
                 break
             mask = F.pad(mask, (0, 1), value=1)
-            last = self.model.model(input_ids=token[:, None], position_ids=place.expand(3, 1, Q).transpose(1, 2),
-                                    past_key_values=cache, attention_mask=mask, use_cache=True).last_hidden_state[:, 0]
+            last = self.run(token[:, None], place.expand(3, 1, Q).transpose(1, 2), cache, mask)[:, 0]
             place = place + 1
         return answers
 
@@ -405,18 +507,13 @@ class VLM:
         tails = [suffix + answer for suffix, answer in zip(suffixes, answers)]
         ids, places = self.padded(prefix, tails)
         rows = [[self.rows_of(kind, suffix, answer) for kind in kinds] for suffix, answer in zip(suffixes, answers)]
-        found, handles = {}, []
-        try:
-            for layer, chosen in heads.items():
-                hook = Rows(rows, prefix, chosen, found, layer)
-                handles.append(self.layers[layer].self_attn.register_forward_hook(hook, with_kwargs=True))
-            # No mask: behind the rows that are read there is only padding, which no earlier row sees.
-            self.model.model(input_ids=ids, position_ids=places, past_key_values=self.fork(prefix, owners),
-                             use_cache=True)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return torch.stack([found[layer] for layer in heads], dim=1).unflatten(-1, prefix.grid)
+        watcher = RowMaps(rows, prefix, heads)
+        # No mask: behind the rows that are read there is only padding, which no earlier row sees.
+        self.run(ids, places, self.fork(prefix, owners), watcher=watcher)
+        if watcher.layer != self.n_layers:
+            raise library_changed(f"called the registered attention function for {watcher.layer} of "
+                                  f"{self.n_layers} layers")
+        return torch.stack([watcher.maps[layer] for layer in heads], dim=1).unflatten(-1, prefix.grid)
 
     def rows_of(self, kind: str, suffix: list[int], answer: list[int]) -> list[int]:
         """The rows of one kind, counted from the end of the prefix. Special tokens and what predicts them are left
@@ -437,7 +534,7 @@ class VLM:
         VLM's own (without them settings.answer, as it stands). Raises VLMError; Stopped when memory is full.
         """
         kinds = kinds or (settings.rows,)
-        layers = layers_of(settings.layers, len(self.layers)) if layers is None else layers
+        layers = layers_of(settings.layers, self.n_layers) if layers is None else layers
         heads = heads_of(settings.heads, layers, self.n_heads)
         pairs = [(video, question) for video, asked in enumerate(questions) for question in asked]
         given = sum(answers, []) if answers else [settings.answer] * len(pairs)
@@ -462,38 +559,6 @@ class VLM:
         questions = [[settings.ask(name) for name in asked] + [settings.background] for asked in names]
         answers = [[settings.say(name) for name in (*asked, "background")] for asked in names]
         return self.look(videos, fps, questions, settings, answers=answers if settings.answer else None, **how)
-
-
-class Rows:
-    """A hook behind one attention layer: the rows' attention to the video, computed again in float32."""
-
-    def __init__(self, rows: list[list[list[int]]], prefix: Prefix, heads: list[int], found: dict, layer: int):
-        """rows: of each question, of each kind. found[layer] becomes (Q, kinds, N)."""
-        self.rows, self.prefix, self.heads, self.found, self.layer = rows, prefix, heads, found, layer
-
-    def __call__(self, attention, args, kwargs, output) -> None:
-        x = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]  # (Q, R, D)
-        cos, sin = kwargs["position_embeddings"]
-        rotate = sys.modules[type(attention).__module__].apply_rotary_pos_emb  # the family's own
-        keys = kwargs["past_key_values"].layers[attention.layer_idx].keys  # (Q, groups, P + R, d), rotated
-        P, maps = len(self.prefix.ids), []
-        for one, kinds, k in zip(range(len(x)), self.rows, keys):
-            wanted = sorted({row for rows in kinds for row in rows})
-            q = attention.q_proj(x[one, wanted]).unflatten(-1, (-1, attention.head_dim))  # (rows, h, d)
-            if hasattr(attention, "q_norm"):  # Qwen3-VL
-                q = attention.q_norm(q)
-            q = rotate(q.transpose(0, 1)[None], k[None, :1, :1], cos[one, wanted][None], sin[one, wanted][None])[0][0]
-            score = torch.einsum("ghrd,gsd->ghrs", q.float().unflatten(0, (len(k), -1)), k.float())  # h share a group
-            score = score.flatten(0, 1)[self.heads] * attention.scaling  # (heads, rows, P + R)
-            future = torch.arange(k.shape[1], device=x.device) > P + torch.tensor(wanted, device=x.device)[:, None]
-            seen = score.masked_fill(future, -math.inf).softmax(-1)[..., self.prefix.columns.to(x.device)].mean(0)
-            if not seen.isfinite().all():
-                raise VLMError(f"Attention of layer {self.layer} is not finite ({x.dtype}). Qwen-VL overflows in "
-                               "float16: load it with dtype=torch.bfloat16.")
-            means = [seen[[wanted.index(row) for row in rows]].mean(0) if rows else seen.new_zeros(seen.shape[1])
-                     for rows in kinds]
-            maps.append(torch.stack(means))
-        self.found[self.layer] = torch.stack(maps)  # (Q, kinds, N)
 
 
 @contextlib.contextmanager
@@ -618,7 +683,7 @@ def map_settings(vlm: VLM, settings: Settings, **more) -> dict:
     """All that shapes the maps, but for the videos: what maps.json keeps."""
     cues = hashlib.sha256(json.dumps([CUES, vlm.template]).encode()).hexdigest()[:16]
     return {"format": 1, "vlm": encode.fingerprint(vlm.folder), "dtype": str(vlm.model.dtype).removeprefix("torch."),
-            "layers": layers_of(settings.layers, len(vlm.layers)), "template": cues, **more,
+            "layers": layers_of(settings.layers, vlm.n_layers), "template": cues, **more,
             **{name: value for name, value in dataclasses.asdict(settings).items() if name != "layers"}}
 
 
@@ -730,7 +795,7 @@ def tiny_tokenizer():
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.add_tokens([word for word in words if " " in word])  # found before the text is split at its spaces
     tokenizer = encode.library("transformers").PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=SPECIAL[0], eos_token=SPECIAL[1], additional_special_tokens=list(SPECIAL[2:]))
+        tokenizer_object=core, pad_token=SPECIAL[0], eos_token=SPECIAL[1], extra_special_tokens=list(SPECIAL[2:]))
     tokenizer.chat_template = ("{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'video' %}"
                                "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
                                "{% endfor %}{% endfor %}")
@@ -821,24 +886,23 @@ def answer_loss(vlm: VLM, cfg: Config, n: int, rng: np.random.Generator, random:
     ids, labels, mask = (x.repeat_interleave(GLIMPSES, 0) for x in (ids, labels, mask))
     places, told = places.repeat_interleave(GLIMPSES, 1), labels >= 0
     thw = torch.tensor([[len(pixels) // len(ids), 1, 1]] * len(ids))  # as if each token were a frame of its own
-    out = vlm.model.model(input_ids=ids, position_ids=places, attention_mask={"full_attention": mask}, use_cache=False,
-                          pixel_values_videos=pixels, video_grid_thw=thw)
-    return F.cross_entropy(vlm.model.lm_head(out.last_hidden_state[told]), labels[told])
+    out = vlm.core(ids, mask, places, use_cache=False, pixel_values_videos=pixels, video_grid_thw=thw,
+                   watcher=DropHeads(.3, random))
+    return F.cross_entropy(vlm.model.get_output_embeddings()(out.last_hidden_state[told]), labels[told])
 
 
 class DropHeads:
-    """A hook before an attention's output: whole heads are left out at random, so that each learns to find everything.
+    """Leaves whole heads out at random as it watches attention, so that each learns to find everything.
 
     Without it some find nothing, rest on the background, and spoil the mean of heads.
     """
 
-    def __init__(self, heads: int, share: float, random: torch.Generator):
-        self.heads, self.share, self.random = heads, share, random
+    def __init__(self, share: float, random: torch.Generator):
+        self.share, self.random = share, random
 
-    def __call__(self, module, args):
-        x = args[0].unflatten(-1, (self.heads, -1))  # (B, S, h, d)
-        kept = torch.rand(*x.shape[:3], 1, generator=self.random) >= self.share
-        return ((x * kept / (1 - self.share)).flatten(-2),)
+    def __call__(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, output: Tensor) -> Tensor:
+        kept = torch.rand(*output.shape[:3], 1, generator=self.random) >= self.share  # output (B, S, h, d)
+        return output * kept / (1 - self.share)
 
 
 def train_tiny(vlm: VLM, cfg: Config, seed: int, minutes: float, steps: int = 0, batch: int = 8,
@@ -849,12 +913,11 @@ def train_tiny(vlm: VLM, cfg: Config, seed: int, minutes: float, steps: int = 0,
     times the usual: it keeps attention soft, so that it finds all of an object and not its surest token.
     """
     model, rng, random = vlm.model.train(), np.random.default_rng([seed, 11]), torch.Generator().manual_seed(seed)
-    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and re.search(r"layers|merger", name)]
+    words = model.get_input_embeddings().weight
+    matrices = [p for p in model.parameters() if p.ndim == 2 and p is not words]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=1.0, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, lr=lr, betas=(.9, .98), weight_decay=.01)]
-    dropping = [layer.self_attn.o_proj.register_forward_pre_hook(DropHeads(vlm.n_heads, .3, random))
-                for layer in vlm.layers]
     start, step, mean, done = time.monotonic(), 0, 0.0, 0.0
     with tqdm(total=100, desc="tiny VLM", unit="%") as bar:
         while (done := step / steps if steps else (time.monotonic() - start) / (60 * minutes)) < 1:
@@ -869,8 +932,6 @@ def train_tiny(vlm: VLM, cfg: Config, seed: int, minutes: float, steps: int = 0,
             step, mean = step + 1, .98 * mean + .02 * loss.item()
             bar.update(int(100 * done) - bar.n)
             bar.set_postfix_str(f"step {step}, loss {mean / (1 - .98 ** step):.3f}")
-    for hook in dropping:
-        hook.remove()
     model.eval()
 
 
@@ -1061,7 +1122,7 @@ def report(vlm: VLM, settings: Settings, clips: list[list[Truth]], untrained: VL
     that only other clips are known to hold (one a clip is asked for). Masks are averaged over equal parts of the clip:
     with aligned frames of a real video that is up to a frame and a half off. shape: a Truth -> what the VLM sees of it.
     """
-    rows, order = {}, bands(len(vlm.layers))
+    rows, order = {}, bands(vlm.n_layers)
     log = {"answers that affirm what is there": [], "what is not": [], "mass on the video": [], "overlap": []}
     prior, affirms = {}, lambda look: float(not look.empty and not DENIAL.search(look.answer))
     known = sorted({truth.name for clip in clips for truth in clip})
@@ -1069,14 +1130,14 @@ def report(vlm: VLM, settings: Settings, clips: list[list[Truth]], untrained: VL
         seen, names = shape(clip[0]), [truth.name for truth in clip]
         absent = [name for name in known if name not in names]
         absent = [absent[number % len(absent)]] if absent else []
-        every = dict(kinds=KINDS, layers=list(range(len(vlm.layers))), batch=batch)
+        every = dict(kinds=KINDS, layers=list(range(vlm.n_layers)), batch=batch)
         *mine, behind = vlm.look_for([seen.frames], seen.fps, [names + absent], settings, **every)[0]
         if not settings.answer:  # which would be its answer to everything
             log["answers that affirm what is there"] += map(affirms, mine[:len(names)])
             log["what is not"] += map(affirms, mine[len(names):])
         if untrained:
             questions, said = [[settings.ask(name) for name in names]], [[look.answer for look in mine[:len(names)]]]
-            every["layers"] = list(range(len(untrained.layers)))
+            every["layers"] = list(range(untrained.n_layers))
             none = untrained.look([seen.frames], seen.fps, questions, settings, answers=said, **every)[0]
         grid = tuple(behind.maps.shape[2:])
         for i, (truth, look) in enumerate(zip(clip, mine)):

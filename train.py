@@ -98,13 +98,13 @@ def block_cost(backbone: nn.Module, cfg: Config) -> tuple[float, float, int, int
     x = torch.zeros(1, cfg.channels, *(n * p for n, p in zip(cfg.grid, (cfg.patch_t, cfg.patch, cfg.patch))))
     text = torch.zeros(1, cfg.text_len, cfg.text_dim).bfloat16() if cfg.text_dim else torch.ones(1, cfg.text_len).long()
     tokens, condition = backbone.embed(x.bfloat16(), torch.zeros(1), text)
-    kept, weights = {}, {p.untyped_storage()._cdata for p in backbone.parameters()}
+    kept, weights = {}, {p.untyped_storage() for p in backbone.parameters()}
 
     def keep(saved: Tensor) -> Tensor:
         S = tokens.shape[1]
         scores = saved.ndim > 2 and saved.shape[-2] == S and saved.shape[-1] in (S, cfg.text_len)
-        if not scores and saved.untyped_storage()._cdata not in weights:
-            kept[saved.untyped_storage()._cdata] = saved.untyped_storage().nbytes()
+        if not scores and saved.untyped_storage() not in weights:
+            kept[saved.untyped_storage()] = saved.untyped_storage().nbytes()
         return saved
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
         backbone.blocks[0](tokens, condition)

@@ -1,5 +1,4 @@
 """branch.safetensors: what a run beside official weights publishes attaches to those weights, elsewhere, to the bit; a file that does not fit is one sentence."""
-import dataclasses
 import json
 import os
 import shutil

@@ -1,12 +1,10 @@
 """encode.py and the reading of its cache, against diffusers' own pipelines and VAEs with tiny random weights, and against kill -9."""
 import dataclasses
 import json
-import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -22,6 +20,7 @@ transformers = pytest.importorskip("transformers", reason="the text encoders are
 pytest.importorskip("ftfy", reason="Wan's captions are cleaned with ftfy: pip install -r requirements-extra.txt")
 
 import encode  # noqa: E402
+from helpers import killed_when  # noqa: E402
 
 LINEAGES = ("cogvideox", "wan")
 SIZE = dict(frames=9, fps=8, height=16, width=32)
@@ -85,10 +84,15 @@ def videos(tmp_path_factory):
     return folder
 
 
-def run(videos, weights, out, *more, **fields):
+def flags_of(videos, weights, out, **fields):
+    """The command line of encode.py."""
     flags = {**SIZE, "text_batch": 2, "device": "cpu", **fields}
-    encode.main(["--videos", str(videos), "--weights", str(weights), "--out", str(out), *more,
-                 *(word for field, value in flags.items() for word in (f"--{field}", str(value)))])
+    return ["--videos", str(videos), "--weights", str(weights), "--out", str(out),
+            *(word for field, value in flags.items() for word in (f"--{field}", str(value)))]
+
+
+def run(videos, weights, out, *more, **fields):
+    encode.main([*flags_of(videos, weights, out, **fields), *more])
     return out
 
 
@@ -132,6 +136,11 @@ def pipeline(lineage, weights):
                                        diffusers.AutoencoderKLCogVideoX.from_pretrained(weights / "vae"), None, None)
 
 
+def prompt_embeddings(pipe, prompts, length):
+    """(B, L, D_text) of the pipeline's own text encoder."""
+    return pipe.encode_prompt(prompts, do_classifier_free_guidance=False, max_sequence_length=length, device="cpu")[0]
+
+
 PROMPTS = ["a red ball falls", "", "ice  melts &amp;amp; drips\n on the floor", "lÃ©ft", "ball " * 600]
 
 
@@ -141,7 +150,7 @@ def test_text_is_what_the_pipeline_makes_of_it(weights, lineage):
     encoder = encode.TextEncoder(weights[lineage])
     ours, lengths = encoder(PROMPTS, batch=2)
     length = encoder.lineage.text_len
-    theirs = pipeline(lineage, weights[lineage])._get_t5_prompt_embeds(PROMPTS, max_sequence_length=length, device="cpu")
+    theirs = prompt_embeddings(pipeline(lineage, weights[lineage]), PROMPTS, length)
     assert ours.shape == (5, length, 16) and (ours - theirs).abs().max() < 1e-6
     assert lengths[:2].tolist() == [5, 0] and lengths[4] == length  # </s> is counted; an empty caption has none
     assert encoder.too_long(PROMPTS) == 1
@@ -221,7 +230,7 @@ def test_cache_reads_back_what_diffusers_gives_for_the_file(weights, videos, cac
         else:
             noise = np.random.default_rng([0, 5, position]).standard_normal((4, 3, 2, 4), np.float32)
             expected = 0.7 * (posterior.mean + posterior.std * torch.from_numpy(noise))
-        text = theirs._get_t5_prompt_embeds([batch.caption[0]], max_sequence_length=length, device="cpu")
+        text = prompt_embeddings(theirs, [batch.caption[0]], length)
         assert batch.x is batch.latent and batch.video is None and batch.latent.shape == (1, 4, 3, 2, 4)
         assert torch.allclose(batch.latent, expected, atol=1e-5) and torch.allclose(batch.text, text, atol=1e-6)
         assert batch.text.shape == (1, length, 16) and 0 < batch.text_length[0] <= length
@@ -546,24 +555,14 @@ def test_a_missing_package_is_named(weights, monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------------------- kill -9
-def killed_when(ready, *args, **fields):
-    """Run the command in a process of its own (forked: importing takes longer than encoding) and kill -9 it when `ready()`."""
-    child = multiprocessing.get_context("fork").Process(target=run, args=args, kwargs=fields)
-    child.start()
-    while not ready() and child.is_alive():
-        time.sleep(0.001)
-    os.kill(child.pid, 9)
-    child.join()
-    return child.exitcode == -9
-
-
 def test_kill_9_loses_and_doubles_nothing(weights, videos, caches, tmp_path, capsys):
     out, clips = tmp_path / "killed", tmp_path / "killed" / "clips"
+    command = ["encode.py", *flags_of(videos, weights["wan"], out)]
     finished = lambda: [] if not clips.exists() else [f for f in os.listdir(clips) if f.endswith(".safetensors")]  # noqa: E731
-    assert killed_when(lambda: len(finished()) == 2, videos, weights["wan"], out)  # between two clips
+    assert killed_when(lambda: len(finished()) == 2, command)  # between two clips
     survived = {f: (clips / f).stat().st_mtime_ns for f in finished()}
     assert 2 <= len(survived) < 7 and not (out / "index.json").exists()
-    assert killed_when(lambda: any(f.endswith(".part") and f[:24] not in str(survived) for f in os.listdir(clips)), videos, weights["wan"], out)
+    assert killed_when(lambda: any(f.endswith(".part") and f[:24] not in str(survived) for f in os.listdir(clips)), command)
     capsys.readouterr()
     (clips / f"{'0' * 24}-0of1.safetensors.1of1.part").write_bytes(b"half")  # what a kill in the midst of a write leaves
     run(videos, weights["wan"], out)

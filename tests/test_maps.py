@@ -2,10 +2,8 @@
 import dataclasses
 import json
 import math
-import multiprocessing
 import os
 import shutil
-import time
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -22,9 +20,10 @@ import train
 import world
 from config import Stopped, UserError, preset
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", reason="the teacher needs transformers: pip install -r requirements.txt")
 
 import teacher  # noqa: E402
+from helpers import killed_when  # noqa: E402
 from test_teacher import expected, make_vlm, sentence  # noqa: E402
 
 RECORDS = [  # the fifth is no video, the sixth is not there
@@ -61,10 +60,15 @@ def videos(tmp_path_factory):
     return folder
 
 
-def run(videos, vlm, out, *more, **fields):
+def flags_of(videos, vlm, out, **fields):
+    """The command line of teacher.py."""
     flags = {**FLAGS, **fields}
-    teacher.main(["--videos", str(videos), "--vlm", str(vlm), "--out", str(out), *more, "--device", "cpu", "--threads", "1",
-                  *(word for field, value in flags.items() for word in (f"--{field}", str(value)))])
+    return ["--videos", str(videos), "--vlm", str(vlm), "--out", str(out), "--device", "cpu", "--threads", "1",
+            *(word for field, value in flags.items() for word in (f"--{field}", str(value)))]
+
+
+def run(videos, vlm, out, *more, **fields):
+    teacher.main([*flags_of(videos, vlm, out, **fields), *more])
     return out
 
 
@@ -663,21 +667,10 @@ def test_missing_maps_are_one_sentence(saliency, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------- kill -9
-def killed_when(ready, *args, **fields):
-    """Run the command in a process of its own (forked: importing takes longer than looking) and kill -9 it when `ready()`."""
-    child = multiprocessing.get_context("fork").Process(target=run, args=args, kwargs=fields)
-    child.start()
-    while not ready() and child.is_alive():
-        time.sleep(0.001)
-    os.kill(child.pid, 9)
-    child.join()
-    return child.exitcode == -9
-
-
 def test_kill_9_loses_and_doubles_nothing(maps, vlm, videos, tmp_path, capsys):
     out, there = tmp_path / "killed", tmp_path / "killed" / "clips"
     finished = lambda: [] if not there.exists() else [f for f in os.listdir(there) if f.endswith(".safetensors")]  # noqa: E731
-    assert killed_when(lambda: len(finished()) == 2, videos, vlm, out)
+    assert killed_when(lambda: len(finished()) == 2, ["teacher.py", *flags_of(videos, vlm, out)])
     survived = {f: (there / f).stat().st_mtime_ns for f in finished()}
     assert 2 <= len(survived) < 6 and not (out / "index.json").exists()
     assert "once it has gone through" in sentence(data.Maps, out, error=UserError)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import config
 import model
+import seams
 from model import build_backbone
 
 # Odd in every direction: 3 x 3 x 5 tokens, three heads of 16, five text tokens.
@@ -314,16 +315,14 @@ def in_our_names(state: dict) -> dict:
 
 
 def test_block_equals_diffusers_cogvideox_block():
-    pytest.importorskip("diffusers")
-    from diffusers.models.embeddings import get_3d_rotary_pos_embed
-    from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+    pytest.importorskip("diffusers", reason="parity needs diffusers: pip install -r requirements-extra.txt")
 
     grid, n_text, dim, heads = (3, 5, 7), 9, 96, 3
-    reference = awake(CogVideoXBlock(dim, heads, dim // heads, time_embed_dim=20, attention_bias=True)).eval()
+    reference = awake(seams.cog_block()(dim, heads, dim // heads, time_embed_dim=20, attention_bias=True)).eval()
     cfg = config.preset("debug", dim=dim, heads=heads, time_dim=20, positions="integer")
     block = model.CogBlock(cfg)
     block.load_state_dict(in_our_names(reference.state_dict()))
-    rope = get_3d_rotary_pos_embed(dim // heads, ((0, 0), grid[1:]), grid[1:], grid[0])
+    rope = seams.cog_rotary(dim // heads, grid[1:], grid[0], grid[1:])
     text, video, time = torch.randn(2, n_text, dim), torch.randn(2, 105, dim), torch.randn(2, 20)
     condition = model.Condition(F.silu(time), rope_3d(grid, n_text, dim // heads), n_text, grid, text, torch.tensor([9, 9]))
     video_out, text_out = reference(video, text, time, rope)
@@ -334,8 +333,7 @@ def test_block_equals_diffusers_cogvideox_block():
 
 def test_model_equals_diffusers_cogvideox_transformer():
     """Patches, time embedding, all blocks and head: the reference gets our text embedding through an identity projection."""
-    diffusers = pytest.importorskip("diffusers")
-    from diffusers.models.embeddings import get_3d_rotary_pos_embed
+    diffusers = pytest.importorskip("diffusers", reason="parity needs diffusers: pip install -r requirements-extra.txt")
 
     cfg = config.preset("debug", frames=3, height=10, width=14, patch_t=1, patch=2, dim=D, heads=3, depth=2, time_dim=12, text_len=L, channels=4)
     reference = diffusers.CogVideoXTransformer3DModel(
@@ -354,5 +352,5 @@ def test_model_equals_diffusers_cogvideox_transformer():
     x, t = torch.randn(2, 4, 3, 10, 14), torch.tensor([19, 999])
     text = torch.randint(1, VOCABULARY, (2, L))
     with torch.no_grad():
-        theirs = reference(x.transpose(1, 2), ours.text_encoder(text), t, image_rotary_emb=get_3d_rotary_pos_embed(16, ((0, 0), (5, 7)), (5, 7), 3))
+        theirs = reference(x.transpose(1, 2), ours.text_encoder(text), t, image_rotary_emb=seams.cog_rotary(16, (5, 7), 3, (5, 7)))
         close(ours(x, t, text), theirs.sample.transpose(1, 2), 2e-5)

@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import config
+
 import model
+import seams
 from config import UserError
 
 diffusers = pytest.importorskip("diffusers", reason="parity needs diffusers: pip install -r requirements-extra.txt")
 from diffusers import CogVideoXTransformer3DModel, WanTransformer3DModel  # noqa: E402
-from diffusers.models.embeddings import get_3d_rotary_pos_embed  # noqa: E402
-from diffusers.pipelines.cogvideo.pipeline_cogvideox import get_resize_crop_region_for_grid  # noqa: E402
 
 COG = dict(num_attention_heads=3, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=20, text_embed_dim=24, num_layers=2,
            sample_width=18, sample_height=12, sample_frames=9, patch_size=2, max_text_seq_length=7)
@@ -56,9 +56,9 @@ def theirs(net, x, t, text):
     if c.use_rotary_positional_embeddings:
         h, w, base = x.shape[3] // 2, x.shape[4] // 2, (c.sample_height // 2, c.sample_width // 2)
         if c.patch_size_t:
-            rope = get_3d_rotary_pos_embed(c.attention_head_dim, None, (h, w), x.shape[2] // 2, grid_type="slice", max_size=(max(h, base[0]), max(w, base[1])))
+            rope = seams.cog_rotary_slice(c.attention_head_dim, (h, w), x.shape[2] // 2, (max(h, base[0]), max(w, base[1])))
         else:
-            rope = get_3d_rotary_pos_embed(c.attention_head_dim, get_resize_crop_region_for_grid((h, w), base[1], base[0]), (h, w), x.shape[2])
+            rope = seams.cog_rotary(c.attention_head_dim, (h, w), x.shape[2], base)
     return net(x.transpose(1, 2), text, t, image_rotary_emb=rope, return_dict=False)[0].transpose(1, 2)
 
 
@@ -135,12 +135,12 @@ def test_tables_are_exact_at_long_positions(pair):
     """The native grid of CogVideoX 1.5 has 85 columns: rotation tables to 1e-6 of the reference's there, and Wan's at 1023."""
     cfg = replace(pair("1.5")[1].cfg, dim=64, heads=1)
     cos, sin = model.positions(cfg, (11, 48, 85), 3, torch.device("cpu"))[1]
-    reference = get_3d_rotary_pos_embed(64, None, (48, 85), 11, grid_type="slice", max_size=(150, 150))
+    reference = seams.cog_rotary_slice(64, (48, 85), 11, (150, 150))
     assert (cos[3:] - reference[0][:, ::2]).abs().max() < 1e-6 and (sin[3:] - reference[1][:, ::2]).abs().max() < 1e-6
     cfg = replace(pair("5b")[1].cfg, dim=64, heads=1, fit_height=30, fit_width=45)
     for h, w in ((30, 45), (48, 85), (45, 30), (7, 90)):
         cos, sin = model.positions(cfg, (13, h, w), 0, torch.device("cpu"))[1]
-        reference = get_3d_rotary_pos_embed(64, get_resize_crop_region_for_grid((h, w), 45, 30), (h, w), 13)
+        reference = seams.cog_rotary(64, (h, w), 13, (30, 45))
         assert (cos - reference[0][:, ::2]).abs().max() < 1e-6 and (sin - reference[1][:, ::2]).abs().max() < 1e-6
     cfg, rope = replace(pair("wan128")[1].cfg), pair("wan128")[0].rope
     cos, sin = model.positions(cfg, (1, 1, 1023), 0, torch.device("cpu"))[1]
@@ -273,10 +273,9 @@ def test_a_planted_mistake_is_seen(pair, kind, trap, monkeypatch):
 
 def test_sinusoid_is_theirs_to_the_bit():
     """Its angles are float32 on purpose: float64, the better number, is not what the weights were trained with."""
-    from diffusers.models.embeddings import get_timestep_embedding
     t = torch.arange(1000)
     for dim in (256, 1920, 3072):
-        reference = get_timestep_embedding(t, dim, flip_sin_to_cos=True, downscale_freq_shift=0)
+        reference = seams.timestep_embedding(t, dim)
         assert torch.equal(model.sinusoid(t, dim), reference)
         angles = t.double()[:, None] * torch.exp(-math.log(10_000) * torch.arange(dim // 2).double() / (dim // 2))
         assert (torch.cat([angles.cos(), angles.sin()], -1) - reference).abs().max() > 1e-5
