@@ -874,8 +874,9 @@ def glimpses(vlm: VLM, clips: list[world.Clip], random: torch.Generator) -> tupl
     return pixels[torch.arange(len(clips))[:, None, None], drawn].flatten(0, 2), grid
 
 
-def answer_loss(vlm: VLM, cfg: Config, n: int, rng: np.random.Generator, random: torch.Generator) -> Tensor:
-    """Cross-entropy of the answers about n clips; every other one is a photograph."""
+def answer_loss(vlm: VLM, cfg: Config, n: int, rng: np.random.Generator, random: torch.Generator,
+                watcher=None) -> Tensor:
+    """Cross-entropy of the answers about n clips; every other one is a photograph. watcher: of `watched_attention`."""
     # A look-alike in every scene that has room: a glass or a candle alone must not give the answer.
     drawing = {**data.World(cfg).drawing, "decoys": 1.0}
     clips = [photograph(cfg, rng) if i % 2 else
@@ -887,7 +888,7 @@ def answer_loss(vlm: VLM, cfg: Config, n: int, rng: np.random.Generator, random:
     places, told = places.repeat_interleave(GLIMPSES, 1), labels >= 0
     thw = torch.tensor([[len(pixels) // len(ids), 1, 1]] * len(ids))  # as if each token were a frame of its own
     out = vlm.core(ids, mask, places, use_cache=False, pixel_values_videos=pixels, video_grid_thw=thw,
-                   watcher=DropHeads(.3, random))
+                   watcher=watcher)
     return F.cross_entropy(vlm.model.get_output_embeddings()(out.last_hidden_state[told]), labels[told])
 
 
@@ -918,10 +919,11 @@ def train_tiny(vlm: VLM, cfg: Config, seed: int, minutes: float, steps: int = 0,
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
     optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=1.0, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(others, lr=lr, betas=(.9, .98), weight_decay=.01)]
+    dropping = DropHeads(.3, random)
     start, step, mean, done = time.monotonic(), 0, 0.0, 0.0
     with tqdm(total=100, desc="tiny VLM", unit="%") as bar:
         while (done := step / steps if steps else (time.monotonic() - start) / (60 * minutes)) < 1:
-            loss = answer_loss(vlm, cfg, batch, rng, random)
+            loss = answer_loss(vlm, cfg, batch, rng, random, dropping)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
