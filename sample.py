@@ -22,7 +22,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -456,7 +455,7 @@ def save_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
     partial = path.with_name(f"{path.stem}.{os.getpid()}.part.mp4")
     try:
-        iio.imwrite(partial, frames, plugin="pyav", codec=codec, fps=Fraction(fps).limit_denominator(1000), out_pixel_format="yuv420p")
+        iio.imwrite(partial, frames, plugin="pyav", codec=codec, fps=float(fps), out_pixel_format="yuv420p")
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
