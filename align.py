@@ -8,10 +8,10 @@ of them.
 
 Letters: B clips, N video tokens, E_s semantic and E_r refinement experts, E_cat phenomena, k experts a token.
 """
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from config import Config
 
 
 def coarse_loss(p_s: Tensor, q_s: Tensor, kind: str = "relative", reduction: str = "mean") -> Tensor:
@@ -86,13 +86,11 @@ def map_target(maps: Tensor, background: Tensor, categories: Tensor, negatives: 
     return target, positive + negatives * (present & ~positive)
 
 
-def auc(scores, positive) -> float:
-    """Chance that a positive's score exceeds a negative's, ties counting half. Both (N,), both kinds present."""
-    _, which, count = np.unique(scores, return_inverse=True, return_counts=True)
-    rank = np.cumsum(count) - (count - 1) / 2  # equal scores share the mean of their ranks, which start at 1
-    n = positive.sum()
-    return float((rank[which][positive].sum() - n * (n + 1) / 2) / (n * (len(scores) - n)))
-
-
 def _reduce(values: Tensor, reduction: str) -> Tensor:
     return values.sum() if reduction == "sum" else values.mean()
+
+
+def total_loss(losses: dict[str, Tensor], cfg: Config) -> Tensor:
+    """Eq. 6."""
+    weights = dict(diffusion=1.0, coarse=cfg.coarse_weight, fine_align=cfg.fine_weight, balance=cfg.balance_weight)
+    return sum(weights[name] * loss for name, loss in losses.items())

@@ -26,18 +26,20 @@ from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-
 import config
 import diffusion
 import experts
 import train
+from align import total_loss
+from common.run import resolve
 from config import Config, Stopped, UserError
-from model import COG_NAMES, WAN_NAMES, build_backbone, from_stored, renamed, their_config
+from model import build_backbone
+from official.cost import GIB, block_cost
+from official.weights import COG_NAMES, WAN_NAMES, from_stored, renamed, their_config
 
 VOCABULARY = 120
 NEEDS_DIFFUSERS = "The comparison with diffusers needs it installed: pip install -r requirements-extra.txt"
@@ -95,7 +97,7 @@ def training_step(cfg: Config, stage: str):
         marks.append(clock())
         losses, _ = train.losses_of(state, process, batch, t, eps)
         marks.append(clock())
-        train.total_loss(losses, cfg).backward()
+        total_loss(losses, cfg).backward()
         marks.append(clock())
         torch.nn.utils.clip_grad_norm_(state.trained.values(), cfg.clip)
         for optimizer in state.optimizers:
@@ -334,7 +336,7 @@ def block_flops(cfg: Config) -> float:
     """FLOPs of a block's matrix products on one clip, forward and backward: backward costs two products for each one
     of the forward. What a fused attention kernel computes again is not counted, as it is not in the usual figures."""
     with torch.device("meta"):
-        linear, attention, *_ = train.block_cost(build_backbone(cfg), cfg)
+        linear, attention, *_ = block_cost(build_backbone(cfg), cfg)
     return 3 * (linear + attention)
 
 
@@ -354,7 +356,7 @@ def added_memory(run) -> float:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
-    return (torch.cuda.max_memory_allocated() - before) / train.GIB
+    return (torch.cuda.max_memory_allocated() - before) / GIB
 
 
 def block_rows(name: str, cfg: Config, modes: list[str], peak: float, rounds: int) -> None:
@@ -399,7 +401,7 @@ def block_table(sizes: dict[str, Config], modes: list[str], rounds: int) -> None
 def main(cfg: Config, blocks: bool = False, rounds: int = 30) -> None:
     if blocks and cfg.device != "cpu" and not torch.cuda.is_available():
         raise UserError("--blocks times full-size blocks and needs a CUDA GPU; --device cpu tries it on a few tokens.")
-    cfg, why = train.resolve(cfg)
+    cfg, why = resolve(cfg)
     modes, reference = ["off"] if cfg.compile == "off" else ["off", "on"], find_spec("diffusers")
     if blocks:
         if not reference:

@@ -154,7 +154,6 @@ class Config:
         """Indices of the backbone blocks that have a physical block beside them."""
         return tuple(int(i) for i in self.physical_blocks.split(",") if i.strip())
 
-
 OFFICIAL = dict(latent=True, channels=16, text_dim=4096, patch=2, patch_t=1, predict="v", map_rank=64, batch_size=2,
                 base_steps=0, physics_steps=2000, optimizer="adamw", lr=1e-5, physics_lr=1e-5, weight_decay=1e-4,
                 warmup=100, schedule="constant", preview_steps=50, checkpointing=True)
@@ -162,7 +161,6 @@ COG = OFFICIAL | dict(lineage="cogvideox", text_len=226, time_dim=512, process="
                       width=720, fps=8.0, guidance=6.0)
 WAN = OFFICIAL | dict(lineage="wan", text_len=512, freq_dim=256, positions="integer", frames=81, height=480, width=832,
                       fps=16.0, shift=5.0, guidance=5.0)
-
 PRESETS = {
     "small": dict(negatives=0.02),  # the defaults above: two CPU cores, about twelve minutes
     "small-wan": dict(negatives=0.02, lineage="wan"),  # the same in the other lineage
@@ -180,9 +178,7 @@ PRESETS = {
                   batch_size=8, base_steps=30, physics_steps=20, warmup=5, ema=0.9, precision="fp32",
                   compile="off", log_every=5, eval_every=25, save_every=25, preview_every=0, preview_steps=4),
 }
-
 PRESETS["full"] = PRESETS["cogvideox-5b"]  # the paper's larger backbone
-
 CHOICES = {
     "device": ("auto", "cuda", "mps", "cpu"), "precision": ("auto", "fp32", "bf16"), "compile": ("auto", "on", "off"),
     "ood": ("", "speed", "radius", "gravity"), "categories": (17, 29), "process": ("flow", "vpred"),

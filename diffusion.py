@@ -16,7 +16,6 @@ Solvers: lambda = log(a / s), from -inf (noise) to +inf (data), and h, its growt
 time (a', s'); x_0 is the estimate of x made now, x_1 the one of a step ago.
 """
 import math
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -331,7 +330,6 @@ class UniPC(Solver):
             rho = [rho_1, mean_r - rho_1]
         mean = x + sum(p * d for p, d in zip(rho, D))
         return s_next / now[1] * x_t + a_next * weight * mean
-
 
 SOLVERS = {"ddim": Direct, "euler": Direct, "wan-euler": Direct, "dpm": DPM, "unipc": UniPC}
 

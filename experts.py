@@ -21,7 +21,6 @@ Letters: B clips, N = T' h w video tokens, D width, L text tokens, E_s, E_r expe
 """
 import copy
 from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -251,7 +250,6 @@ class LoRA(nn.Linear):
         linear.weight = nn.Parameter(self.weight + (self.scale * self.up @ self.down).type_as(self.weight))
         linear.bias = self.bias
         return linear
-
 
 LORA_NAMES = (".down", ".up")
 

@@ -13,49 +13,25 @@ Filling every batch up to one size would undo even that and make a single clip e
 
 Letters: n clips, B clips of a batch, F H W video, T' h w token grid, E_s semantic experts, E_cat phenomena.
 """
-import dataclasses
 import json
 import math
 import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-
 import numpy as np
-import safetensors
 import torch
-from torch import Tensor
 from tqdm import tqdm
-
 import config
 import data
 import diffusion
-import encode
-import world
-from config import Config, Stopped, UserError
+from common.pictures import ClipRouting, MOST_PIXELS, overlay, plain_cell, routing_cell, save, save_gif, sheet
+from common.run import pick_device
+from config import Config, UserError
 from experts import ProPhy, invert
-from model import build_backbone, load_pretrained, read_config
-
-BRANCH_FORMAT = 1  # of branch.safetensors
-BRANCH_FIELDS = (  # what shapes a branch, and the clips that set the grid of its basis maps
-    "physical_blocks", "semantic", "refinement", "injection", "semantic_experts", "refinement_experts", "top_k",
-    "map_rank", "residual", "renormalise", "categories", "lora_rank", "lora_alpha", "lora_targets", "frames", "height",
-    "width", "fps")
-FITS = (  # what a backbone must share with the one that a branch was trained beside
-    "lineage", "dim", "depth", "heads", "ffn", "time_dim", "text_dim", "text_len", "channels", "patch_t", "patch",
-    "positions")
-
-
-@dataclass
-class ClipRouting:
-    """What the routers said of one clip at diffusion time t; None where a router is switched off."""
-
-    lift: np.ndarray | None  # P'_r on the token grid, float32 (T', h, w, E_cat)
-    semantic: np.ndarray | None  # rho_s, float32 (E_s,)
-    t: float
+from model import build_backbone
+from official.clips import generate_official, load_official
 
 
 # --- clips ------------------------------------------------------------------------------------------------------------
@@ -150,144 +126,6 @@ def load_run(run_dir, checkpoint: str = "best", device: str = "cpu"):
     return cfg, model.to(device).eval(), diffusion.build(cfg), tokenizer, info
 
 
-def load_official(weights, device: str = "cpu", dtype: torch.dtype = torch.float32, branch: str = "", **sizes):
-    """-> cfg, model, process, solver of a folder in diffusers' layout: the backbone, or with `branch` (a file that
-    train.py made beside the same weights) the backbone with its branch.
-
-    The noise schedule and the solver are those of scheduler/scheduler_config.json. `sizes` (frames, height, width) that
-    are not given are the lineage's. Raises UserError.
-    """
-    weights, lineage = Path(weights), encode.lineage_of(weights)
-    published = read_branch(Path(branch), weights) if branch else None
-    model = load_pretrained(weights, device, dtype)
-    path = weights / "scheduler" / "scheduler_config.json"
-    try:
-        stored = json.loads(path.read_text())
-        kind, snr_shift = stored.get("_class_name", ""), float(stored.get("snr_shift_scale") or 1)
-        shift = float(stored.get("flow_shift") or stored.get("shift") or 5)
-    except FileNotFoundError:
-        kind, snr_shift, shift = "", 1.0, 5.0
-    except (OSError, ValueError, TypeError, AttributeError) as e:
-        raise UserError(f"{path} cannot be read ({type(e).__name__}).") from None
-    cfg = dataclasses.replace(
-        model.cfg, fps=lineage.fps, predict="v", process="vpred" if lineage.name == "cogvideox" else "flow",
-        snr_shift=snr_shift, shift=shift,
-        **{name: sizes.get(name) or getattr(lineage, name) for name in ("frames", "height", "width")})
-    config.check_latent_size(cfg)
-    process = diffusion.build(cfg)
-    solver = {"CogVideoXDPMScheduler": "dpm", "FlowMatchEulerDiscreteScheduler": "wan-euler"}.get(
-        kind, "ddim" if cfg.process == "vpred" else "unipc")
-    if published:
-        model = attach_branch(model, *published)
-    return cfg, model.to(device).eval(), process, solver
-
-
-def network_folder(weights) -> Path:
-    """Where a folder of official weights has its video transformer."""
-    part = Path(weights) / "transformer"
-    return part if part.is_dir() else Path(weights)
-
-
-def read_branch(path: Path, weights: Path) -> tuple[Config, dict[str, Tensor]]:
-    """branch.safetensors -> the Config that builds its ProPhy beside these weights, and {name: tensor}.
-
-    Raises UserError, with one sentence and before the weights are read, for a file that is damaged, of another version,
-    or for another architecture. Other weights of the same architecture are a warning only: somebody may have stored the
-    same ones in another dtype or in other pieces.
-    """
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
-            found = {name: (file.get_slice(name).get_shape(), file.get_slice(name).get_dtype() in encode.FLOATS)
-                     for name in file.keys()}
-    except FileNotFoundError:
-        raise UserError(f"There is no {path}: a run of train.py makes it at its first validation.") from None
-    except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path} is damaged or no safetensors file ({e}); pickled files are not opened.") from None
-    if not isinstance(about, dict) or about.get("branch_format") != BRANCH_FORMAT:
-        raise UserError(f"{path} is no branch of format {BRANCH_FORMAT}, the one that this version of train.py writes.")
-    theirs = read_config(network_folder(weights))[0]
-    try:
-        cfg = branch_config(about, theirs)
-        with torch.device("meta"):
-            wanted = {name: (list(p.shape), True)
-                      for name, p in ProPhy(build_backbone(theirs), cfg).branch_state().items()}
-    except UserError as e:
-        raise UserError(f"{path} cannot be attached to {weights}: {e}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as e:
-        raise UserError(f"{path} describes no branch ({type(e).__name__}: {e}).") from None
-    odd = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
-    if odd:
-        raise UserError(f"{path} holds another branch than its header describes: {data.listed(odd, 3)}.")
-    with safetensors.safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in found}
-    if data.checksum(tensors) != about.get("checksum"):
-        raise UserError(f"{path} is damaged: its checksum is another.")
-    if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise UserError(f"{path} holds numbers that are not finite: {data.listed(bad, 3)}.")
-    if about.get("weights") != encode.fingerprint(network_folder(weights)):
-        print(f"Warning: {path} was trained beside other files than those in {weights}; that is right only if they "
-              "hold the same weights, stored in another way.", file=sys.stderr)
-    return cfg, tensors
-
-
-def branch_config(about: dict, theirs: Config) -> Config:
-    """What a branch's header describes, beside a backbone of `theirs`. Raises UserError where that is another one, and
-    KeyError, TypeError or ValueError for a header that describes nothing."""
-    for name in FITS:
-        if about["fits"][name] != getattr(theirs, name):
-            raise UserError(f"it was trained beside a model of --{name} {about['fits'][name]}, not "
-                            f"{getattr(theirs, name)}.")
-    fields = {f.name: f.type(about["branch"][f.name]) for f in dataclasses.fields(Config) if f.name in BRANCH_FIELDS}
-    return config.check(dataclasses.replace(theirs, base_steps=0, dry_run=True, **fields))
-
-
-@torch.no_grad()
-def attach_branch(backbone, cfg: Config, tensors: dict[str, Tensor]) -> ProPhy:
-    """The backbone with the branch that read_branch found, in the backbone's dtype; a physical block keeps in float32
-    what the block beside it does."""
-    model = ProPhy(backbone, cfg)
-    for name, p in model.branch_state().items():
-        dtype = p.dtype if name.startswith("physical.") else backbone.patch_proj.weight.dtype
-        p.data = tensors[name].to(p.device, dtype, copy=True)  # no tie to the file
-    return model
-
-
-@torch.no_grad()
-def generate_official(weights, loaded, prompts: list[str], *, negative: str = "", seed: int = 0, steps: int = 50,
-                      guidance: float = 6.0, solver: str = "", dynamic: bool = False, tiled: bool = False,
-                      edit=None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[np.ndarray]:
-    """One clip a prompt, uint8 (F, H, W, 3), as diffusers' pipeline makes it from the same folder and seed.
-
-    Text encoder, network and VAE take turns on the device. Prompt i starts from generator seed + i. CogVideoX 1.5 works
-    on pairs of latent frames: an odd number is made even in front, and what was added is dropped.
-    """
-    cfg, model, process, first_choice = loaded
-    words, lengths = encode.TextEncoder(weights, device, dtype)(prompts + [negative])
-    vae = encode.VAE(weights, device, dtype, tiled)
-    grid = tuple(n * p for n, p in zip(cfg.grid, (cfg.patch_t, cfg.patch, cfg.patch)))  # of the latent, even frames
-    wanted, copies = 1 + (cfg.frames - 1) // 4, 1 if guidance == 1 else 2
-    for i in tqdm(range(len(prompts)), desc="clips", unit="clip"):
-        generator = torch.Generator().manual_seed(seed + i)
-        keep = torch.float32 if cfg.lineage == "wan" else dtype  # Wan's latents stay float32 from step to step
-        noise = process.randn((1, cfg.channels, *grid), generator, keep).to(device)
-        which = [i, len(prompts)][:copies]
-        text, length, captionless = words[which].to(device, dtype), lengths[which].to(device), None
-
-        def denoise(x_t, t):
-            nonlocal captionless
-            out = []
-            for y, n in zip(text.split(1), length.split(1)):  # one after the other: half the memory of both at once
-                given = (x_t.to(dtype), t, y, n)
-                out.append(model(*given, edit)[0] if isinstance(model, ProPhy) else model(*given))
-            captionless = out[-1]
-            return out[0]
-        x = process.sample(denoise, noise, steps, guidance, lambda x_t, t: captionless, solver=solver or first_choice,
-                           dynamic=dynamic, generator=generator)
-        frames = vae.decode(x[:, :, grid[0] - wanted :])[0]  # (3, F, H, W)
-        yield ((frames.nan_to_num().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
-
-
 def find_checkpoint(folder: Path, name: str) -> Path:
     """The file that best | last | base | a file's own name stands for. Raises UserError where there is none."""
     steps = sorted((p for p in folder.glob("step*.pt") if p.stem[4:].isdigit()), key=lambda p: int(p.stem[4:]))
@@ -302,165 +140,7 @@ def find_checkpoint(folder: Path, name: str) -> Path:
     return path
 
 
-# --- pictures ---------------------------------------------------------------------------------------------------------
-PAPER, PLATE, BLUE, INK, FAINT = (17, 19, 25), (29, 32, 41), (92, 160, 255), (232, 234, 240), (136, 142, 156)
-MOST_PIXELS = 2**28  # of all frames of a sheet: 0.8 GB in memory, more than a viewer opens
-GAP, LINE, COLUMNS = 8, 17, 4  # pixels between things; of a line of text; heat maps a row
-HEAT = np.stack([np.interp(np.linspace(0, 1, 256), (0, .25, .5, .75, 1), levels)  # violet to pale yellow, ever brighter
-                 for levels in ((50, 150, 235, 255, 255), (20, 35, 85, 170, 245), (120, 165, 90, 45, 170))], axis=-1)
-
-
-def font(size: int):
-    """Pillow's own font, `size` pixels high."""
-    from PIL import ImageFont  # lazily: training needs no letters before its first preview
-    return ImageFont.load_default(size)
-
-
-def wrap(text: str, room: int) -> list[str]:
-    """Lines of at most `room` pixels; a wider word stands alone."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        lines = lines[:-1] + [longer] if font(13).getlength(longer) <= room or not lines[-1] else [*lines, word]
-    return lines
-
-
-class Panel:
-    """A still picture with moving tiles on it."""
-
-    def __init__(self, width: int, height: int):
-        from PIL import Image, ImageDraw
-        self.image = Image.new("RGB", (width, height), PAPER)
-        self.draw, self.tiles = ImageDraw.Draw(self.image), []
-
-    def write(self, x: int, y: int, text: str, colour=INK, size: int = 13, room: float = math.inf, anchor="la") -> None:
-        """One line; where there is no room the letters shrink."""
-        while size > 7 and font(size).getlength(text) > room:
-            size -= 1
-        self.draw.text((x, y), text, fill=colour, font=font(size), anchor=anchor)
-
-    def place(self, x: int, y: int, frames: np.ndarray) -> None:
-        """Put uint8 frames (F, h, w, 3), with their upper left corner at (x, y)."""
-        self.tiles.append((x, y, frames))
-
-    def frames(self) -> np.ndarray:
-        """uint8 (F, H, W, 3)."""
-        out = np.repeat(np.asarray(self.image)[None], max(len(tile) for _, _, tile in self.tiles), axis=0)
-        for x, y, tile in self.tiles:
-            out[:, y : y + tile.shape[1], x : x + tile.shape[2]] = tile
-        return out
-
-
-def overlay(clip: np.ndarray, heat: np.ndarray, scale: int) -> np.ndarray:
-    """A map (T', h, w) glowing over the darkened grey clip uint8 (F, H, W, 3) -> (F, H scale, W scale, 3).
-
-    Colour and opacity both say the value, on one scale 0..1 for all maps; a square is a token.
-    Values come in tenths and greys in sixteenths: a GIF has 256 colours a frame, and the clip needs most of them.
-    """
-    grey = 0.6 * (world.enlarge(clip, scale).mean(-1, keepdims=True) // 16 * 16)  # (F, H scale, W scale, 1)
-    value = (heat.clip(0, 1) * 10).round() / 10
-    for axis in range(3):
-        value = value.repeat(grey.shape[axis] // heat.shape[axis], axis)
-    opacity = np.minimum(1.2 * value, 0.75)[..., None]
-    return (grey + opacity * (HEAT[(255 * value).astype(np.uint8)] - grey)).astype(np.uint8)
-
-
-def bars(panel: Panel, x: int, y: int, width: int, height: int, rho: np.ndarray) -> None:
-    """Semantic weights rho_s (E_s,) as bars from 0 to 1, beside the experts' numbers."""
-    panel.draw.rounded_rectangle((x, y, x + width - 1, y + height - 1), 6, fill=PLATE)
-    panel.write(x + 10, y + 8, "semantic router rho_s, bars 0 to 1", FAINT, 12, width - 20)
-    pitch, left, room = (height - 36) / len(rho), x + 34, width - 84
-    size, half = int(min(13, max(7, pitch - 4))), max(1, int(pitch * 0.28))
-    for e, weight in enumerate(rho.tolist()):
-        middle = int(y + 30 + (e + 0.5) * pitch)
-        panel.write(x + 26, middle, str(e + 1), FAINT, size, anchor="rm")
-        for share, colour in ((1, PAPER), (weight, BLUE)):
-            panel.draw.rectangle((left, middle - half, left + round(room * share), middle + half), fill=colour)
-        panel.write(x + width - 8, middle, f"{weight:.2f}", INK, size, anchor="rm")
-
-
-def plain_cell(clip, text: str, label: str, scale: int, beside: tuple[str, np.ndarray] | None = None) -> np.ndarray:
-    """A clip (F, H, W, 3), beside it one named heat map if there is any, below it the caption."""
-    (h, w), top = (side * scale for side in clip.shape[1:3]), LINE + 2 if label or beside else 0
-    width = 2 * w + GAP if beside else w
-    lines = wrap(text, width)
-    panel = Panel(width, top + h + 6 + LINE * len(lines))
-    for i, (name, frames) in enumerate([(label, world.enlarge(clip, scale))] + [beside] * bool(beside)):
-        panel.write(i * (w + GAP), 0, name, FAINT, room=w)
-        panel.place(i * (w + GAP), top, frames)
-    for i, line in enumerate(lines):
-        panel.write(0, top + h + 4 + i * LINE, line)
-    return panel.frames()
-
-
-def routing_cell(clip, text: str, label: str, scale: int, routing: ClipRouting, names: dict[int, str]) -> np.ndarray:
-    """Clip and semantic weights; below, half as large, a heat map for each phenomenon of names {index: name}."""
-    small, top = max(1, scale // 2), LINE + 2
-    (h, w), (h_map, w_map) = ((clip.shape[1] * s, clip.shape[2] * s) for s in (scale, small))
-    width = max(COLUMNS * (w_map + GAP) - GAP, 2 * w + GAP)
-    lines, maps = wrap(text, width), names if routing.lift is not None else {}
-    y_maps = top + h + 10 + LINE * (len(lines) + 2 * bool(maps))
-    panel = Panel(width, y_maps + math.ceil(len(maps) / COLUMNS) * (h_map + LINE + GAP))
-    panel.write(0, 0, label or "clip", FAINT)
-    panel.place(0, top, world.enlarge(clip, scale))
-    if routing.semantic is not None:
-        bars(panel, w + GAP, top, width - w - GAP, h, routing.semantic)
-    for i, line in enumerate(lines):
-        panel.write(0, top + h + 6 + i * LINE, line)
-    if maps:
-        legend = y_maps - LINE - 6
-        heading = f"where: P'_r at t = {routing.t:.2f}"
-        panel.write(0, legend, heading, FAINT, 12, width - 116)
-        panel.write(width - 98, legend, "0", FAINT, 12, anchor="ra")
-        ramp = overlay(np.full((1, 9, 80, 3), 100, np.uint8), np.linspace(0, 1, 80)[None, None], 1)
-        panel.place(width - 94, legend + 3, ramp)
-        panel.write(width - 1, legend, "1", FAINT, 12, anchor="ra")
-    for i, (category, name) in enumerate(maps.items()):
-        x, y = i % COLUMNS * (w_map + GAP), y_maps + i // COLUMNS * (h_map + LINE + GAP)
-        panel.write(x, y, name, FAINT, 12, w_map)
-        panel.place(x, y + LINE, overlay(clip, routing.lift[..., category], small))
-    return panel.frames()
-
-
-def sheet(cells: list[np.ndarray], pair: int = 1, group: int = 1) -> np.ndarray:
-    """Cells (F, h, w, 3) in rows, together shaped like a screen -> (F, H, W, 3).
-
-    `pair` neighbours stay in one row, and rows hold whole groups or whole parts of one, so that prompts stay apart.
-    """
-    n, h, w = len(cells), max(c.shape[1] for c in cells) + 2 * GAP, max(c.shape[2] for c in cells) + 2 * GAP
-    options = [c for c in range(pair, n + 1, pair) if group % c == 0 or c % group == 0]
-    columns = min(options, key=lambda c: abs(math.log(c * w / (-(-n // c) * h) / 1.6)))
-    out = np.empty((len(cells[0]), -(-n // columns) * h, columns * w, 3), np.uint8)
-    out[:] = PAPER
-    for i, cell in enumerate(cells):
-        y, x = GAP + i // columns * h, GAP + i % columns * w
-        out[:, y : y + cell.shape[1], x : x + cell.shape[2]] = cell
-    return out
-
-
 # --- files ------------------------------------------------------------------------------------------------------------
-def save(path: Path, frames: np.ndarray, fps: float) -> None:
-    """uint8 (F, H, W, 3) -> GIF or MP4 by suffix, the whole file or none. Raises Stopped when it cannot be written."""
-    try:
-        (save_mp4 if path.suffix.lower() == ".mp4" else world.save_gif)(path, frames, fps)
-    except OSError as e:
-        raise Stopped(f"{path} could not be written ({e.strerror or e}).") from None
-
-
-def save_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
-    """H.264 (MPEG-4 where the library lacks it) as yuv420p, which every player shows and which needs even sides."""
-    import av
-    import imageio.v3 as iio
-    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
-    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.part.mp4")
-    try:
-        iio.imwrite(partial, frames, plugin="pyav", codec=codec, fps=float(fps), out_pixel_format="yuv420p")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
 def play_fps(cfg: Config) -> float:
     """A world clip lasts one second, however many frames it has; videos play as they were sampled."""
     return cfg.fps if cfg.data_dir else cfg.frames
@@ -482,7 +162,7 @@ def preview(path, model, process, tokenizer, cfg: Config, prompts: list[str], *,
             strongest = max(named, key=lambda c: routing.lift[..., c].max())
             beside = names[strongest], overlay(clip, routing.lift[..., strongest], scale)
         cells.append(plain_cell(clip, prompt, "", scale, beside))
-    world.save_gif(path, sheet(cells), play_fps(cfg))
+    save_gif(path, sheet(cells), play_fps(cfg))
 
 
 # --- command ----------------------------------------------------------------------------------------------------------
@@ -585,7 +265,7 @@ def main(argv: list[str]) -> None:
     """From the command line to a file of clips. Raises UserError and Stopped."""
     # --- everything that can be refused is refused before the first step
     args = parse(argv)
-    device = encode.pick_device(args.device)
+    device = pick_device(args.device)
     if args.weights:
         return main_official(args, device)
     cfg, model, process, tokenizer, info = load_run(args.run, args.checkpoint, device)

@@ -17,208 +17,34 @@ import functools
 import json
 import math
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
-
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-
 import align
 import config
 import data
 import diffusion
-import encode
 import sample
+from align import total_loss
+from common.run import Log, describe_run, open_run, resolve
 from config import Config, Stopped, UserError
 from experts import ProPhy
-from model import build_backbone, load_pretrained
+from model import build_backbone
+from official.branch import publish
+from official.cache import Latents, open_cache
+from official.cost import plan
+from official.folder import fingerprint, identity, network_folder
+from official.weights import load_pretrained
+from vlm.maps import open_maps
 
-GIB = 2**30
 SHAPE = "lineage", "dim", "depth", "heads", "patch_t", "patch", "positions", "text_len"  # what weights must agree in
 BINS = 4  # the log has the diffusion loss of this many equal ranges of t: a loss says little, where it sits says more
 HELD_OUT_SEED = 2**31  # noise of the held-out split, the same in every run
-
-
-# --- what `auto` means ------------------------------------------------------------------------------------------------
-def resolve(cfg: Config) -> tuple[Config, dict[str, str]]:
-    """Replace every `auto` by what this machine makes of it; also the reasons, {field: sentence}. Sets the thread
-    count."""
-    why, found = {}, {}
-    torch.set_num_threads(cfg.threads or os.cpu_count())
-    found["threads"] = torch.get_num_threads()
-    device = found["device"] = encode.pick_device(cfg.device)
-    if cfg.device == "auto":
-        why["device"] = f"{device}: the best that torch sees here"
-    if cfg.precision == "auto":
-        gain = matmul_gain(device)
-        found["precision"] = "bf16" if gain > 1.2 else "fp32"
-        why["precision"] = f"{found['precision']}: a bf16 matrix product runs {gain:.1f} times as fast as fp32 here"
-    if cfg.compile == "auto":
-        steps, compiler = cfg.base_steps + cfg.physics_steps, any(map(shutil.which, ("c++", "g++", "clang++")))
-        if device == "mps" or steps < 500 or (device == "cpu" and not compiler):
-            found["compile"] = "off"
-            no_compiler = steps >= 500 and device == "cpu"
-            why["compile"] = "off: " + ("no C++ compiler here" if no_compiler
-                                        else f"{steps} steps on {device} would not pay")
-        else:
-            found["compile"] = "on"
-            why["compile"] = f"on: {steps} steps earn back the minute it takes"
-    return dataclasses.replace(cfg, **found), why
-
-
-def matmul_gain(device: str) -> float:
-    """How many times as fast as fp32 a bf16 matrix product is, at the size of the small preset's widest layer."""
-    def best_time(dtype):
-        a, b = torch.ones(1920, 128, device=device, dtype=dtype), torch.ones(128, 512, device=device, dtype=dtype)
-        times = []
-        for _ in range(20):
-            start = time.perf_counter()
-            (a @ b).sum().item()  # .item() waits for a GPU
-            times.append(time.perf_counter() - start)
-        return min(times)
-    try:
-        return best_time(torch.float32) / best_time(torch.bfloat16)
-    except RuntimeError:  # a device without bf16
-        return 0.0
-
-
-# --- what a run would cost --------------------------------------------------------------------------------------------
-def block_cost(backbone: nn.Module, cfg: Config) -> tuple[float, float, int, int]:
-    """One block on one clip, on the meta device: FLOPs of its linear layers and of its attention, forward; bytes that
-    autograd keeps of it, and bytes of its input. Counted by torch, in bf16; scores are left out, as no fused kernel
-    keeps them."""
-    backbone.bfloat16()
-    x = torch.zeros(1, cfg.channels, *(n * p for n, p in zip(cfg.grid, (cfg.patch_t, cfg.patch, cfg.patch))))
-    text = torch.zeros(1, cfg.text_len, cfg.text_dim).bfloat16() if cfg.text_dim else torch.ones(1, cfg.text_len).long()
-    tokens, condition = backbone.embed(x.bfloat16(), torch.zeros(1), text)
-    kept, weights = {}, {p.untyped_storage() for p in backbone.parameters()}
-
-    def keep(saved: Tensor) -> Tensor:
-        S = tokens.shape[1]
-        scores = saved.ndim > 2 and saved.shape[-2] == S and saved.shape[-1] in (S, cfg.text_len)
-        if not scores and saved.untyped_storage() not in weights:
-            kept[saved.untyped_storage()] = saved.untyped_storage().nbytes()
-        return saved
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
-        backbone.blocks[0](tokens, condition)
-    flops = counter.get_flop_counts()["Global"]
-    attention = sum(n for operation, n in flops.items() if "attention" in str(operation))
-    return sum(flops.values()) - attention, attention, sum(kept.values()), tokens.nbytes
-
-
-def plan(cfg: Config) -> None:
-    """--dry_run: parameters, tokens, FLOPs and memory of a step, from shapes alone: no weights are needed.
-
-    Embeddings, head, routers and experts (a percent or two) are left out of FLOPs and activations. Backward: a linear
-    layer costs one forward for its input and, if it trains, one for its weight; attention 2.5, as its kernel makes the
-    scores again. No gradient passes the backbone's blocks up to the first physical one. Memory: frozen weights in bf16,
-    trained ones in float32 with gradient, two moments and average.
-    """
-    with torch.device("meta"):
-        backbone = build_backbone(cfg, vocabulary=120)
-        model = ProPhy(backbone, cfg) if cfg.physics_steps else backbone
-        total = sum(p.numel() for p in model.parameters())
-        branch = sum(p.numel() for p in model.branch_parameters()) if cfg.physics_steps else 0
-        linear, attention, kept, entry = block_cost(backbone, cfg)
-    frozen = cfg.physics_steps and cfg.freeze_backbone
-    trained = branch if frozen else total
-    copies = len(cfg.physical_at) if cfg.physics_steps else 0
-    first = cfg.physical_at[0] + 1 if frozen and copies and not cfg.lora_rank else 0
-    passed = cfg.depth - first  # blocks of the backbone that a gradient passes
-    forward = (cfg.depth + copies) * (linear + attention)
-    backward = passed * ((1 if frozen else 2) * linear + 2.5 * attention) + copies * (2 * linear + 2.5 * attention)
-    again = (passed + copies) * (linear + attention)
-    weights, states = 2 * (total - trained) + 4 * trained, 16 * trained
-    plain = (passed + copies) * kept * cfg.batch_size
-    lean = ((passed + copies) * entry + kept) * cfg.batch_size
-    print(f"{cfg.config}: {cfg.lineage}, {cfg.frames} frames of {cfg.height} x {cfg.width}, "
-          f"{math.prod(cfg.grid):,} video + {cfg.text_len} text tokens\n"
-          f"parameters: backbone {(total - branch) / 1e6:,.2f} M, branch {branch / 1e6:,.2f} M, trained "
-          f"{trained / 1e6:,.2f} M\n"
-          f"TFLOPs a clip: backbone forward {cfg.depth * (linear + attention) / 1e12:,.4g}, step "
-          f"{(forward + backward) / 1e12:,.4g}, with --checkpointing {(forward + backward + again) / 1e12:,.4g}; "
-          f"{cfg.batch_size} a step\n"
-          f"memory in GiB: weights {weights / GIB:,.1f}, gradients, optimizer and average {states / GIB:,.1f}, "
-          f"activations {plain / GIB:,.1f}, with --checkpointing {lean / GIB:,.1f} (batch {cfg.batch_size})")
-    for card in (24, 80, 141):
-        room = 0.94 * card * 1e9 - weights - states  # the rest goes to kernels' workspace and fragmentation
-        lean_fits = "fits with --checkpointing" if lean < room else "does not fit"
-        print(f"{card} GB: {'fits' if plain < room else lean_fits}")
-
-
-# --- the run folder ---------------------------------------------------------------------------------------------------
-def open_run(cfg: Config) -> Path:
-    """Make the run folder, or check that it can be gone on with. Raises UserError before anything is touched."""
-    run = cfg.run_dir
-    if cfg.resume:
-        stored = config.load(run / "config.json")
-        fixed = [f.name for f in dataclasses.fields(cfg) if f.name not in config.MAY_CHANGE]
-        changed = [f"--{name}" for name in fixed if getattr(cfg, name) not in (getattr(stored, name), "auto")]
-        if changed:
-            raise UserError(f"--resume cannot change {', '.join(changed)}: {run} was started with another value.")
-        if not list((run / "checkpoints").glob("step*.pt")):
-            raise UserError(f"{run} has no checkpoint to resume from; start it again without --resume.")
-    elif list(run.glob("checkpoints/*.pt")):
-        raise UserError(f"{run} already holds a run: go on with --resume, or give another --out_dir.")
-    try:
-        (run / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (run / "samples").mkdir(exist_ok=True)
-    except OSError as e:
-        raise UserError(f"The run folder {run} cannot be made ({e.strerror}).") from None
-    return run
-
-
-def git_revision() -> str:
-    try:
-        here = Path(__file__).parent
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
-
-
-def describe_run(run: Path, cfg: Config, why: dict, categories: list[int], key: str) -> None:
-    """config.json: every field, what `auto` became and why, and what the run was made with and from."""
-    extra = dict(resolved=why, git=git_revision(), torch=torch.__version__, categories_present=categories, data=key)
-    config.write(run / "config.json", json.dumps(dataclasses.asdict(cfg) | extra, indent=2))
-
-
-class Log:
-    """log.jsonl, one object a line. A resumed run first drops the lines of steps it is about to take again."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _before(line, step)]
-            config.write(path, "".join(line + "\n" for line in lines))
-
-    def write(self, **values) -> None:
-        with self.path.open("a") as f:
-            f.write(json.dumps(_tidy(values)) + "\n")
-
-
-def _before(line: str, step: int) -> bool:
-    """Was this line written before the checkpoint of `step`? Its validation was, its training step is still to come."""
-    try:
-        entry = json.loads(line)
-        return entry["step"] < step or (entry["step"] == step > 0 and "held_out" in entry)
-    except (ValueError, KeyError):  # the last line of a killed run may be half-written
-        return False
-
-
-def _tidy(value):
-    """What is not finite becomes null, because JSON has no NaN."""
-    if isinstance(value, dict):
-        return {k: _tidy(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_tidy(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # --- model, averages, optimizers --------------------------------------------------------------------------------------
@@ -233,7 +59,7 @@ class State:
             half = cfg.precision == "bf16" and cfg.freeze_backbone  # what trains is kept in float32
             self.model: nn.Module = load_pretrained(cfg.weights, self.device, torch.bfloat16 if half else torch.float32)
             same_architecture(cfg, self.model.cfg)
-            self.fingerprint = encode.fingerprint(sample.network_folder(cfg.weights))
+            self.fingerprint = fingerprint(network_folder(cfg.weights))
             self.model.requires_grad_(False)  # stage one is skipped: no optimizer, no average of it
         else:
             self.model = build_backbone(cfg, vocabulary).to(self.device)
@@ -411,100 +237,6 @@ def take_backbone(state: State, cfg: Config) -> None:
     state.ema = {name: average.clone() for name, average in stored["ema"].items()}
 
 
-# --- what a lab would publish -----------------------------------------------------------------------------------------
-def publish(state: State, run: Path, held_out: float, present: list[int]) -> None:
-    """branch.safetensors: the averaged weights of branch and LoRA, and in its header all that sample.py needs to attach
-    them; beside it README.md, the model card.
-
-    A run in fp32 is stored to the bit. One in bf16 rounded its matrices to bf16 in every product: they are stored so,
-    in half the room; norms, biases and Wan's tables of modulation stay float32.
-    """
-    cfg, theirs, tensors = state.cfg, state.model.backbone.cfg, {}
-    for name, average in state.ema.items():
-        half = cfg.precision == "bf16" and average.ndim > 1 and not name.endswith("table")
-        tensors[name] = average.to("cpu", torch.bfloat16 if half else torch.float32)
-    about = dict(branch_format=sample.BRANCH_FORMAT, weights=state.fingerprint, step=state.step, held_out=held_out,
-                 categories_present=present, branch={name: getattr(cfg, name) for name in sample.BRANCH_FIELDS},
-                 fits={name: getattr(theirs, name) for name in sample.FITS})
-    data.write_tensors(run / "branch.safetensors", tensors, about, "export")
-    config.write(run / "README.md", model_card(cfg, about))
-
-
-APACHE = ("license: apache-2.0",
-          "the Apache License 2.0: pass its text on with this file, and say that the weights were changed.")
-COGVIDEOX = ("license: other\nlicense_name: cogvideox-license\n"
-             "license_link: https://huggingface.co/THUDM/CogVideoX-5b/blob/main/LICENSE",
-             "the CogVideoX LICENSE: pass its text on with this file; commercial use needs a registration with the "
-             "authors of those weights.")
-UNKNOWN = ("license: unknown",
-           "**not known here, as they are none of the official architectures: fill it in, here and at the top, before "
-           "this file is published.**")
-UPSTREAM = {  # preset: its official weights on Hugging Face, their licence
-    "cogvideox-2b": ("THUDM/CogVideoX-2b", APACHE), "cogvideox-5b": ("THUDM/CogVideoX-5b", COGVIDEOX),
-    "cogvideox1.5-5b": ("THUDM/CogVideoX1.5-5B", COGVIDEOX),
-    "wan-1.3b": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", APACHE), "wan-14b": ("Wan-AI/Wan2.1-T2V-14B-Diffusers", APACHE),
-}
-CARD = """---
-{front}
-library_name: nanoprophy
-pipeline_tag: text-to-video
-tags:
-- text-to-video
-- physics
-- prophy
----
-
-# {what}, for {upstream}
-
-`branch.safetensors` is no video model by itself: it is attached to the weights of {upstream}, beside
-which it was trained while they stayed as they are. Made with nanoProPhy, an independent implementation of
-[ProPhy](https://arxiv.org/abs/2512.05564).
-
-## How to attach it
-
-```bash
-python sample.py --weights DIR --branch branch.safetensors --prompt "a red ball falls on the floor"
-```
-
-`DIR` is the folder of those weights in diffusers' layout; its transformer had the fingerprint `{weights}`, and
-sample.py warns of another one. Clips may have other sizes than those it was trained on.
-
-## How it was trained
-
-Averaged weights of step {step}, of {physics_steps} planned. Diffusion loss on held-out clips, at fixed times and noise:
-{held_out:.4f}. Nothing else was measured by the run: how its clips look, and which laws they obey, is not said here.
-Phenomena that the captions were labelled with: {phenomena}.
-
-| setting | value |
-|---|---|
-{settings}
-
-## Licence
-
-This file was made from the weights of {upstream}, and their licence goes with it. That is {licence}
-Where `DIR` was somebody's changed version of them, name that version, and its licence, instead.
-"""
-
-
-def model_card(cfg: Config, about: dict) -> str:
-    """README.md beside a branch, as Hugging Face reads it; about: the header of branch.safetensors."""
-    fits, same = about["fits"], ("lineage", "dim", "depth", "heads", "patch_t", "positions")
-    preset = next((name for name in UPSTREAM if all(getattr(config.preset(name), f) == fits[f] for f in same)), None)
-    base, (front, licence) = UPSTREAM.get(preset, ("", UNKNOWN))
-    if base:
-        front += f"\nbase_model: {base}\nbase_model_relation: adapter"
-    what = ["Physical branch"] * bool(cfg.physical_at) + [f"LoRA of rank {cfg.lora_rank}"] * bool(cfg.lora_rank)
-    names = data.category_names(cfg)
-    settings = (*sample.BRANCH_FIELDS, "seed", "precision", "batch_size", "optimizer", "physics_lr", "schedule",
-                "warmup", "weight_decay", "clip", "ema", "caption_dropout", "coarse_weight", "fine_weight",
-                "balance_weight", "coarse_loss", "reduction", "negatives", "teacher", "background")
-    return CARD.format(
-        front=front, licence=licence, what=" and ".join(what), weights=about["weights"], step=about["step"],
-        upstream=base or f"a {fits['lineage']} transformer of width {fits['dim']}", physics_steps=cfg.physics_steps,
-        held_out=about["held_out"], phenomena=", ".join(names[i] for i in about["categories_present"]) or "none",
-        settings="\n".join(f"| {field} | {getattr(cfg, field)} |" for field in settings))
-
-
 # --- losses -----------------------------------------------------------------------------------------------------------
 def losses_of(state: State, process: diffusion.Process, batch: data.Batch, t: Tensor,
               eps: Tensor) -> tuple[dict[str, Tensor], Tensor]:
@@ -529,12 +261,6 @@ def losses_of(state: State, process: diffusion.Process, batch: data.Batch, t: Te
         losses["fine_align"] = align.fine_align_loss(p_r, target, mask, cfg.reduction)
         losses["balance"] = align.balance_loss(routing.refinement, routing.chosen)
     return losses, per_clip.detach()
-
-
-def total_loss(losses: dict[str, Tensor], cfg: Config) -> Tensor:
-    """Eq. 6."""
-    weights = dict(diffusion=1.0, coarse=cfg.coarse_weight, fine_align=cfg.fine_weight, balance=cfg.balance_weight)
-    return sum(weights[name] * loss for name, loss in losses.items())
 
 
 def held_out_loss(state: State, process: diffusion.Process, clips: data.Clips) -> dict[str, float]:
@@ -592,8 +318,8 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
     """The whole run, in the order in which things happen. One function on purpose: it is read top to bottom."""
     # --- clips and words
     if cfg.latent:  # clips and words were encoded beforehand
-        pool = data.open_cache(cfg, cfg.cache, encode.identity(cfg.weights))
-        clips, tokenizer = data.Latents(cfg, pool, data.open_maps(cfg, pool)), None
+        pool = open_cache(cfg, cfg.cache, identity(cfg.weights))
+        clips, tokenizer = Latents(cfg, pool, open_maps(cfg, pool)), None
     else:
         pool = data.open_pool(cfg)
         if cfg.resume or cfg.init_from:
@@ -601,7 +327,7 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
             tokenizer = data.Tokenizer.load(words / "tokenizer.json")
         else:
             tokenizer = data.Tokenizer.from_captions([pool.captions[row] for row in pool.train])
-        clips = data.Clips(cfg, pool, tokenizer, data.open_maps(cfg, pool))
+        clips = data.Clips(cfg, pool, tokenizer, open_maps(cfg, pool))
     process = diffusion.build(cfg)
     if cfg.resume:
         stored = json.loads((run / "config.json").read_text())

@@ -8,13 +8,17 @@ import pytest
 import safetensors
 import torch
 
+import common.store
+import official.branch
+import official.clips
 import config
 import data
 import sample
 import train
 from config import UserError
 from experts import ProPhy
-from model import build_backbone, save_pretrained
+from model import build_backbone
+from official.weights import save_pretrained
 
 LINEAGES = ("cogvideox", "wan")
 SIZE = dict(frames=9, height=16, width=32)
@@ -60,7 +64,7 @@ def trained(lineage, weights, run, **fields):
         p.data.add_(torch.randn_like(p))
         average.add_(0.1 * torch.randn_like(p))
     state.step = 123
-    train.publish(state, run, 0.25, [0, 4])
+    official.branch.publish(state, run, 0.25, [0, 4])
     return state
 
 
@@ -84,7 +88,7 @@ def test_attached_it_predicts_as_the_run_did_to_the_bit_at_any_size(lineage, par
     state = trained(lineage, weights, tmp_path / "run", **PARTS[parts])
     file = shutil.move(tmp_path / "run" / "branch.safetensors", tmp_path / "alone.safetensors")
     shutil.rmtree(tmp_path / "run")  # the file is enough
-    model = sample.load_official(weights[lineage], branch=file, **SIZE)[1]
+    model = official.clips.load_official(weights[lineage], branch=file, **SIZE)[1]
     assert isinstance(model, ProPhy) and not model.training and capsys.readouterr().err == ""
     for size in (SIZE, OTHER_SIZE):
         given = inputs(model, **size)
@@ -106,7 +110,7 @@ def test_a_run_in_bf16_is_stored_in_half_the_room_and_runs_in_bf16(lineage, weig
     for name, average in state.ema.items():
         exact = average.ndim == 1 or name.endswith("table")
         assert torch.equal(stored[name], average if exact else average.bfloat16()), name
-    exact, half = (sample.load_official(weights[lineage], dtype=dtype, branch=tmp_path / "branch.safetensors", **SIZE)[1] for dtype in (torch.float32, torch.bfloat16))
+    exact, half = (official.clips.load_official(weights[lineage], dtype=dtype, branch=tmp_path / "branch.safetensors", **SIZE)[1] for dtype in (torch.float32, torch.bfloat16))
     x, t, text, length = inputs(exact, **SIZE)
     with torch.no_grad():
         a, b = exact(x, t, text, length)[0], half(x.bfloat16(), t, text.bfloat16(), length)[0]
@@ -119,7 +123,7 @@ def test_a_run_in_bf16_is_stored_in_half_the_room_and_runs_in_bf16(lineage, weig
 def test_other_weights_of_the_same_shape_are_a_warning(weights, published, tmp_path, capsys):
     other = shutil.copytree(weights["wan"], tmp_path / "other")
     save_pretrained(shaken(build_backbone(settings("wan"))), other / "transformer")
-    sample.load_official(other, branch=published, **SIZE)
+    official.clips.load_official(other, branch=published, **SIZE)
     said = capsys.readouterr().err
     assert said.startswith("Warning: ") and said.count("\n") == 1 and str(other) in said
 
@@ -131,7 +135,7 @@ def rewritten(path, about=lambda about: None, tensors=lambda tensors: None):
         header, found = json.loads(file.metadata()["about"]), {name: file.get_tensor(name).clone() for name in file.keys()}
     about(header)
     tensors(found)
-    data.write_tensors(path, found, header, "test")
+    common.store.write_tensors(path, found, header, "test")
 
 
 def flip(path, at=-5):
@@ -179,7 +183,7 @@ def test_a_file_that_is_broken_is_one_sentence_before_weights_are_read(how, weig
 
 def test_another_architecture_is_one_sentence(weights, published):
     with pytest.raises(UserError, match="--lineage wan, not cogvideox"):
-        sample.load_official(weights["cogvideox"], branch=published, **SIZE)
+        official.clips.load_official(weights["cogvideox"], branch=published, **SIZE)
 
 
 def test_the_flag_belongs_to_weights(weights, published):
@@ -207,8 +211,8 @@ def test_a_writer_that_is_killed_leaves_the_old_file(weights, published):
 def card(preset, **fields):
     cfg = config.preset(preset, **fields)
     about = dict(weights="0123abcd", step=1500, held_out=0.125, categories_present=[0, 4],
-                 fits={name: getattr(cfg, name) for name in sample.FITS})
-    return train.model_card(cfg, about)
+                 fits={name: getattr(cfg, name) for name in official.branch.FITS})
+    return official.branch.model_card(cfg, about)
 
 
 def front_matter(text):

@@ -18,6 +18,9 @@ import pytest
 import torch
 from PIL import Image
 
+import common.store
+import common.video
+import physics.phenomena
 import data
 import world
 from config import Stopped, UserError, preset
@@ -144,9 +147,9 @@ def test_every_shape_of_video_gives_its_pixels_at_its_times(tmp_path):
 def test_rotation_metadata_is_honoured(tmp_path, degrees):
     path = tmp_path / "turned.mp4"
     movie(path, height=64, width=48)
-    upright, = data.read_windows(path, cfg_of(tmp_path, windows=1))
+    upright, = common.video.read_windows(path, cfg_of(tmp_path, windows=1))
     turn(path, degrees)
-    turned, = data.read_windows(path, cfg_of(tmp_path, windows=1))
+    turned, = common.video.read_windows(path, cfg_of(tmp_path, windows=1))
     want = np.rot90(quarters_of(upright), -degrees // 90, axes=(1, 2))  # quarter turns clockwise
     assert np.abs(quarters_of(turned) - want).max() < 3
     assert np.abs(quarters_of(turned) - quarters_of(upright)).max() > 100
@@ -156,25 +159,25 @@ def test_crop_is_central_and_covers(tmp_path):
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, 20:40, 0] = np.arange(20) * 12  # the central square holds a ramp
     frame = av.VideoFrame.from_ndarray(wide, format="rgb24")
-    assert np.array_equal(data.fit(frame, 20, 20), wide[:, 20:40])
-    tall = data.fit(av.VideoFrame.from_ndarray(wide.transpose(1, 0, 2).copy(), format="rgb24"), 10, 20)
+    assert np.array_equal(common.video.fit(frame, 20, 20), wide[:, 20:40])
+    tall = common.video.fit(av.VideoFrame.from_ndarray(wide.transpose(1, 0, 2).copy(), format="rgb24"), 10, 20)
     assert np.array_equal(tall[:, 0, 0] // 12, np.arange(5, 15))
 
 
 def test_a_window_says_where_it_was(tmp_path):
     movie(tmp_path / "long.mp4", n=60, height=48, width=64)
-    first, second, third = data.windows_of(tmp_path / "long.mp4", cfg_of(tmp_path, windows=3))  # 6 s hold twelve of half a second
+    first, second, third = common.video.windows_of(tmp_path / "long.mp4", cfg_of(tmp_path, windows=3))  # 6 s hold twelve of half a second
     assert [w.start for w in (first, second, third)] == [1.0, 3.0, 5.0] and [w.number for w in (first, second, third)] == [0, 1, 2]
     assert second.taken == 3 and second.size == (48, 64) and second.crop == (8, 0, 56, 48)
     turn(tmp_path / "long.mp4", 90)
-    turned = data.windows_of(tmp_path / "long.mp4", cfg_of(tmp_path, windows=1))[0]
+    turned = common.video.windows_of(tmp_path / "long.mp4", cfg_of(tmp_path, windows=1))[0]
     assert turned.size == (64, 48) and turned.crop == (0, 8, 48, 56)
 
 
 def test_resizing_is_antialiased(tmp_path):
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
-    small = data.fit(av.VideoFrame.from_ndarray(stripes, format="rgb24"), 16, 16)
+    small = common.video.fit(av.VideoFrame.from_ndarray(stripes, format="rgb24"), 16, 16)
     assert np.abs(small[:, 1:-1].astype(int) - 127).max() <= 4
 
 
@@ -182,21 +185,21 @@ def test_variable_frame_rate_follows_time_stamps(tmp_path):
     shown = [0, .05, .26, .30, .62, .70, .71, 1.3]
     for name, codec in (("v.mp4", "libx264"), ("v.webm", "libvpx-vp9")):
         movie(tmp_path / name, codec, n=8, step=30, times=shown)
-        clip, = data.read_windows(tmp_path / name, cfg_of(tmp_path, windows=1, frames=8))
+        clip, = common.video.read_windows(tmp_path / name, cfg_of(tmp_path, windows=1, frames=8))
         assert counts(clip, 30) == [np.searchsorted(shown, k / 8 + .001, "right") - 1 for k in range(8)], name
 
 
 def test_time_stamps_rounded_to_milliseconds_lose_no_frame(tmp_path):
     movie(tmp_path / "thirty.webm", "libvpx-vp9", n=24, rate=30)
-    clip, = data.read_windows(tmp_path / "thirty.webm", cfg_of(tmp_path, windows=1, frames=24, fps=30.0))
+    clip, = common.video.read_windows(tmp_path / "thirty.webm", cfg_of(tmp_path, windows=1, frames=24, fps=30.0))
     assert counts(clip) == list(range(24))
 
 
 def test_windows_follow_each_other_and_are_spread(tmp_path):
     movie(tmp_path / "long.mp4", n=43, rate=8, step=5)  # ten windows of four frames, three frames are left over
-    every = data.read_windows(tmp_path / "long.mp4", cfg_of(tmp_path, windows=99))
+    every = common.video.read_windows(tmp_path / "long.mp4", cfg_of(tmp_path, windows=99))
     assert [counts(clip, 5) for clip in every] == np.arange(40).reshape(10, 4).tolist()
-    three = data.read_windows(tmp_path / "long.mp4", cfg_of(tmp_path, windows=3))
+    three = common.video.read_windows(tmp_path / "long.mp4", cfg_of(tmp_path, windows=3))
     assert [counts(clip, 5)[0] for clip in three] == [4, 20, 32]  # the windows 1, 5 and 8
 
 
@@ -207,9 +210,9 @@ def test_long_videos_are_entered_in_the_middle_where_possible(tmp_path, monkeypa
         movie(tmp_path / name, codec, n=480, rate=8, height=32, width=32)
     else:
         gif(tmp_path / name, [120] * 500, height=32, width=32)  # a GIF holds changes only: it is walked through
-    steps, advance = [], data.Player.advance
-    monkeypatch.setattr(data.Player, "advance", lambda self: (steps.append(1), advance(self)))
-    clips = data.read_windows(tmp_path / name, cfg_of(tmp_path, windows=2))
+    steps, advance = [], common.video.Player.advance
+    monkeypatch.setattr(common.video.Player, "advance", lambda self: (steps.append(1), advance(self)))
+    clips = common.video.read_windows(tmp_path / name, cfg_of(tmp_path, windows=2))
     for clip, start in zip(clips, (120, 360), strict=True):
         rate = 8 if codec else 1 / .12
         assert counts(clip) == [int((start + k) / 8 * rate + .01) % 25 for k in range(4)]
@@ -222,7 +225,7 @@ def test_damaged_files_give_the_windows_that_decode(tmp_path):
         movie(path, codec, n=40, rate=8, step=5, noise=True, **options)
         whole = path.read_bytes()
         path.write_bytes(whole[:int(len(whole) * .6)])
-        starts = [counts(clip, 5) for clip in data.read_windows(path, cfg_of(tmp_path, windows=99))]
+        starts = [counts(clip, 5) for clip in common.video.read_windows(path, cfg_of(tmp_path, windows=99))]
         assert 3 <= len(starts) <= 7 and starts == np.arange(4 * len(starts)).reshape(-1, 4).tolist(), name
 
 
@@ -255,7 +258,7 @@ def test_bad_files_are_skipped_counted_named_and_silent(tmp_path, capfd):
     assert not [line for line in err.replace("\r", "\n").splitlines() if line.strip() and "reading videos" not in line]
     usable = 3 if "scrambled" in pool.captions else 2
     assert f"{usable} clips from {usable} videos" in pool.summary and f"skipped {12 - usable}:" in pool.summary
-    folder_again = data.Folder(cfg_of(tmp_path, data_dir=str(folder), windows=1))
+    folder_again = common.video.Folder(cfg_of(tmp_path, data_dir=str(folder), windows=1))
     list_of_all = folder_again.skipped + [f"{v.name} ({c})" for v, c in folder_again.read() if isinstance(c, str)]
     reasons = dict(entry[:-1].split(" (", 1) for entry in list_of_all)
     assert reasons["zero.mp4"] == "empty file" and reasons["nowhere.mp4"] == "missing" == reasons["folder.mp4"]
@@ -265,8 +268,8 @@ def test_bad_files_are_skipped_counted_named_and_silent(tmp_path, capfd):
 
 
 def test_long_lists_of_bad_files_are_cut():
-    assert data.listed(map(str, range(11))) == "0, 1, 2, 3, 4, 5, 6, 7 and 3 more"
-    assert data.listed(["\ud800"]) == "?"  # JSON may hold half a surrogate pair, a terminal may not
+    assert common.store.listed(map(str, range(11))) == "0, 1, 2, 3, 4, 5, 6, 7 and 3 more"
+    assert common.store.listed(["\ud800"]) == "?"  # JSON may hold half a surrogate pair, a terminal may not
 
 
 def test_none_left_stops_with_one_sentence_and_leaves_nothing(tmp_path):
@@ -290,11 +293,11 @@ def folder_of(tmp_path, annotations, names=("a.mp4",)):
         (folder / name).write_bytes(b"x")
     file = tmp_path / "annotations.json"
     file.write_text(annotations if isinstance(annotations, str) else json.dumps(annotations), encoding="utf-8-sig")
-    return data.Folder(cfg_of(tmp_path, data_dir=str(folder), annotations=str(file)))
+    return common.video.Folder(cfg_of(tmp_path, data_dir=str(folder), annotations=str(file)))
 
 
 def names_of(indices):
-    return [(*world.CATEGORIES, *data.OTHER_SLOTS)[i] for i in indices]
+    return [(*physics.phenomena.CATEGORIES, *common.video.OTHER_SLOTS)[i] for i in indices]
 
 
 FLAT = {"phys_law": "stress", "n0": "soil: 1.2 to 1.6 g/cm3", "file": "a.mp4", "label": "Deformation ",
@@ -334,10 +337,10 @@ WISA = [  # the answers of WISA's three published examples, and their collection
 
 @pytest.mark.parametrize("answers, names", WISA)
 def test_wisas_published_answers_parse_without_a_guess(answers, names):
-    known, unknown = data.parse_labels(answers)
+    known, unknown = common.video.parse_labels(answers)
     assert sorted(names_of(known)) == sorted(names) and unknown == []
     seventeen = [name for name in names_of(known) if name in data.category_names(preset("debug"))]
-    assert seventeen == [name for name in world.CATEGORIES if name in names]
+    assert seventeen == [name for name in physics.phenomena.CATEGORIES if name in names]
 
 
 def test_captions_long_or_short_with_or_without_the_law(tmp_path):
@@ -345,7 +348,7 @@ def test_captions_long_or_short_with_or_without_the_law(tmp_path):
                        names=("a.mp4", "b.mp4", "c.mp4"))
 
     def read(*how):
-        again = data.Folder(folder.cfg, *how)
+        again = common.video.Folder(folder.cfg, *how)
         return [video.caption for video in again.videos.values()], again.skipped
 
     assert read() == read("long", False) == (["the long one", "the only one", "long alone"], [])
@@ -355,14 +358,14 @@ def test_captions_long_or_short_with_or_without_the_law(tmp_path):
 
 
 def test_labels_match_as_whole_names_only():
-    known, unknown = data.parse_labels({
+    known, unknown = common.video.parse_labels({
         "q0": "rigid-body motion; no collision, 2) Elastic Motions", "q1": ["melting", "vaporisation"],
         "q2": "interference and diffraction\nunnatural light source. reflection", "q3": "Yes.",
         "q4": "1. no change 2. yes"})
     assert names_of(known) == ["rigid body motion", "elastic motion", "melting", "interference and diffraction",
                                "camera motion yes", "no change"]
     assert unknown == ["no collision", "vaporisation", "unnatural light source. reflection", "yes"]
-    assert len(data.LABELS) == 29
+    assert len(common.video.LABELS) == 29
 
 
 def test_unknown_labels_are_counted_in_the_summary(tmp_path):
@@ -690,7 +693,7 @@ def wait_for(condition, seconds=30):
 def test_reading_ahead_is_in_order_and_bounded():
     begun = []
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        results = data.ahead(executor, lambda i: begun.append(i) or i, list(range(20)), group=3)
+        results = common.store.ahead(executor, lambda i: begun.append(i) or i, list(range(20)), group=3)
         assert [next(results) for _ in range(4)] == [0, 1, 2, 3]
         executor.submit(int).result()
         assert len(begun) <= 9
@@ -794,7 +797,7 @@ def test_29_categories_by_switch(stream):
     cfg, pool, tokenizer = stream
     wide = data.replace(cfg, categories=29)
     names = data.category_names(wide)
-    assert len(set(names)) == 29 and names[:17] == data.category_names(cfg) == world.CATEGORIES
+    assert len(set(names)) == 29 and names[:17] == data.category_names(cfg) == physics.phenomena.CATEGORIES
     with_slots = data.replace(pool, categories=[[*c, 28] for c in pool.categories])
     batch = data.Clips(wide, with_slots, tokenizer).batch(range(4))
     assert batch.categories[:, 28].all() and batch.target_mask.shape[-1] == 29 and not batch.target_mask[..., 17:].any()

@@ -12,6 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+import common.store
+import common.video
+import official.cache
+import official.encoders
+import official.folder
 import data
 from config import Stopped, UserError, preset
 
@@ -110,7 +115,7 @@ def cfg_of(lineage, **overrides):
 
 def opened(lineage, cache, **overrides):
     cfg = cfg_of(lineage, **overrides)
-    return data.Latents(cfg, data.open_cache(cfg, cache))
+    return official.cache.Latents(cfg, official.cache.open_cache(cfg, cache))
 
 
 def files_of(folder):
@@ -147,7 +152,7 @@ PROMPTS = ["a red ball falls", "", "ice  melts &amp;amp; drips\n on the floor", 
 @torch.no_grad()
 @pytest.mark.parametrize("lineage", LINEAGES)
 def test_text_is_what_the_pipeline_makes_of_it(weights, lineage):
-    encoder = encode.TextEncoder(weights[lineage])
+    encoder = official.encoders.TextEncoder(weights[lineage])
     ours, lengths = encoder(PROMPTS, batch=2)
     length = encoder.lineage.text_len
     theirs = prompt_embeddings(pipeline(lineage, weights[lineage]), PROMPTS, length)
@@ -166,7 +171,7 @@ def test_text_is_what_the_pipeline_makes_of_it(weights, lineage):
 @torch.no_grad()
 @pytest.mark.parametrize("lineage", LINEAGES)
 def test_vae_is_diffusers_and_its_scale_the_pipelines(weights, lineage):
-    vae, theirs = encode.VAE(weights[lineage]), pipeline(lineage, weights[lineage]).vae
+    vae, theirs = official.encoders.VAE(weights[lineage]), pipeline(lineage, weights[lineage]).vae
     video = torch.rand(2, 3, 17, 16, 32) * 2 - 1
     latent, posterior = vae.encode(video), theirs.encode(video).latent_dist
     assert latent["mean"].shape == (2, 4, 5, 2, 4) and vae.channels == 4
@@ -186,7 +191,7 @@ def test_vae_is_diffusers_and_its_scale_the_pipelines(weights, lineage):
 
 def test_chunks_belong_to_cogvideoxs_vae(weights):
     """GroupNorm takes its statistics over a chunk: 16 frames at once are another model."""
-    vae, video = encode.VAE(weights["cogvideox"]), torch.rand(1, 3, 17, 16, 32) * 2 - 1
+    vae, video = official.encoders.VAE(weights["cogvideox"]), torch.rand(1, 3, 17, 16, 32) * 2 - 1
     right = vae.encode(video)["mean"]
     vae.model.num_sample_frames_batch_size = 16
     assert (vae.encode(video)["mean"] - right).abs().max() > 1e-3
@@ -194,7 +199,7 @@ def test_chunks_belong_to_cogvideoxs_vae(weights):
 
 @pytest.mark.parametrize("lineage", LINEAGES)
 def test_tiles_change_little(weights, lineage):
-    whole, tiled = (encode.VAE(weights[lineage], tiled=tiled) for tiled in (False, True))
+    whole, tiled = (official.encoders.VAE(weights[lineage], tiled=tiled) for tiled in (False, True))
     tile = tiled.model  # tiles that these small clips exceed; CogVideoX's overlap, a sixth and a fifth, must be whole latents
     tile.tile_sample_min_height, tile.tile_sample_min_width, tile.tile_latent_min_height, tile.tile_latent_min_width = 48, 40, 6, 5
     tile.tile_sample_stride_height, tile.tile_sample_stride_width = 40, 32
@@ -221,9 +226,9 @@ def test_cache_reads_back_what_diffusers_gives_for_the_file(weights, videos, cac
         record = next(r for r in RECORDS if r["en_caption"].strip() == batch.caption[0])
         window = seen.setdefault(record["file"], 0)
         seen[record["file"]] += 1
-        about = data.read_about(caches[lineage] / "clips" / cache.files[row])
-        window = next(w for w in data.windows_of(videos / record["file"], cfg_of(lineage)) if w.start == about["times"][0])
-        posterior = theirs.vae.encode(data.pixels(window.video)[None]).latent_dist
+        about = common.store.read_about(caches[lineage] / "clips" / cache.files[row])
+        window = next(w for w in common.video.windows_of(videos / record["file"], cfg_of(lineage)) if w.start == about["times"][0])
+        posterior = theirs.vae.encode(common.video.pixels(window.video)[None]).latent_dist
         if lineage == "wan":
             mean, std = (torch.tensor(v).view(1, 4, 1, 1, 1) for v in (theirs.vae.config.latents_mean, theirs.vae.config.latents_std))
             expected = (posterior.mode() - mean) / std
@@ -243,7 +248,7 @@ def test_cache_reads_back_what_diffusers_gives_for_the_file(weights, videos, cac
 def test_a_clip_says_where_it_comes_from(videos, caches):
     cache = opened("wan", caches["wan"]).pool
     row = [i for i, caption in enumerate(cache.captions) if caption.startswith("ball ball")][1]
-    tensors, about = data.read_tensors(caches["wan"] / "clips" / cache.files[row])
+    tensors, about = common.store.read_tensors(caches["wan"] / "clips" / cache.files[row])
     assert about["file"] == "long.mp4" and about["times"] == [9 / 8, 18 / 8] and about["size"] == [20, 36]
     assert about["crop"] == [0, 1, 36, 19] and about["caption"].startswith("ball ball")  # 2 : 1 of 36 x 20
     assert set(tensors) == {"mean", "text", "categories"} and tensors["categories"].shape == (29,)
@@ -262,7 +267,7 @@ def test_dropped_captions_are_the_empty_one(caches, weights, lineage):
     batch = latents.batch(range(40))
     dropped = latents.dropped(list(range(40)))
     assert 5 < dropped.sum() < 35 and torch.equal(batch.text_length == 0, dropped)
-    empty = encode.TextEncoder(weights[lineage])([""])[0][0]
+    empty = official.encoders.TextEncoder(weights[lineage])([""])[0][0]
     assert (batch.text[dropped] - empty).abs().max() < 1e-6 and (batch.text[~dropped] - empty).abs().amax((1, 2)).min() > 1e-3
     assert (latents.held_out().text_length > 0).all()
     with_captions = opened(lineage, caches[lineage], caption_dropout=0.0).batch(range(40))
@@ -285,7 +290,7 @@ def test_a_batch_is_a_function_of_seed_and_position(caches):
 
 def test_opening_reads_no_clip(caches, monkeypatch):
     read = []
-    monkeypatch.setattr(data, "read_tensors", lambda path, real=data.read_tensors: read.append(path.name) or real(path))
+    monkeypatch.setattr(common.store, "read_tensors", lambda path, real=common.store.read_tensors: read.append(path.name) or real(path))
     latents = opened("wan", caches["wan"])
     assert read == ["empty.safetensors"]
     latents.batch([0, 1])
@@ -304,34 +309,34 @@ def rewrite(path, **changed):
 
 def test_a_cache_of_other_sizes_or_lineage_is_refused(caches):
     for field, value in dict(frames=13, height=32, lineage="cogvideox", channels=16, text_dim=32).items():
-        said = sentence(data.open_cache, dataclasses.replace(cfg_of("wan"), **{field: value}), caches["wan"])
+        said = sentence(official.cache.open_cache, dataclasses.replace(cfg_of("wan"), **{field: value}), caches["wan"])
         assert f"--{field}" in said and str(SIZE.get(field, "")) in said
 
 
 def test_a_cache_of_other_weights_is_refused(caches, weights, tmp_path):
     """2B and 5B have one VAE with two scales: only the fingerprint tells their caches apart."""
     cfg = cfg_of("cogvideox")
-    assert data.open_cache(cfg, caches["cogvideox"], encode.identity(weights["cogvideox"])).train
+    assert official.cache.open_cache(cfg, caches["cogvideox"], official.folder.identity(weights["cogvideox"])).train
     other = Path(shutil.copytree(weights["cogvideox"], tmp_path / "other"))
     rewrite(other / "vae" / "config.json", scaling_factor=1.15258426)
-    assert "made with vae" in sentence(data.open_cache, cfg, caches["cogvideox"], encode.identity(other))
+    assert "made with vae" in sentence(official.cache.open_cache, cfg, caches["cogvideox"], official.folder.identity(other))
 
 
 def test_stale_files_are_refused(copy, weights, videos, tmp_path):
     settings = json.loads((copy / "cache.json").read_text())["settings"]
     rewrite(copy / "cache.json", settings={**settings, "fps": 9})
     assert "damaged" in sentence(opened, "wan", copy)  # the key is not of these settings
-    rewrite(copy / "cache.json", settings={**settings, "fps": 9}, key=data.digest({**settings, "fps": 9}))
+    rewrite(copy / "cache.json", settings={**settings, "fps": 9}, key=common.store.digest({**settings, "fps": 9}))
     assert "stale" in sentence(opened, "wan", copy)
-    rewrite(copy / "index.json", key=data.digest({**settings, "fps": 9}))
+    rewrite(copy / "index.json", key=common.store.digest({**settings, "fps": 9}))
     assert "empty.safetensors is stale" in sentence(opened, "wan", copy)
 
 
 def test_a_clip_from_another_cache_is_refused(copy):
     latents = opened("wan", copy)
     path = copy / "clips" / latents.pool.files[latents.row(0)]
-    tensors, about = data.read_tensors(path)
-    data.write_tensors(path, tensors, {**about, "key": "another"}, "x")
+    tensors, about = common.store.read_tensors(path)
+    common.store.write_tensors(path, tensors, {**about, "key": "another"}, "x")
     said = sentence(latents.batch, [0])
     assert "stale" in said and path.name in said
 
@@ -458,8 +463,8 @@ def test_bf16_is_what_float32_gives_to_rounding(weights, videos, caches, tmp_pat
     (tmp_path / "one.json").write_text(json.dumps(RECORDS[:1]))
     exact = opened("cogvideox", caches["cogvideox"])
     run(videos, weights["cogvideox"], tmp_path / "out", dtype="bf16", annotations=tmp_path / "one.json")
-    tensors, _ = data.read_tensors(next((tmp_path / "out" / "clips").iterdir()))
-    reference, _ = data.read_tensors(exact.pool.folder / "clips" / exact.pool.files[0])
+    tensors, _ = common.store.read_tensors(next((tmp_path / "out" / "clips").iterdir()))
+    reference, _ = common.store.read_tensors(exact.pool.folder / "clips" / exact.pool.files[0])
     for name in ("mean", "std", "text"):
         assert tensors[name].dtype == torch.bfloat16
         assert (tensors[name].float() - reference[name]).norm() < 0.05 * reference[name].norm(), name
@@ -480,14 +485,14 @@ def test_a_place_that_cannot_hold_a_cache(weights, videos, tmp_path):
 
 
 def test_sizes_come_from_the_lineage(weights, tmp_path):
-    sizes = lambda folder: dataclasses.astuple(encode.lineage_of(folder))[5:]  # noqa: E731
+    sizes = lambda folder: dataclasses.astuple(official.folder.lineage_of(folder))[5:]  # noqa: E731
     assert sizes(weights["cogvideox"]) == (49, 8, 480, 720) and sizes(weights["wan"]) == (81, 16, 480, 832)
     folder = Path(shutil.copytree(weights["cogvideox"], tmp_path / "newer"))
     (folder / "transformer").mkdir()
     (folder / "transformer" / "config.json").write_text('{"_class_name": "CogVideoXTransformer3DModel", "patch_size_t": 2}')
     assert sizes(folder) == (81, 16, 768, 1360)
     (folder / "transformer" / "config.json").write_text('{"_class_name": "WanTransformer3DModel"}')
-    assert "mixes" in sentence(encode.lineage_of, folder)
+    assert "mixes" in sentence(official.folder.lineage_of, folder)
 
 
 def test_official_tokenizers_come_as_sentencepiece(weights, tmp_path):
@@ -501,7 +506,7 @@ def test_official_tokenizers_come_as_sentencepiece(weights, tmp_path):
                                    vocab_size=45, pad_id=0, eos_id=1, unk_id=2, bos_id=-1, hard_vocab_limit=False, minloglevel=2)
     (folder / "tokenizer" / "tokenizer_config.json").write_text('{"tokenizer_class": "T5Tokenizer", "extra_ids": 0, "eos_token": "</s>", '
                                                                 '"pad_token": "<pad>", "unk_token": "<unk>"}')
-    encoder, plain = encode.TextEncoder(folder), spm.SentencePieceProcessor(model_file=str(folder / "tokenizer" / "spiece.model"))
+    encoder, plain = official.encoders.TextEncoder(folder), spm.SentencePieceProcessor(model_file=str(folder / "tokenizer" / "spiece.model"))
     caption = "a red ball falls"
     assert encoder.tokenizer(caption).input_ids == [*plain.encode(caption), 1]
 
@@ -551,7 +556,7 @@ def test_broken_weights_are_one_sentence(weights, videos, tmp_path, harm):
 
 def test_a_missing_package_is_named(weights, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
-    assert "diffusers" in sentence(encode.VAE, weights["wan"]) and "requirements-extra.txt" in sentence(encode.VAE, weights["wan"])
+    assert "diffusers" in sentence(official.encoders.VAE, weights["wan"]) and "requirements-extra.txt" in sentence(official.encoders.VAE, weights["wan"])
 
 
 # ------------------------------------------------------------------------------------------------------------- kill -9

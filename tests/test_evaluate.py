@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+import physics.phenomena
 import config
 import data
 import evaluate
 import sample
 import world
 from config import UserError
-from evaluate import LAWS, Scene, law_error, law_errors
+from physics.laws import LAWS, Scene, law_error, law_errors
 from experts import ProPhy, Routing
 from model import build_backbone
-from world import Span
+from physics.phenomena import Span
 
 ROOT = Path(__file__).parent.parent
 SIZES = [(12, 32, 32), (8, 32, 32), (9, 47, 80)]  # frames, height, width
@@ -56,7 +57,7 @@ def test_the_wrong_colour_or_side_is_not_found(name):
         to = width if scene.box[0] < width else -width
         assert law_error(clip.video, scene)[1]
         assert law_error(clip.video, dataclasses.replace(scene, box=(x0 + to, y0, x1 + to, y1))) == (1, False)
-        for colour in set(world.COLOURS) - {scene.colour, scene.colour2}:
+        for colour in set(physics.phenomena.COLOURS) - {scene.colour, scene.colour2}:
             assert law_error(clip.video, dataclasses.replace(scene, colour=colour)) == (1, False)
 
 
@@ -66,7 +67,7 @@ def test_a_still_look_alike_on_the_wrong_side_obeys_nothing(name):
         scene = Scene.of(clip.actors[0])
         x0, y0, x1, y1 = scene.box
         to = .5 if x0 < .5 else -.5
-        for colour in world.COLOURS:
+        for colour in physics.phenomena.COLOURS:
             wrong = dataclasses.replace(scene, box=(x0 + to, y0, x1 + to, y1), colour=colour)
             assert law_error(clip.video, wrong)[0] > .99
 
@@ -90,7 +91,7 @@ def test_a_little_blur_and_noise_change_little(name):
     ("reflection", "omega", .33, .4), ("deformation", "press_speed", .09, .4)])
 def test_a_wrong_constant_of_nature_gives_its_relative_error(name, parameter, value, error, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setitem(world.PHENOMENA[name].spans, parameter, Span(value, value))
+        patch.setitem(physics.phenomena.PHENOMENA[name].spans, parameter, Span(value, value))
         clips = draw(name, size=(12, 64, 64))
     assert errors(clips) == pytest.approx(error, abs=.08)
 
@@ -114,7 +115,7 @@ def bent(**change):
     ("gas motion", dict(sigma=lambda s: s["sigma"][0] + 0 * s["sigma"]), 1)])  # fades, does not spread
 def test_a_broken_relation_gives_its_error(name, change, error, monkeypatch):
     with monkeypatch.context() as patch:
-        one = world.PHENOMENA[name]
+        one = physics.phenomena.PHENOMENA[name]
         patch.setattr(one, "states", bent(**change).__get__(one), raising=False)
         clips = draw(name, size=(12, 64, 64))
     assert errors(clips) == pytest.approx(error, abs=.1)
@@ -124,21 +125,21 @@ def test_a_broken_relation_gives_its_error(name, change, error, monkeypatch):
     (lambda p, centre: (p["velocity"], p["velocity2"]), 1),  # through each other
     (lambda p, centre: (centre, centre), .5)])  # sticking together: momentum kept, energy not
 def test_pucks_must_exchange_their_motion(after, error, monkeypatch):
-    honest = world.Collision.derive
+    honest = physics.phenomena.Collision.derive
 
     def derive(self, p, rng):
         honest(self, p, rng)
         centre = (p["mass"] * p["velocity"] + p["mass2"] * p["velocity2"]) / (p["mass"] + p["mass2"])
         p["velocity_after"], p["velocity2_after"] = after(p, centre)
     with monkeypatch.context() as patch:
-        patch.setattr(world.Collision, "derive", derive)
+        patch.setattr(physics.phenomena.Collision, "derive", derive)
         clips = draw("collision", size=(12, 64, 64))
     measured = errors(clips)
     assert measured.min() > .4 if error == 1 else measured == pytest.approx(error, abs=.08)
 
 
 def test_momentum_that_is_lost_is_measured(monkeypatch):
-    honest, lost = world.Collision.derive, []
+    honest, lost = physics.phenomena.Collision.derive, []
 
     def derive(self, p, rng):  # the second puck leaves as it should, the first stays where it was hit
         honest(self, p, rng)
@@ -148,7 +149,7 @@ def test_momentum_that_is_lost_is_measured(monkeypatch):
         change = abs(m * p["velocity"] + m2 * (p["velocity2"] - p["velocity2_after"]))
         lost.append(max(change / (m * abs(p["velocity"]) + m2 * abs(p["velocity2"])), abs(1 + u_after / u) / 2))
     with monkeypatch.context() as patch:
-        patch.setattr(world.Collision, "derive", derive)
+        patch.setattr(physics.phenomena.Collision, "derive", derive)
         clips = draw("collision", size=(12, 64, 64), decoys=0)
     assert np.ptp(lost) > .1 and errors(clips) == pytest.approx(np.minimum(lost, 1), abs=.08)
 
@@ -188,7 +189,7 @@ def test_words_are_those_of_the_phenomenon():
             said = [words[i] for i in sight.words]
             assert 4 <= len(said) <= 9 and actor.colour in said and not {"still", "left", "right", "beside"} & {*said}
             if not actor.colour2:  # the caption's other colours are those of other things
-                assert len({*said} & {*world.COLOURS}) == 1
+                assert len({*said} & {*physics.phenomena.COLOURS}) == 1
         assert len({place for sight in found for place in sight.words}) == sum(len(sight.words) for sight in found)
 
 

@@ -12,12 +12,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import common.store
+import common.video
+import official.cache
+import physics.phenomena
+import vlm.maps
+import vlm.qwen
 import align
 import config
 import data
 import sample
 import train
-import world
 from config import Stopped, UserError, preset
 
 transformers = pytest.importorskip("transformers", reason="the teacher needs transformers: pip install -r requirements.txt")
@@ -89,7 +94,7 @@ def files_of(folder):
 def of(maps, name):
     """[(tensors, about)] of a video, in order."""
     index = json.loads((maps / "index.json").read_text())
-    return [data.read_tensors(maps / "clips" / row[0]) for row in index["clips"] if row[1] == name]
+    return [common.store.read_tensors(maps / "clips" / row[0]) for row in index["clips"] if row[1] == name]
 
 
 # ---------------------------------------------------------------------------------------------------- along one axis
@@ -97,32 +102,32 @@ def test_area_where_cells_grow_and_interpolation_where_they_shrink():
     rng = np.random.default_rng(0)
     for n, m in ((12, 4), (12, 12), (12, 5), (45, 26), (30, 17), (8, 1)):
         values = torch.from_numpy(rng.standard_normal(n))
-        weights = torch.from_numpy(data.axis_weights(np.linspace(3, 7, n + 1), np.linspace(3, 7, m + 1)))
+        weights = torch.from_numpy(vlm.maps.axis_weights(np.linspace(3, 7, n + 1), np.linspace(3, 7, m + 1)))
         assert torch.allclose(weights @ values, data.resample(values[None, None].float(), (1, 1, m)).flatten().double(), atol=1e-6)
     for n, m in ((17, 30), (26, 45), (4, 12), (3, 4), (2, 90)):
         values = torch.from_numpy(rng.standard_normal(n))
-        weights = torch.from_numpy(data.axis_weights(np.linspace(0, 1, n + 1), np.linspace(0, 1, m + 1)))
+        weights = torch.from_numpy(vlm.maps.axis_weights(np.linspace(0, 1, n + 1), np.linspace(0, 1, m + 1)))
         right = F.interpolate(values.view(1, 1, 1, n), (1, m), mode="bilinear", align_corners=False).flatten()
         assert torch.allclose(weights @ values, right)
 
 
 def test_cells_with_their_middle_outside_are_nan():
-    weights = data.axis_weights(np.linspace(0, 4, 5), np.linspace(-2, 6, 9))  # cells of one, middles -1.5 ... 5.5
+    weights = vlm.maps.axis_weights(np.linspace(0, 4, 5), np.linspace(-2, 6, 9))  # cells of one, middles -1.5 ... 5.5
     assert np.isnan(weights).any(1).tolist() == [True] * 2 + [False] * 4 + [True] * 2
     assert np.allclose(weights[2:6], np.eye(4))
-    weights = data.axis_weights(np.linspace(0, 4, 3), np.linspace(-1, 5, 4))  # of the first and last only a half lies inside
+    weights = vlm.maps.axis_weights(np.linspace(0, 4, 3), np.linspace(-1, 5, 4))  # of the first and last only a half lies inside
     assert np.allclose(weights, [[1, 0], [.5, .5], [0, 1]])
-    weights = data.axis_weights(np.linspace(0, 1, 3), np.linspace(-1, 2, 13))
+    weights = vlm.maps.axis_weights(np.linspace(0, 1, 3), np.linspace(-1, 2, 13))
     assert np.isnan(weights).any(1).tolist() == [True] * 4 + [False] * 4 + [True] * 4
 
 
 def test_a_ramp_over_time_stays_that_ramp():
     have, want = np.array([0, 2.5, 6.5, 10.5]) / 8, np.linspace(0, 10.5, 31) / 8
-    assert np.allclose(data.time_weights(have, want) @ have, want)
-    assert np.allclose(data.time_weights(have, have), np.eye(4))
-    late = data.time_weights(have, np.array([-.17, -.15, 10.5 / 8 + .24, 10.5 / 8 + .26]))  # half a step: 1.25 / 8 and 2 / 8
+    assert np.allclose(vlm.maps.time_weights(have, want) @ have, want)
+    assert np.allclose(vlm.maps.time_weights(have, have), np.eye(4))
+    late = vlm.maps.time_weights(have, np.array([-.17, -.15, 10.5 / 8 + .24, 10.5 / 8 + .26]))  # half a step: 1.25 / 8 and 2 / 8
     assert np.isnan(late).any(1).tolist() == [True, False, False, True] and late[1].tolist() == [1, 0, 0, 0] and late[2, 3] == 1
-    assert data.time_weights(np.array([1.0]), np.array([0.0, 9.0])).tolist() == [[1], [1]]
+    assert vlm.maps.time_weights(np.array([1.0]), np.array([0.0, 9.0])).tolist() == [[1], [1]]
 
 
 def test_times_of_tokens_are_those_of_their_frames():
@@ -138,7 +143,7 @@ def test_times_of_tokens_are_those_of_their_frames():
 
 # -------------------------------------------------------------------------------------------------- on anybody's grid
 def window(frames, start=0.0, size=(480, 720), shape=(480, 720)):
-    return data.Window(np.zeros((frames, 2, 2, 3), np.uint8), 0, 1, start, size, data.central(*size, *shape))
+    return common.video.Window(np.zeros((frames, 2, 2, 3), np.uint8), 0, 1, start, size, common.video.central(*size, *shape))
 
 
 def ramp(x, y, t):
@@ -149,12 +154,12 @@ def ramp(x, y, t):
 def planted(tmp_path):
     """A folder of one map of a 480 x 720 video, 49 frames at 8 a second from second 2 on: a ramp along x, y and t, and a
     background that is 3 everywhere."""
-    seen = teacher.shown(window(49, start=2.0), "v.mp4", ["melting"], 8.0, 2)
+    seen = vlm.maps.shown(window(49, start=2.0), "v.mp4", ["melting"], 8.0, 2)
     y, x = (np.arange(17) + .5) * 480 / 17, (np.arange(26) + .5) * 720 / 26
     values = ramp(x, y[:, None], np.array(seen.times)[:, None, None])
     about = dict(key="k", file="v.mp4", times=seen.times, size=[480, 720], crop=list(seen.crop), categories=[6], answers={}, background="")
     (tmp_path / "clips").mkdir()
-    data.write_tensors(tmp_path / "clips" / "m.safetensors", {"maps": torch.from_numpy(values)[None], "background": torch.full((13, 17, 26), 3.)},
+    common.store.write_tensors(tmp_path / "clips" / "m.safetensors", {"maps": torch.from_numpy(values)[None], "background": torch.full((13, 17, 26), 3.)},
                        about, "x")
     (tmp_path / "maps.json").write_text(json.dumps(dict(key="k", settings={})))
     (tmp_path / "index.json").write_text(json.dumps(dict(key="k", clips=[["m.safetensors", "v.mp4", seen.times[0], seen.times[-1]]])))
@@ -176,8 +181,8 @@ def middles(cfg, source):
     ("small", 3.0, (480, 720), (32, 32))])
 def test_a_linear_map_comes_back_linear_at_the_right_places(planted, name, start, size, shape):
     cfg = preset(name, data_dir="" if name != "small" else "x")
-    source = ["v.mp4", start, list(size), list(data.central(*size, *shape))]
-    maps, background = data.Maps(planted).on_tokens(source, data.token_times(cfg), cfg.grid, cfg.categories)
+    source = ["v.mp4", start, list(size), list(common.video.central(*size, *shape))]
+    maps, background = vlm.maps.Maps(planted).on_tokens(source, data.token_times(cfg), cfg.grid, cfg.categories)
     N = math.prod(cfg.grid)
     assert maps.shape == (N, 17) and background.shape == (N,) and maps.dtype == background.dtype == torch.float32
     assert maps[:, [c for c in range(17) if c != 6]].isnan().all() and (background - 3).abs().max() < 1e-6
@@ -190,17 +195,17 @@ def test_a_linear_map_comes_back_linear_at_the_right_places(planted, name, start
 
 def test_time_is_the_identity_on_the_frames_that_the_teacher_saw():
     cfg = preset("cogvideox-5b")
-    times = np.array(teacher.shown(window(49, start=7.5), "v", [], 8.0, 2).times)
-    assert np.allclose(times, 7.5 + data.token_times(cfg)) and np.allclose(data.time_weights(times, 7.5 + data.token_times(cfg)), np.eye(13))
-    even = teacher.shown(window(49), "v", [], 8.0, 2, uniform=16)
-    assert np.allclose(even.times, teacher.uniform_frames(49, 16).reshape(8, 2).mean(1) / 8) and even.fps == 16 * 8 / 49
-    odd = teacher.shown(window(49), "v", [], 8.0, 2, uniform=5)
+    times = np.array(vlm.maps.shown(window(49, start=7.5), "v", [], 8.0, 2).times)
+    assert np.allclose(times, 7.5 + data.token_times(cfg)) and np.allclose(vlm.maps.time_weights(times, 7.5 + data.token_times(cfg)), np.eye(13))
+    even = vlm.maps.shown(window(49), "v", [], 8.0, 2, uniform=16)
+    assert np.allclose(even.times, vlm.maps.uniform_frames(49, 16).reshape(8, 2).mean(1) / 8) and even.fps == 16 * 8 / 49
+    odd = vlm.maps.shown(window(49), "v", [], 8.0, 2, uniform=5)
     assert np.allclose(odd.times, [(4 + 14) / 16, (24 + 34) / 16, 44 / 8])  # the last frame stands twice
-    assert "Time axes do not fit" in sentence(teacher.shown, window(49), "v", [], 8.0, 4)
+    assert "Time axes do not fit" in sentence(vlm.maps.shown, window(49), "v", [], 8.0, 4)
 
 
 def test_outside_of_what_the_teacher_saw_is_nan(planted):
-    cfg, maps = preset("wan-1.3b"), data.Maps(planted)
+    cfg, maps = preset("wan-1.3b"), vlm.maps.Maps(planted)
     read = lambda start, crop: maps.on_tokens(["v.mp4", start, [480, 720], crop], data.token_times(cfg), cfg.grid, 17)  # noqa: E731
     one, background = read(5.0, [0, 32.3, 720, 447.7])  # ends after the map's last row of tokens, at 2 + 46.5 / 8, does
     known = one[:, 6].view(cfg.grid).isfinite()
@@ -216,15 +221,15 @@ def test_outside_of_what_the_teacher_saw_is_nan(planted):
 
 def test_of_several_maps_that_with_most_in_common(planted):
     index = json.loads((planted / "index.json").read_text())
-    tensors, about = data.read_tensors(planted / "clips" / "m.safetensors")
+    tensors, about = common.store.read_tensors(planted / "clips" / "m.safetensors")
     for i, start in enumerate((0.0, 4.0, 9.0)):
         times = [start + second - 2 for second in about["times"]]
-        data.write_tensors(planted / "clips" / f"{i}.safetensors", {**tensors, "background": tensors["background"] * 0 + i}, {**about, "times": times}, "x")
+        common.store.write_tensors(planted / "clips" / f"{i}.safetensors", {**tensors, "background": tensors["background"] * 0 + i}, {**about, "times": times}, "x")
         index["clips"].append([f"{i}.safetensors", "w.mp4", times[0], times[-1]])
     (planted / "index.json").write_text(json.dumps(index))
     cfg = preset("cogvideox-5b", frames=17)  # two seconds
     for start, which in ((0.0, 0), (3.0, 0), (4.2, 1), (8.8, 2), (9.5, 2)):
-        _, background = data.Maps(planted).on_tokens(["w.mp4", start, [480, 720], [0, 0, 720, 480]], data.token_times(cfg), cfg.grid, 17)
+        _, background = vlm.maps.Maps(planted).on_tokens(["w.mp4", start, [480, 720], [0, 0, 720, 480]], data.token_times(cfg), cfg.grid, 17)
         assert background[background.isfinite()].unique().tolist() == [which], start
 
 
@@ -261,14 +266,14 @@ def test_tokens_that_nobody_saw_teach_nothing():
 # -------------------------------------------------------------------------------------------- the folder, end to end
 def test_a_folder_of_videos_becomes_a_folder_of_maps(maps, videos):
     index, stored = (json.loads((maps / name).read_text()) for name in ("index.json", "maps.json"))
-    assert stored["key"] == index["key"] == data.digest(stored["settings"]) and (index["videos"], index["done"]) == (5, 4)
+    assert stored["key"] == index["key"] == common.store.digest(stored["settings"]) and (index["videos"], index["done"]) == (5, 4)
     assert [row[1] for row in index["clips"]] == ["a.mp4", "b.mp4", *["long.mp4"] * 3, "quiet.mp4"]
     assert sorted(os.listdir(maps / "clips")) == sorted(row[0] for row in index["clips"])
     asked = {"a.mp4": ["combustion", "melting"], "b.mp4": ["collision"], "long.mp4": ["rigid body motion"], "quiet.mp4": []}
     for file, name, start, end in index["clips"]:
-        tensors, about = data.read_tensors(maps / "clips" / file)
+        tensors, about = common.store.read_tensors(maps / "clips" / file)
         assert tensors["maps"].dtype == tensors["background"].dtype == torch.float16
-        assert sorted(world.CATEGORIES[c] for c in about["categories"]) == sorted(about["answers"]) == asked[name]  # those of the label
+        assert sorted(physics.phenomena.CATEGORIES[c] for c in about["categories"]) == sorted(about["answers"]) == asked[name]  # those of the label
         assert tensors["maps"].shape == (len(asked[name]), 3, 4, 6) and tensors["background"].shape == (3, 4, 6)
         assert about["times"] == [start, start + 2.5 / 8, start + 6.5 / 8] and about["times"][-1] == end
         assert about["size"] == [36, 52] and np.allclose(about["crop"], [0, (36 - 52 * 32 / 48) / 2, 52, (36 + 52 * 32 / 48) / 2])
@@ -280,12 +285,12 @@ def test_a_folder_of_videos_becomes_a_folder_of_maps(maps, videos):
 def test_a_map_is_the_eager_models_attention_to_the_file(maps, vlm, videos):
     """From the mp4 to float16 by another way: decode, take the frames that latents show, one plain pass of the model."""
     kind = transformers.Qwen2_5_VLForConditionalGeneration
-    eager, tokenizer = kind.from_pretrained(vlm, attn_implementation="eager").eval(), teacher.VLM(vlm).tokenizer
+    eager, tokenizer = kind.from_pretrained(vlm, attn_implementation="eager").eval(), vlm.qwen.VLM(vlm).tokenizer
     cfg = preset("small", data_dir=str(videos), frames=9, fps=8.0, height=32, width=48)
     for name, taken in (("a.mp4", 0), ("long.mp4", 1)):
         tensors, about = of(maps, name)[taken]
-        frames = data.windows_of(videos / name, cfg)[taken].video[[0, 0, 2, 3, 6, 7]]
-        asked = [(f"{world.CATEGORIES[c]}?", about["answers"][world.CATEGORIES[c]], one) for c, one in zip(about["categories"], tensors["maps"])]
+        frames = common.video.windows_of(videos / name, cfg)[taken].video[[0, 0, 2, 3, 6, 7]]
+        asked = [(f"{physics.phenomena.CATEGORIES[c]}?", about["answers"][physics.phenomena.CATEGORIES[c]], one) for c, one in zip(about["categories"], tensors["maps"])]
         for question, answer, stored in (*asked, ("behind?", about["background"], tensors["background"])):
             right, _ = expected(eager, "qwen2_5_vl", tokenizer, frames, 4.0, question, answer)
             right = right[1, :, 1].mean(0)  # of three layers the second; rows that predict the answer
@@ -313,24 +318,24 @@ def test_of_a_video_begun_the_rest_is_made(copy, vlm, videos, capsys):
 def test_a_full_disk_is_one_sentence(vlm, videos, tmp_path, monkeypatch):
     def full(path, *_):
         raise OSError(28, "No space left on device", str(path))
-    monkeypatch.setattr(data, "write_tensors", full)
+    monkeypatch.setattr(common.store, "write_tensors", full)
     assert "No space left on device" in sentence(run, videos, vlm, tmp_path / "out", error=Stopped)
 
 
 def test_one_bad_clip_of_a_group_costs_itself_alone(tmp_path):
-    look = lambda empty: teacher.Look("" if empty else "words", torch.rand(1, 1, 2, 2, 2), empty)  # noqa: E731
-    store, skipped = teacher.Store(tmp_path / "out", {}, "x"), []
-    group = [(f"{i}.safetensors", teacher.Shown(f"clip {i}", None, 4.0, [0.0, 0.5], (8, 8), (0, 0, 8, 8), ["melting"])) for i in range(4)]
+    look = lambda empty: vlm.qwen.Look("" if empty else "words", torch.rand(1, 1, 2, 2, 2), empty)  # noqa: E731
+    store, skipped = vlm.maps.Store(tmp_path / "out", {}, "x"), []
+    group = [(f"{i}.safetensors", vlm.maps.Shown(f"clip {i}", None, 4.0, [0.0, 0.5], (8, 8), (0, 0, 8, 8), ["melting"])) for i in range(4)]
     asked = []
 
-    class Fake(teacher.VLM):
+    class Fake(vlm.qwen.VLM):
         def __init__(self):
             pass
 
         def look(self, videos, fps, questions, settings, batch, answers):
             asked.append(questions)
             if len(asked) == 2:
-                raise teacher.VLMError("not finite")
+                raise vlm.qwen.VLMError("not finite")
             return [[look(i == 2), look(i == 1)] for i in range(4)]
 
     class Bar:
@@ -339,12 +344,12 @@ def test_one_bad_clip_of_a_group_costs_itself_alone(tmp_path):
         def update(self, n):
             self.n += n
 
-    bar, tally, settings = Bar(), teacher.Tally(), teacher.Settings()
+    bar, tally, settings = Bar(), vlm.maps.Tally(), vlm.qwen.Settings()
     teacher.annotate(Fake(), settings, store, [group, group], tally, 0, skipped, bar)
     assert sorted(os.listdir(store.clips)) == ["0.safetensors", "2.safetensors", "3.safetensors"] and (tally.made, tally.empty, bar.n) == (3, 1, 8)
     assert [name.split(" (")[0] for name in skipped] == ["clip 1", "clip 0", "clip 1", "clip 2", "clip 3"]
     assert asked[0] == [[settings.ask("melting"), settings.background]] * 4
-    assert data.read_tensors(store.clips / "2.safetensors")[0]["maps"].shape == (0, 2, 2, 2)
+    assert common.store.read_tensors(store.clips / "2.safetensors")[0]["maps"].shape == (0, 2, 2, 2)
 
 
 def test_shards_make_what_one_process_makes(maps, vlm, videos, tmp_path):
@@ -370,7 +375,7 @@ def test_a_truncated_map_is_named_once_left_out_and_made_again(copy, vlm, videos
     before = files_of(copy)
     path = copy / "clips" / json.loads((copy / "index.json").read_text())["clips"][0][0]
     path.write_bytes(path.read_bytes()[:-9])
-    found, source = data.Maps(copy), ["a.mp4", 0.0, [36, 52], [0, 0, 52, 36]]
+    found, source = vlm.maps.Maps(copy), ["a.mp4", 0.0, [36, 52], [0, 0, 52, 36]]
     assert found.on_tokens(source, np.zeros(1), (1, 2, 2), 17) is None and found.on_tokens(source, np.zeros(1), (1, 2, 2), 17) is None
     err = capfd.readouterr().err
     assert err.count(path.name) == 1 and "left out (cut short)" in err and "teacher.py" in err
@@ -383,16 +388,16 @@ def test_a_truncated_map_is_named_once_left_out_and_made_again(copy, vlm, videos
 def test_zeros_in_a_map_are_noticed(copy, capfd):
     path = copy / "clips" / json.loads((copy / "index.json").read_text())["clips"][1][0]
     path.write_bytes(path.read_bytes()[:-64] + bytes(64))
-    assert data.Maps(copy).on_tokens(["b.mp4", 0.0, [36, 52], [0, 0, 52, 36]], np.zeros(1), (1, 2, 2), 17) is None
+    assert vlm.maps.Maps(copy).on_tokens(["b.mp4", 0.0, [36, 52], [0, 0, 52, 36]], np.zeros(1), (1, 2, 2), 17) is None
     assert "checksum" in capfd.readouterr().err
 
 
 def test_stale_and_damaged_folders_are_one_sentence(copy, tmp_path):
-    say = lambda: sentence(data.Maps, copy, error=UserError)  # noqa: E731
+    say = lambda: sentence(vlm.maps.Maps, copy, error=UserError)  # noqa: E731
     path = copy / "clips" / json.loads((copy / "index.json").read_text())["clips"][1][0]
-    tensors, about = data.read_tensors(path)
-    data.write_tensors(path, tensors, {**about, "key": "another"}, "x")
-    assert "stale" in sentence(data.Maps(copy).on_tokens, ["b.mp4", 0.0, [36, 52], [0, 0, 52, 36]], np.zeros(1), (1, 2, 2), 17, error=UserError)
+    tensors, about = common.store.read_tensors(path)
+    common.store.write_tensors(path, tensors, {**about, "key": "another"}, "x")
+    assert "stale" in sentence(vlm.maps.Maps(copy).on_tokens, ["b.mp4", 0.0, [36, 52], [0, 0, 52, 36]], np.zeros(1), (1, 2, 2), 17, error=UserError)
     stored = json.loads((copy / "maps.json").read_text())
     (copy / "maps.json").write_text(json.dumps({**stored, "key": "another"}))
     assert "stale" in say()
@@ -401,7 +406,7 @@ def test_stale_and_damaged_folders_are_one_sentence(copy, tmp_path):
     (copy / "index.json").unlink()
     assert "teacher.py makes it" in say()
     cfg = preset("debug", data_dir="x", teacher=str(tmp_path / "nowhere"))
-    assert "There are no maps in" in sentence(data.open_maps, cfg, None, error=UserError) and data.open_maps(preset("debug"), None) is None
+    assert "There are no maps in" in sentence(vlm.maps.open_maps, cfg, None, error=UserError) and vlm.maps.open_maps(preset("debug"), None) is None
 
 
 def test_an_empty_background_answer_leaves_the_video_out(vlm, videos, tmp_path, capsys):
@@ -418,7 +423,7 @@ def test_denials_leave_the_map_out(vlm, videos, tmp_path, capsys):
     assert tensors["maps"].shape == (0, 3, 4, 6) and about["categories"] == [] and about["answers"] == {}
     assert about["background"] == "there is no background"
     for text, denies in {"No.": True, "It isn't there": True, "none of it": True, "I cannot see": True, "a knot, now north": False}.items():
-        assert bool(teacher.DENIAL.search(text)) == denies
+        assert bool(vlm.maps.DENIAL.search(text)) == denies
 
 
 def test_a_short_video_is_taken_as_it_is(vlm, videos, tmp_path):
@@ -465,7 +470,7 @@ def clips_of(videos, maps, pools, **fields):
     cfg = preset("debug", **{**SIZE, "data_dir": str(videos), "pool_dir": str(pools), "patch": 8, "patch_t": 2, "teacher": str(maps), "val_clips": 2,
                              "threads": 1, "caption_dropout": 0.0, **fields})
     pool = data.open_pool(cfg, progress=False)
-    return data.Clips(cfg, pool, data.Tokenizer.from_captions(pool.captions), data.open_maps(cfg, pool))
+    return data.Clips(cfg, pool, data.Tokenizer.from_captions(pool.captions), vlm.maps.open_maps(cfg, pool))
 
 
 @pytest.fixture(scope="module")
@@ -524,18 +529,18 @@ def test_clips_without_a_map_are_counted_and_teach_nothing(videos, maps, pools, 
 def test_a_batch_of_latents_carries_maps_too(maps, tmp_path):
     """A cache as encode.py leaves it, of two videos: 9 frames in 3 latents, 16 x 32 pixels in 1 x 2 tokens."""
     sizes = dict(lineage="wan", frames=9, height=16, width=32, channels=4, text_dim=16, text_len=512)
-    cfg, key, rows = preset("small", latent=True, patch=2, patch_t=1, fps=8.0, val_clips=1, teacher=str(maps), **sizes), data.digest(sizes), []
+    cfg, key, rows = preset("small", latent=True, patch=2, patch_t=1, fps=8.0, val_clips=1, teacher=str(maps), **sizes), common.store.digest(sizes), []
     (tmp_path / "clips").mkdir()
     for name, start, crop in (("b.mp4", 0.0, [0, 5, 52, 31]), ("long.mp4", 9 / 8, [0, 5, 52, 31]), ("other.mp4", 0.0, [0, 0, 52, 26])):
         about = dict(key=key, file=name, times=[start, start + 9 / 8], size=[36, 52], crop=crop, text_length=1)
-        data.write_tensors(tmp_path / "clips" / name, {"mean": torch.zeros(4, 3, 2, 4), "text": torch.ones(1, 16)}, about, "x")
+        common.store.write_tensors(tmp_path / "clips" / name, {"mean": torch.zeros(4, 3, 2, 4), "text": torch.ones(1, 16)}, about, "x")
         rows.append([name, name, "a caption", [0]])
-    data.write_tensors(tmp_path / "empty.safetensors", {"text": torch.zeros(1, 16)}, dict(key=key, text_length=0), "x")
+    common.store.write_tensors(tmp_path / "empty.safetensors", {"text": torch.zeros(1, 16)}, dict(key=key, text_length=0), "x")
     (tmp_path / "cache.json").write_text(json.dumps(dict(key=key, settings=sizes)))
     (tmp_path / "index.json").write_text(json.dumps(dict(key=key, videos=3, done=3, clips=rows)))
-    cache = data.open_cache(cfg, tmp_path)
+    cache = official.cache.open_cache(cfg, tmp_path)
     cache.train = [0, 1, 2]
-    latents, seen = data.Latents(cfg, cache, data.open_maps(cfg, cache)), {}
+    latents, seen = official.cache.Latents(cfg, cache, vlm.maps.open_maps(cfg, cache)), {}
     assert latents.unmapped == 1 and latents.key.endswith(f"+{latents.maps.key}")
     for position in range(3):
         batch, name = latents.batch([position]), cache.names[latents.row(position)]
@@ -566,8 +571,8 @@ def saliency(pools):
 
 def test_maps_of_the_world_lie_beside_its_pool(saliency):
     pool = data.open_pool(saliency, progress=False)
-    found = data.open_maps(dataclasses.replace(saliency, teacher="sal"), pool)
-    assert found.folder == data.world_maps(saliency, pool, "sal") and len(found.of) == len(pool.captions) == 16
+    found = vlm.maps.open_maps(dataclasses.replace(saliency, teacher="sal"), pool)
+    assert found.folder == vlm.maps.world_maps(saliency, pool, "sal") and len(found.of) == len(pool.captions) == 16
     row = pool.train[0]
     maps, background = found.on_tokens(pool.sources[row], data.token_times(saliency), saliency.grid, 17)
     assert {c for c in range(17) if maps[:, c].isfinite().all()} == set(pool.categories[row]) and torch.equal(background, torch.ones(len(background)))
@@ -580,7 +585,7 @@ def test_maps_of_the_world_lie_beside_its_pool(saliency):
 
 def test_maps_stand_in_for_exact_masks(saliency):
     pool = data.open_pool(saliency, progress=False)
-    clips = [data.Clips(dataclasses.replace(saliency, negatives=.1, teacher=name), pool, data.Tokenizer([]), data.open_maps(cfg, pool))
+    clips = [data.Clips(dataclasses.replace(saliency, negatives=.1, teacher=name), pool, data.Tokenizer([]), vlm.maps.open_maps(cfg, pool))
              for name, cfg in (("", saliency), ("sal", dataclasses.replace(saliency, teacher="sal")))]
     exact, taught = (one.batch(range(4)) for one in clips)
     assert exact.target.any() and exact.target_mask.all() and exact.maps is None and exact.background is None
@@ -593,13 +598,13 @@ def test_a_vlms_maps_of_the_world_are_those_of_each_clip_alone(saliency, vlm, po
             "--background", "behind?", *flags(WORLD)]
     teacher.main(argv)
     assert "16 maps made" in capsys.readouterr().out
-    pool, model = data.open_pool(saliency, progress=False), teacher.VLM(vlm)
-    found = data.open_maps(dataclasses.replace(saliency, teacher="seen"), pool)
+    pool, model = data.open_pool(saliency, progress=False), vlm.qwen.VLM(vlm)
+    found = vlm.maps.open_maps(dataclasses.replace(saliency, teacher="seen"), pool)
     for row in (0, 7, 15):
         name, start, size, crop = pool.sources[row]
         (_, _, file), = found.of[name]
         tensors, about = found.read(file)
-        names = [world.CATEGORIES[c] for c in pool.categories[row]]
+        names = [physics.phenomena.CATEGORIES[c] for c in pool.categories[row]]
         settings = model.settings(answer="a {name}", question="{name}?", background="behind?")
         looks = model.look([pool.video[row]], 4.0, [[*(f"{name}?" for name in names), "behind?"]], settings,
                            answers=[[*(f"a {name}" for name in names), "a background"]])[0]
@@ -607,7 +612,7 @@ def test_a_vlms_maps_of_the_world_are_those_of_each_clip_alone(saliency, vlm, po
         assert sorted(about["categories"]) == sorted(pool.categories[row]) and about["times"] == [.125, .625]
         assert torch.allclose(tensors["background"].float(), looks[-1].density(), rtol=2e-3, atol=1e-3)
         for category, one in zip(about["categories"], tensors["maps"]):
-            assert torch.allclose(one.float(), looks[names.index(world.CATEGORIES[category])].density(), rtol=2e-3, atol=1e-3)
+            assert torch.allclose(one.float(), looks[names.index(physics.phenomena.CATEGORIES[category])].density(), rtol=2e-3, atol=1e-3)
     teacher.main(argv)
     assert "0 maps made, 16 were there" in capsys.readouterr().out
 
@@ -631,7 +636,7 @@ def test_training_follows_the_teacher(runs, saliency):
     assert all(math.isfinite(value) for value in aligned[1])
     stored = json.loads((runs / "runsal" / "config.json").read_text())
     pool = data.open_pool(saliency, progress=False)
-    assert stored["data"] == f"{pool.key}+{data.Maps(data.world_maps(saliency, pool, 'sal')).key}"
+    assert stored["data"] == f"{pool.key}+{vlm.maps.Maps(vlm.maps.world_maps(saliency, pool, 'sal')).key}"
 
 
 def test_the_targets_are_of_the_kind_that_the_run_names(saliency, tmp_path, monkeypatch):
@@ -648,7 +653,7 @@ def test_resume_with_other_maps_is_refused(runs, saliency, tmp_path):
     said = sentence(train.main, config.parse([*again, "--teacher", ""], ""), error=UserError)
     assert "teacher" in said
     pool = data.open_pool(saliency, progress=False)
-    folder = data.world_maps(saliency, pool, "sal")
+    folder = vlm.maps.world_maps(saliency, pool, "sal")
     kept = Path(shutil.copytree(folder, tmp_path / "kept"))
     try:
         for name in ("maps.json", "index.json"):
@@ -673,7 +678,7 @@ def test_kill_9_loses_and_doubles_nothing(maps, vlm, videos, tmp_path, capsys):
     assert killed_when(lambda: len(finished()) == 2, ["teacher.py", *flags_of(videos, vlm, out)])
     survived = {f: (there / f).stat().st_mtime_ns for f in finished()}
     assert 2 <= len(survived) < 6 and not (out / "index.json").exists()
-    assert "once it has gone through" in sentence(data.Maps, out, error=UserError)
+    assert "once it has gone through" in sentence(vlm.maps.Maps, out, error=UserError)
     (there / f"{'0' * 24}-0of1.safetensors.1of1.part").write_bytes(b"half")  # what a kill in the midst of a write leaves
     capsys.readouterr()
     run(videos, vlm, out)

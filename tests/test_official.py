@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+import common.store
+import official.clips
 import config
-import data
 import model
 import sample
 import train
@@ -77,8 +78,8 @@ def test_clips_are_those_of_diffusers_pipeline(weights, name, solver, steps, mor
     extra = dict(use_dynamic_cfg=True) if more.get("dynamic") else {}
     theirs = pipe(PROMPT, more.get("negative", ""), height=16, width=32, num_frames=9, num_inference_steps=steps, guidance_scale=4.0,
                   generator=torch.Generator().manual_seed(3), output_type="np", **extra).frames[0]
-    loaded = sample.load_official(folder, **sizes)
-    ours = next(sample.generate_official(folder, loaded, [PROMPT], seed=3, steps=steps, guidance=4.0, solver=solver, **more))
+    loaded = official.clips.load_official(folder, **sizes)
+    ours = next(official.clips.generate_official(folder, loaded, [PROMPT], seed=3, steps=steps, guidance=4.0, solver=solver, **more))
     assert ours.shape == theirs.shape and ours.std() > 2
     assert np.abs(ours / 255 - theirs).max() < 0.5 / 255 + 1e-3
 
@@ -124,10 +125,10 @@ def test_the_branch_trains_on_a_cache_resumes_to_the_bit_and_samples(weights, ca
 
     with pytest.raises(UserError, match="--weights"):
         sample.load_run(tmp_path / "whole")
-    loaded = sample.load_official(weights[name], branch=str(published[0]), frames=9, height=16, width=32)
-    bare = sample.load_official(weights[name], frames=9, height=16, width=32)
+    loaded = official.clips.load_official(weights[name], branch=str(published[0]), frames=9, height=16, width=32)
+    bare = official.clips.load_official(weights[name], frames=9, height=16, width=32)
     assert isinstance(loaded[1], ProPhy) and loaded[1].inject[0].weight.abs().max() > 0
-    clips = [next(sample.generate_official(weights[name], one, [PROMPT], steps=3)) for one in (loaded, bare)]
+    clips = [next(official.clips.generate_official(weights[name], one, [PROMPT], steps=3)) for one in (loaded, bare)]
     assert clips[0].shape == clips[1].shape == (9, 16, 32, 3) and not np.array_equal(*clips)
 
 
@@ -149,7 +150,7 @@ def test_checkpointing_goes_through_the_blocks_again_and_changes_no_bit(weights,
 def test_the_best_weights_are_published_and_a_finished_run_that_lost_them_makes_them_again(weights, caches, tmp_path, capsys):
     cfg = settings("wan", weights, caches, tmp_path, eval_every=2)
     train.main(cfg)
-    about, stored = data.read_about(tmp_path / "branch.safetensors"), checkpoint(tmp_path)
+    about, stored = common.store.read_about(tmp_path / "branch.safetensors"), checkpoint(tmp_path)
     scores = {line["step"]: line["held_out"]["diffusion"] for line in map(json.loads, (tmp_path / "log.jsonl").open()) if "held_out" in line}
     assert about["held_out"] == min(scores.values()) == scores[about["step"]] and not (tmp_path / "checkpoints" / "best.pt").exists()
     assert about["categories_present"] == json.loads((tmp_path / "config.json").read_text())["categories_present"]
@@ -159,7 +160,7 @@ def test_the_best_weights_are_published_and_a_finished_run_that_lost_them_makes_
 
     (tmp_path / "branch.safetensors").unlink()
     train.main(dataclasses.replace(cfg, resume=True))
-    tensors, about = data.read_tensors(tmp_path / "branch.safetensors")
+    tensors, about = common.store.read_tensors(tmp_path / "branch.safetensors")
     assert (about["step"], about["held_out"]) == (6, scores[6])
     assert tensors.keys() == stored["ema"].keys() and all(torch.equal(value, stored["ema"][key]) for key, value in tensors.items())
 

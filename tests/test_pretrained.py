@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import official.weights
 import config
 
 import model
@@ -79,7 +80,7 @@ def pair(tmp_path_factory):
         if kind not in made:
             folder, net = tmp_path_factory.mktemp(kind.replace(".", "_")), reference(kind)
             net.save_pretrained(folder)
-            made[kind] = net, model.load_pretrained(folder), folder
+            made[kind] = net, official.weights.load_pretrained(folder), folder
         return made[kind]
     return get
 
@@ -104,7 +105,7 @@ def test_forward_equals_diffusers(pair, kind, size):
 def test_gradients_equal_diffusers(pair, kind):
     net, ours, _ = pair(kind)
     x, t, text = inputs(kind, (2, 10, 14))
-    target, names = torch.randn_like(x), model.WAN_NAMES if kind == "wan" else model.COG_NAMES
+    target, names = torch.randn_like(x), official.weights.WAN_NAMES if kind == "wan" else official.weights.COG_NAMES
     for p in [*net.parameters(), *ours.parameters()]:
         p.grad = None
     (theirs(net, x, t, text) - target).square().mean().backward()
@@ -112,7 +113,7 @@ def test_gradients_equal_diffusers(pair, kind):
     reference_grads = {name: p.grad for name, p in net.named_parameters()}
     rounding = 1e-6 * max(g.norm() for g in reference_grads.values())  # a bias of k cancels in the softmax: its gradient is rounding alone
     for name, p in ours.named_parameters():
-        g = model.from_stored(name, reference_grads[model.renamed(name, names)], ours.cfg)
+        g = official.weights.from_stored(name, reference_grads[official.weights.renamed(name, names)], ours.cfg)
         assert (p.grad - g).norm() < 1e-4 * g.norm() + rounding, name
 
 
@@ -120,7 +121,7 @@ def test_gradients_equal_diffusers(pair, kind):
 def test_bfloat16_is_close_to_diffusers_bfloat16(pair, kind):
     _, _, folder = pair(kind)
     cls = WanTransformer3DModel if kind == "wan" else CogVideoXTransformer3DModel
-    net, ours = cls.from_pretrained(folder, torch_dtype=torch.bfloat16).eval(), model.load_pretrained(folder, dtype=torch.bfloat16)
+    net, ours = cls.from_pretrained(folder, torch_dtype=torch.bfloat16).eval(), official.weights.load_pretrained(folder, dtype=torch.bfloat16)
     x, t, text = inputs(kind, (2, 10, 14))
     with torch.no_grad():
         a = theirs(net, x.bfloat16(), t, text.bfloat16()).float()
@@ -285,20 +286,20 @@ def test_sinusoid_is_theirs_to_the_bit():
 @pytest.mark.parametrize("kind", KINDS)
 def test_export_is_read_by_diffusers_and_by_us(pair, kind, tmp_path):
     net, ours, folder = pair(kind)
-    model.save_pretrained(ours, tmp_path / "out", shard_bytes=40_000)
+    official.weights.save_pretrained(ours, tmp_path / "out", shard_bytes=40_000)
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1 and (tmp_path / "out" / "diffusion_pytorch_model.safetensors.index.json").exists()
     again = type(net).from_pretrained(tmp_path / "out").eval()
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), net.state_dict().values()))
     x, t, text = inputs(kind, (2, 10, 14))
     with torch.no_grad():
         assert torch.equal(theirs(again, x, t, text), theirs(net, x, t, text))
-        assert torch.equal(model.load_pretrained(tmp_path / "out")(x, t, text), ours(x, t, text))
+        assert torch.equal(official.weights.load_pretrained(tmp_path / "out")(x, t, text), ours(x, t, text))
 
 
 def test_wan_in_its_original_layout(pair, tmp_path):
     """The same weights under the names of the original repository give the same model."""
     net, ours, folder = pair("wan")
-    names = {model.renamed(name, model.WAN_NAMES): model.renamed(name, model.WAN_ORIGINAL_NAMES) for name in ours.state_dict()}
+    names = {official.weights.renamed(name, official.weights.WAN_NAMES): official.weights.renamed(name, official.weights.WAN_ORIGINAL_NAMES) for name in ours.state_dict()}
     assert names["blocks.1.attn1.to_out.0.weight"] == "blocks.1.self_attn.o.weight" and names["blocks.0.norm2.weight"] == "blocks.0.norm3.weight"
     assert names["condition_embedder.time_proj.bias"] == "time_projection.1.bias" and names["scale_shift_table"] == "head.modulation"
     assert names["blocks.0.scale_shift_table"] == "blocks.0.modulation" and names["proj_out.weight"] == "head.head.weight"
@@ -308,7 +309,7 @@ def test_wan_in_its_original_layout(pair, tmp_path):
                                                           text_len=512, in_dim=4, out_dim=4, eps=1e-6, text_dim=c["text_dim"])))
     x, t, text = inputs("wan", (2, 10, 14))
     with torch.no_grad():
-        assert torch.equal(model.load_pretrained(tmp_path)(x, t, text), ours(x, t, text))
+        assert torch.equal(official.weights.load_pretrained(tmp_path)(x, t, text), ours(x, t, text))
 
 
 FULL = {  # diffusers' arguments at full size, and the number of parameters
@@ -329,8 +330,8 @@ def test_full_size_keys_and_shapes(preset):
     with torch.device("meta"):
         net = (WanTransformer3DModel if preset.startswith("wan") else CogVideoXTransformer3DModel)(**arguments)
         ours = model.MODELS[cfg.lineage](cfg)
-    names = model.WAN_NAMES if preset.startswith("wan") else model.COG_NAMES
-    wanted = {model.renamed(name, names): model.stored_shape(name, p.shape, cfg) for name, p in ours.state_dict().items()}
+    names = official.weights.WAN_NAMES if preset.startswith("wan") else official.weights.COG_NAMES
+    wanted = {official.weights.renamed(name, names): official.weights.stored_shape(name, p.shape, cfg) for name, p in ours.state_dict().items()}
     assert wanted == {name: list(p.shape) for name, p in net.state_dict().items()}
     assert sum(p.numel() for p in ours.parameters()) == parameters
 
@@ -339,13 +340,13 @@ def test_full_size_keys_and_shapes(preset):
 @pytest.fixture
 def broken(pair, tmp_path):
     """A copy of a good, sharded folder to break."""
-    model.save_pretrained(pair("5b")[1], tmp_path / "w", shard_bytes=40_000)
+    official.weights.save_pretrained(pair("5b")[1], tmp_path / "w", shard_bytes=40_000)
     return tmp_path / "w"
 
 
 def says(folder, *words):
     with pytest.raises(UserError) as caught:
-        model.load_pretrained(folder)
+        official.weights.load_pretrained(folder)
     message = str(caught.value)
     assert "\n" not in message and message.endswith(".") and all(word in message for word in words), message
 
@@ -415,7 +416,7 @@ def test_no_folder_and_an_empty_one(tmp_path):
 
 def test_a_model_with_its_own_words_is_not_exported(tmp_path):
     with pytest.raises(UserError, match="diffusers"):
-        model.save_pretrained(model.build_backbone(config.preset("debug"), 9), tmp_path / "out")
+        official.weights.save_pretrained(model.build_backbone(config.preset("debug"), 9), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -425,9 +426,9 @@ def test_loading_holds_the_weights_once(tmp_path):
     torch.manual_seed(0)
     net = model.build_backbone(cfg)
     size = sum(p.nbytes for p in net.parameters()) / 2**20
-    model.save_pretrained(net, tmp_path, shard_bytes=16 * 2**20)
+    official.weights.save_pretrained(net, tmp_path, shard_bytes=16 * 2**20)
     script = ("import resource, sys, torch, model\n"
               "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
-              "torch.randn(64, 64) @ torch.randn(64, 64); before = peak(); net = model.load_pretrained(sys.argv[1]); print(peak() - before)")
+              "torch.randn(64, 64) @ torch.randn(64, 64); before = peak(); net = official.weights.load_pretrained(sys.argv[1]); print(peak() - before)")
     grown = float(subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True).stdout)
     assert size > 75 and grown < size + 40, (grown, size)

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+import common.pictures
+import physics.phenomena
 import config
 import data
 import diffusion
 import sample
-import world
 from config import Stopped, UserError
 from experts import ProPhy, invert
 from model import Backbone, build_backbone
@@ -254,20 +255,20 @@ def test_a_broken_run_is_one_sentence(tmp_path, kind, sentence):
 def test_overlay_lights_up_its_token_on_a_fixed_scale():
     clip, heat = np.full((4, 16, 16, 3), 160, np.uint8), np.zeros((2, 4, 4), np.float32)
     heat[1, 2, 3] = 1
-    out = sample.overlay(clip, heat, 3)
+    out = common.pictures.overlay(clip, heat, 3)
     assert out.shape == (4, 48, 48, 3)
     lit = np.zeros((4, 48, 48), bool)
     lit[2:, 24:36, 36:48] = True
     assert (out[~lit] == 96).all()  # 0.6 of 160: the dark grey of a map at zero
     assert len(np.unique(out[lit], axis=0)) == 1 and out[lit][0, 0] > 200
-    half, more = sample.overlay(clip, heat * 0.5, 3)[lit][0], sample.overlay(clip, heat * 7, 3)[lit][0]
+    half, more = common.pictures.overlay(clip, heat * 0.5, 3)[lit][0], common.pictures.overlay(clip, heat * 7, 3)[lit][0]
     assert half.sum() < out[lit][0].sum() and np.array_equal(more, out[lit][0])  # not scaled to the map's own largest
 
 
 def test_bars_are_as_long_as_the_weights():
-    panel = sample.Panel(300, 200)
-    sample.bars(panel, 0, 0, 300, 200, np.array([0.75, 0.25, 0.0], np.float32))
-    blue = (np.asarray(panel.image) == sample.BLUE).all(-1).sum(1)  # blue pixels a row
+    panel = common.pictures.Panel(300, 200)
+    common.pictures.bars(panel, 0, 0, 300, 200, np.array([0.75, 0.25, 0.0], np.float32))
+    blue = (np.asarray(panel.image) == common.pictures.BLUE).all(-1).sum(1)  # blue pixels a row
     lengths = [run for run in np.unique(blue) if run > 1]
     assert len(lengths) == 2 and abs(lengths[1] / lengths[0] - 3) < 0.1
 
@@ -275,15 +276,15 @@ def test_bars_are_as_long_as_the_weights():
 def test_sheet_keeps_pairs_in_a_row_and_loses_no_cell():
     cells = [np.full((2, 10, 20, 3), 100 + i, np.uint8) for i in range(6)]
     for together in (1, 2, 6):
-        out = sample.sheet(cells, together)[1, :, :, 0]
+        out = common.pictures.sheet(cells, together)[1, :, :, 0]
         spots = [np.argwhere(out == 100 + i) for i in range(6)]
         assert all(len(s) == 200 for s in spots)
         for i in range(0, 6, together):
             assert len({s[0][0] for s in spots[i : i + together]}) == 1
-    assert sample.sheet(cells, 6).shape[2] == 6 * (20 + 2 * sample.GAP)
+    assert common.pictures.sheet(cells, 6).shape[2] == 6 * (20 + 2 * common.pictures.GAP)
     wide = [np.zeros((1, 10, 10 * columns, 3), np.uint8) for columns in (1, 9) for _ in range(6)]
     for six in (wide[:6], wide[6:]):  # whatever their shape, rows of groups of three hold one, three or six
-        columns = sample.sheet(six, 1, 3).shape[2] // (six[0].shape[2] + 2 * sample.GAP)
+        columns = common.pictures.sheet(six, 1, 3).shape[2] // (six[0].shape[2] + 2 * common.pictures.GAP)
         assert columns in (1, 3, 6)
 
 
@@ -294,7 +295,7 @@ def test_a_file_shows_the_frames_it_was_given(tmp_path, suffix, tolerance):
     for i in range(7):
         frames[i, 20:30, 6 * i : 6 * i + 6] = 220  # a block that moves on in every frame
     path = tmp_path / f"clip{suffix}"
-    sample.save(path, frames, 10)
+    common.pictures.save(path, frames, 10)
     back = iio.imread(path, plugin="pyav" if "4" in suffix else "pillow")[..., :3].astype(int)
     size = (7, 34, 48) if "4" in suffix else (7, 33, 47)  # video codecs need even sides
     assert back.shape[:3] == size and [p.name for p in tmp_path.iterdir()] == [path.name]
@@ -310,7 +311,7 @@ def test_a_file_shows_the_frames_it_was_given(tmp_path, suffix, tolerance):
 def test_a_file_that_cannot_be_written_stops_with_a_sentence(tmp_path):
     for name in ("clip.gif", "clip.mp4"):
         with pytest.raises(Stopped, match="could not be written"):
-            sample.save(tmp_path / "gone" / name, np.zeros((2, 8, 8, 3), np.uint8), 4)
+            common.pictures.save(tmp_path / "gone" / name, np.zeros((2, 8, 8, 3), np.uint8), 4)
 
 
 def test_preview_shows_the_clip_and_the_strongest_trained_map(loaded, tmp_path, monkeypatch):
@@ -320,18 +321,18 @@ def test_preview_shows_the_clip_and_the_strongest_trained_map(loaded, tmp_path, 
         clip[:, i, 4:12, 2 * i : 2 * i + 6] = (40, 200, 80)
     lift = np.zeros((*CFG.grid, 17), np.float32)
     lift[:, 1, 1, 4], lift[..., 3], lift[..., 11] = 0.9, 1.0, 0.2  # 3 peaks, but is not in the prompt
-    routing = sample.ClipRouting(lift, None, 0.5)
+    routing = common.pictures.ClipRouting(lift, None, 0.5)
     monkeypatch.setattr(sample, "generate", lambda *a, **k: (clip, [routing, None]))
     sample.preview(tmp_path / "p.gif", model, process, tokenizer, cfg, ["a", "b"], seed=0, steps=4, guidance=1,
                    precision="fp32", present=[PRESENT, PRESENT])
     back = iio.imread(tmp_path / "p.gif")[..., :3].astype(int)
     scale = 8  # 16 pixels become the promised 128
-    g, top = sample.GAP, sample.GAP + sample.LINE + 2
-    large, heat = world.enlarge(clip[0], scale), sample.overlay(clip[0], lift[..., 4], scale)
+    g, top = common.pictures.GAP, common.pictures.GAP + common.pictures.LINE + 2
+    large, heat = common.pictures.enlarge(clip[0], scale), common.pictures.overlay(clip[0], lift[..., 4], scale)
     assert len(back) == 4
     assert np.abs(back[:, top : top + 128, g : g + 128] - large).mean() < 6
     assert np.abs(back[:, top : top + 128, 2 * g + 128 : 2 * g + 256] - heat).mean() < 6
-    assert (back[:, top : top + 128, 3 * g + 384 + 16 :] == sample.PAPER).mean() > 0.99  # a bare backbone has no map
+    assert (back[:, top : top + 128, 3 * g + 384 + 16 :] == common.pictures.PAPER).mean() > 0.99  # a bare backbone has no map
     duration = iio.immeta(tmp_path / "p.gif")["duration"]
     assert duration * 4 == 1000  # a world clip lasts one second
 
@@ -342,7 +343,7 @@ def command(run, monkeypatch):
     """Run main in-process with a few steps; returns the frames and the rate it would save."""
     def call(*argv, folder=run):
         saved = []
-        monkeypatch.setattr(sample, "save", lambda path, frames, fps: saved.append((path, frames, fps)))
+        monkeypatch.setattr(common.pictures, "save", lambda path, frames, fps: saved.append((path, frames, fps)))
         sample.main(["--run", str(folder), "--steps", "4", "--batch", "3", "--scale", "8", *argv])
         return saved[0]
     return call
@@ -354,12 +355,12 @@ def test_command_writes_the_clips_it_generated(run, loaded, tmp_path, capsys):
     sample.main(["--run", str(run), "--prompt", PROMPTS[0], *size, "--out", str(out)])
     assert str(out) in capsys.readouterr().out
     videos, _ = clips(loaded, [PROMPTS[0]] * 2)
-    back, g = iio.imread(out)[..., :3].astype(int), sample.GAP
-    wrapped = len(sample.wrap(PROMPTS[0], 128))
-    assert back.shape[:3] == (4, 128 + 6 + wrapped * sample.LINE + 2 * g, 2 * (128 + 2 * g))
+    back, g = iio.imread(out)[..., :3].astype(int), common.pictures.GAP
+    wrapped = len(common.pictures.wrap(PROMPTS[0], 128))
+    assert back.shape[:3] == (4, 128 + 6 + wrapped * common.pictures.LINE + 2 * g, 2 * (128 + 2 * g))
     for i in range(2):
         shown = back[:, g : g + 128, i * (128 + 2 * g) + g :][:, :, :128]
-        own, other = (np.abs(shown - world.enlarge(video, 8)).mean() for video in (videos[i], videos[1 - i]))
+        own, other = (np.abs(shown - common.pictures.enlarge(video, 8)).mean() for video in (videos[i], videos[1 - i]))
         assert own < other / 3
 
 
@@ -367,28 +368,28 @@ def test_command_repeats_indices_for_each_prompt(command, loaded, tmp_path):
     (tmp_path / "prompts.txt").write_text(f"{PROMPTS[1]}\n\n{PROMPTS[2]}\n")
     path, frames, fps = command("--prompt", PROMPTS[0], "--prompts", str(tmp_path / "prompts.txt"), "--n", "2")
     videos, _ = clips(loaded, [p for p in PROMPTS[:3] for _ in range(2)], indices=[0, 1] * 3, batch=3)
-    cells = [sample.plain_cell(video, PROMPTS[i // 2], "", 8) for i, video in enumerate(videos)]
-    assert np.array_equal(frames, sample.sheet(cells, 1, 2))
+    cells = [common.pictures.plain_cell(video, PROMPTS[i // 2], "", 8) for i, video in enumerate(videos)]
+    assert np.array_equal(frames, common.pictures.sheet(cells, 1, 2))
     assert fps == 4 and path.name == "a-red-ball-bounces.gif" and path.parent.name == "samples" and path.parent.is_dir()
 
 
 def test_no_branch_is_the_backbone(command, loaded):
     _, frames, _ = command("--prompt", PROMPTS[0], "--n", "1", "--no_branch")
     videos, _ = clips(loaded, PROMPTS[:1], model=loaded[1].backbone)
-    assert np.array_equal(frames, sample.sheet([sample.plain_cell(videos[0], PROMPTS[0], "", 8)]))
+    assert np.array_equal(frames, common.pictures.sheet([common.pictures.plain_cell(videos[0], PROMPTS[0], "", 8)]))
     assert not np.array_equal(frames, command("--prompt", PROMPTS[0], "--n", "1")[1])
 
 
 def test_show_routing_and_inversion_side_by_side(command, loaded):
     _, frames, _ = command("--prompt", PROMPTS[0], "--n", "1", "--show_routing", "--invert_experts")
-    names, cells = {i: world.CATEGORIES[i] for i in PRESENT}, []
+    names, cells = {i: physics.phenomena.CATEGORIES[i] for i in PRESENT}, []
     for label, edit in (("plain", None), ("inverted", invert)):
         videos, routings = clips(loaded, PROMPTS[:1], edit=edit)
-        cells.append(sample.routing_cell(videos[0], PROMPTS[0], label, 8, routings[0], names))
-        third = sample.overlay(videos[0], routings[0].lift[..., PRESENT[2]], 4)
-        x = 2 * (64 + sample.GAP)
-        assert np.array_equal(cells[-1][:, -64 - sample.GAP : -sample.GAP, x : x + 64], third)  # the last of three maps
-    assert np.array_equal(frames, sample.sheet(cells, 2)) and not np.array_equal(*cells)
+        cells.append(common.pictures.routing_cell(videos[0], PROMPTS[0], label, 8, routings[0], names))
+        third = common.pictures.overlay(videos[0], routings[0].lift[..., PRESENT[2]], 4)
+        x = 2 * (64 + common.pictures.GAP)
+        assert np.array_equal(cells[-1][:, -64 - common.pictures.GAP : -common.pictures.GAP, x : x + 64], third)  # the last of three maps
+    assert np.array_equal(frames, common.pictures.sheet(cells, 2)) and not np.array_equal(*cells)
 
 
 def test_unknown_and_surplus_words_are_warned_of_once(command, capsys):

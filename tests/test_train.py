@@ -21,6 +21,8 @@ import numpy as np
 import pytest
 import torch
 
+import align
+import common.run
 import config
 import data
 import diffusion
@@ -291,9 +293,9 @@ def test_config_json_has_every_field_and_the_reasons_also_after_resume(go):
 
 def test_auto_is_resolved_by_what_the_machine_can(monkeypatch):
     def resolved(gain=1.0, compiler="/usr/bin/c++", **overrides):
-        monkeypatch.setattr(train, "matmul_gain", lambda device: gain)
+        monkeypatch.setattr(common.run, "matmul_gain", lambda device: gain)
         monkeypatch.setattr(train.shutil, "which", lambda name: compiler)
-        return train.resolve(config.preset("small", device="cpu", threads=1, **overrides))
+        return common.run.resolve(config.preset("small", device="cpu", threads=1, **overrides))
     assert resolved(gain=2.0)[0].precision == "bf16" and resolved(gain=1.0)[0].precision == "fp32"
     assert resolved()[0].compile == "on" and resolved(compiler=None)[0].compile == "off"
     assert resolved(base_steps=400, physics_steps=99)[0].compile == "off"
@@ -301,7 +303,7 @@ def test_auto_is_resolved_by_what_the_machine_can(monkeypatch):
     assert (cfg.precision, cfg.compile, why) == ("fp32", "off", {})
     if not torch.cuda.is_available():
         with pytest.raises(UserError, match="--device cuda is not available"):
-            train.resolve(config.preset("debug", device="cuda"))
+            common.run.resolve(config.preset("debug", device="cuda"))
 
 
 # --- switches ---------------------------------------------------------------------------------------------------------
@@ -476,7 +478,7 @@ def test_a_full_disk_leaves_the_checkpoints_before(owner, name, fails, victim, c
 def test_a_disk_full_elsewhere_stops_with_a_sentence(number, go, monkeypatch):
     def write(*_, **__):
         raise OSError(number, os.strerror(number))
-    monkeypatch.setattr(train.Log, "write", write)
+    monkeypatch.setattr(common.run.Log, "write", write)
     with pytest.raises(Stopped, match="disk is full; .*--resume"):
         go()
 
@@ -484,7 +486,7 @@ def test_a_disk_full_elsewhere_stops_with_a_sentence(number, go, monkeypatch):
 def test_other_errors_of_the_system_are_not_called_a_full_disk(go, monkeypatch):
     def write(*_, **__):
         raise OSError(errno.EIO, "Input/output error")
-    monkeypatch.setattr(train.Log, "write", write)
+    monkeypatch.setattr(common.run.Log, "write", write)
     with pytest.raises(OSError, match="Input/output"):
         go()
 
@@ -807,10 +809,10 @@ def test_total_loss_is_equation_6():
     values = dict(diffusion=2.0, coarse=3.0, fine_align=5.0, balance=7.0)
     losses = {name: torch.tensor(value) for name, value in values.items()}
     cfg = config.preset("debug")
-    assert train.total_loss(losses, cfg).item() == pytest.approx(2 + 0.1 * 3 + 0.02 * 5 + 0.01 * 7)
-    assert train.total_loss({"diffusion": losses["diffusion"]}, cfg).item() == 2
+    assert align.total_loss(losses, cfg).item() == pytest.approx(2 + 0.1 * 3 + 0.02 * 5 + 0.01 * 7)
+    assert align.total_loss({"diffusion": losses["diffusion"]}, cfg).item() == 2
     other = dataclasses.replace(cfg, coarse_weight=1.0, fine_weight=10.0, balance_weight=0.0)
-    assert train.total_loss(losses, other).item() == 2 + 3 + 50
+    assert align.total_loss(losses, other).item() == 2 + 3 + 50
 
 
 def test_noise_bins():

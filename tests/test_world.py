@@ -5,8 +5,11 @@ import re
 import numpy as np
 import pytest
 
+import common.pictures
+import physics.phenomena
 import world
-from world import COLOURS, FLOOR, PHENOMENA, make_clip
+from physics.phenomena import COLOURS, FLOOR, PHENOMENA
+from world import make_clip
 
 SEEDS = range(8)
 MOVED = 40  # of 255: a change a person would notice; less is antialiasing
@@ -21,8 +24,8 @@ def alone(name, index=0, **options):
 
 def towards(pixels, colour):
     """How far pixels (..., 3) are on the way from the night to a colour: exact where only these two mix."""
-    way = np.array(colour) - world.NIGHT
-    return (pixels - world.NIGHT) @ way / (way @ way)
+    way = np.array(colour) - physics.phenomena.NIGHT
+    return (pixels - physics.phenomena.NIGHT) @ way / (way @ way)
 
 
 # ---------------------------------------------------------------------------------------------------- laws, true states
@@ -90,7 +93,7 @@ def test_what_is_conserved_and_how_light_goes(index):
     states = {name: alone(name, index)[1].states for name in PHENOMENA}
     soft, ice, smoke = states["deformation"], states["melting"], states["gas motion"]
     assert np.allclose(soft["height"] * soft["width"], soft["height"][0] * soft["width"][0])
-    water = ice["level"] * (2 * world.Melting.half - ice["side"])
+    water = ice["level"] * (2 * physics.phenomena.Melting.half - ice["side"])
     assert np.allclose(ice["side"] ** 2 + water, ice["side"][0] ** 2) and (ice["level"] < ice["side"]).all()
     assert np.allclose(smoke["peak"] * smoke["sigma"] ** 2, smoke["sigma"][0] ** 2)  # as much smoke as ever
     assert np.allclose(np.diff(smoke["position"][:, 1], 2), 0) and smoke["position"][-1, 1] < .5
@@ -257,7 +260,7 @@ def test_shares(decoys, two):
     assert np.mean([len(c.actors) == 2 for c in clips]) == pytest.approx(two, abs=.07)
     for clip in clips:
         assert clip.categories == sorted({a.category for a in clip.actors}) and len(clip.categories) == len(clip.actors)
-        assert all(world.CATEGORIES[a.category] == a.phenomenon for a in clip.actors)
+        assert all(physics.phenomena.CATEGORIES[a.category] == a.phenomenon for a in clip.actors)
     assert {a.phenomenon for c in clips for a in c.actors} == set(PHENOMENA)
 
 
@@ -363,16 +366,16 @@ def test_impossible_wishes_are_one_sentence(wrong):
 
 def test_picture_helpers():
     frames = np.arange(2 * 3 * 4 * 3, dtype=np.uint8).reshape(2, 3, 4, 3)
-    big = world.enlarge(frames, 5)
+    big = common.pictures.enlarge(frames, 5)
     assert big.shape == (2, 15, 20, 3) and np.array_equal(big[:, 2::5, 2::5], frames)
     mask = np.zeros((2, 3, 4), bool)
     mask[1, 2, 3] = True
-    tinted = world.tint(frames, mask, (255, 0, 255), 1)
+    tinted = common.pictures.tint(frames, mask, (255, 0, 255), 1)
     assert np.array_equal(tinted[~mask], frames[~mask]) and tinted[1, 2, 3].tolist() == [255, 0, 255]
     wide = np.zeros((2, 8, 120, 3), np.uint8)
-    short, long = world.annotate(wide, "a ball"), world.annotate(wide, "a ball and many more words than fit on a line")
+    short, long = common.pictures.annotate(wide, "a ball"), common.pictures.annotate(wide, "a ball and many more words than fit on a line")
     assert long.shape[1] > short.shape[1] > 8 and short[:, 8:].max() > 150 and not short[:, :8].any()
-    assert world.annotate(wide, "a ball", lines=4).shape[1] > short.shape[1]
+    assert common.pictures.annotate(wide, "a ball", lines=4).shape[1] > short.shape[1]
 
 
 def test_preview_is_a_gif_of_everything(tmp_path, capsys):

@@ -1,0 +1,142 @@
+"""Text encoders and VAEs of official models, as the official pipelines use them."""
+import contextlib
+import html
+import re
+from pathlib import Path
+import torch
+from torch import Tensor, nn
+from common.store import library, one_sentence, read_json
+from config import Stopped, UserError
+from official.folder import lineage_of, load
+
+
+def clean(text: str) -> str:
+    """Wan's cleaning: broken encodings mended, HTML entities resolved twice, white space collapsed."""
+    text = html.unescape(html.unescape(library("ftfy").fix_text(text)))
+    return re.sub(r"\s+", " ", text.strip()).strip()
+
+
+class TextEncoder:
+    """T5-v1.1 (CogVideoX) or umT5 (Wan) with its tokenizer. Stays on the CPU but for the time of a call."""
+
+    def __init__(self, weights: Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
+        """weights: the folder with tokenizer/ and text_encoder/. Raises UserError."""
+        weights, transformers = Path(weights), library("transformers")
+        self.lineage, self.device = lineage_of(weights), torch.device(device)
+        kind = read_json(weights / "text_encoder" / "config.json").get("model_type")
+        if kind != self.lineage.reader:
+            raise UserError(f"{weights / 'text_encoder'} is of {kind!r}; {self.lineage.name} has a "
+                            f"{self.lineage.reader!r}.")
+        self.model = load(getattr(transformers, self.lineage.text), weights / "text_encoder", dtype=dtype,
+                          ignore_mismatched_sizes=True)  # load() says which; transformers would not
+        folder = weights / "tokenizer"
+        read_json(folder / "tokenizer_config.json")
+        if not (folder / "tokenizer.json").exists():  # CogVideoX has spiece.model alone, which these read
+            library("sentencepiece")
+            library("google.protobuf")
+        with one_sentence(folder):
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+    @property
+    def dim(self) -> int:
+        """D_text."""
+        return self.model.config.d_model
+
+    def prepare(self, prompt: str) -> str:
+        prompt = prompt.encode("utf-8", "replace").decode()  # JSON may hold halves of a letter
+        return clean(prompt) if self.lineage.name == "wan" else prompt
+
+    def too_long(self, prompts: list[str]) -> int:
+        """How many have more tokens than the model reads, so that their ends are cut."""
+        ids = self.tokenizer([self.prepare(prompt) for prompt in prompts]).input_ids
+        return sum(len(row) > self.lineage.text_len for row in ids)
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], batch: int = 8) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, L, D_text) in the model's dtype and lengths (B,) int64, on the CPU, as the official pipelines
+        make them (diffusers, `_get_t5_prompt_embeds`). A length counts the tokens that are not padding; 0 for an empty
+        prompt, as everywhere in data.py, though its end-of-text token is embedded."""
+        embeddings, lengths = [], []
+        with memory("a smaller --text_batch needs less"), on(self.model, self.device):
+            for at in range(0, len(prompts), batch):
+                texts = [self.prepare(prompt) for prompt in prompts[at:at + batch]]
+                tokens = self.tokenizer(texts, padding="max_length", max_length=self.lineage.text_len, truncation=True,
+                                        return_tensors="pt")
+                ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)  # (B, L)
+                if self.lineage.name == "wan":
+                    embedding = self.model(ids, attention_mask=mask).last_hidden_state
+                    embedding = embedding.masked_fill(mask[..., None] == 0, 0)
+                else:  # no mask on purpose
+                    embedding = self.model(ids).last_hidden_state
+                embeddings.append(embedding.to("cpu", self.model.dtype))
+                empty = torch.tensor([not text.strip() for text in texts])
+                lengths.append(tokens.attention_mask.sum(1).masked_fill(empty, 0))
+        return torch.cat(embeddings), torch.cat(lengths)
+
+
+@contextlib.contextmanager
+def on(model: nn.Module, device: torch.device):
+    """The model is on the device inside, and on the CPU again afterwards."""
+    model.to(device)
+    try:
+        yield
+    finally:
+        if device.type != "cpu":
+            model.to("cpu")
+            torch.cuda.empty_cache()
+
+
+@contextlib.contextmanager
+def memory(hint: str):
+    """Running out of the device's memory is one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise Stopped(f"The device's memory is full: {hint}.") from None
+
+
+class VAE:
+    """AutoencoderKLCogVideoX or AutoencoderKLWan of diffusers, with its chunks over time as diffusers has them.
+
+    The first frame alone, then every four, are a latent frame; (B, 3, 1 + 4 m, 8 h, 8 w) <-> (B, C, 1 + m, h, w).
+
+    CogVideoX decodes an even number of latent frames f to 4 f frames, not 4 f - 3: its sizes are 1 + 8 m frames.
+    """
+
+    def __init__(self, weights: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, tiled: bool = False):
+        """weights: the folder with vae/. tiled: in overlapping tiles that are blended, as diffusers does: less memory,
+        slightly other numbers. Raises UserError."""
+        self.lineage, self.device, diffusers = lineage_of(weights), torch.device(device), library("diffusers")
+        dtype = torch.float32 if self.lineage.name == "wan" else dtype  # as it was trained and is run
+        folder = Path(weights) / "vae"
+        self.model = load(getattr(diffusers, self.lineage.vae), folder, torch_dtype=dtype).to(self.device)
+        if self.lineage.name == "wan":
+            mean, std = self.model.config.latents_mean, self.model.config.latents_std
+        else:  # `invert_scale_latents` and the like concern image conditions only
+            mean, std = [0.0], [1 / self.model.config.scaling_factor]
+        self.mean, self.std = (torch.tensor(v, device=self.device).view(1, -1, 1, 1, 1) for v in (mean, std))
+        if tiled:
+            self.model.enable_tiling()
+
+    @property
+    def channels(self) -> int:
+        return self.model.config.z_dim if self.lineage.name == "wan" else self.model.config.latent_channels
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> dict[str, Tensor]:
+        """video (B, 3, F, H, W) in [-1, 1] -> {"mean", and for CogVideoX "std"}: each (B, C, f, h, w) float32 on the
+        VAE's device, in the network's scale. CogVideoX trains on mean + std * noise, Wan on the mean."""
+        with memory("--tiled needs less"):
+            found = [self.model.encode(clip.to(self.device, self.model.dtype)).latent_dist for clip in video.split(1)]
+        latent = {"mean": (torch.cat([d.mean for d in found]).float() - self.mean) / self.std}
+        if self.lineage.name == "cogvideox":
+            latent["std"] = torch.cat([d.std for d in found]).float() / self.std
+        return latent
+
+    @torch.no_grad()
+    def decode(self, latent: Tensor) -> Tensor:
+        """latent (B, C, f, h, w) in the network's scale -> (B, 3, F, H, W) float32 in [-1, 1], on the VAE's device."""
+        latent = latent.to(self.device, torch.float32) * self.std + self.mean
+        with memory("--tiled needs less"):
+            found = [self.model.decode(z.to(self.model.dtype)).sample for z in latent.split(1)]
+        return torch.cat(found).float().clamp(-1, 1)

@@ -1,0 +1,120 @@
+"""A folder of official weights: which lineage it is, whether its files are whole, what tells it from another."""
+import hashlib
+from dataclasses import dataclass, replace
+from pathlib import Path
+import safetensors
+from torch import nn
+from common.store import listed, one_sentence, read_json
+from config import UserError
+
+
+def network_folder(weights) -> Path:
+    """Where a folder of official weights has its video transformer."""
+    part = Path(weights) / "transformer"
+    return part if part.is_dir() else Path(weights)
+
+BLOCK, BLOCKS = 2**16, 256  # bytes and number of the samples that tell weights apart
+FLOATS = ("F64", "F32", "F16", "BF16")
+SUFFIXES = (".json", ".model", ".safetensors", ".txt")  # of the files that a model is
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """What differs between the families of models, and the size of clip that each was trained on."""
+    name: str
+    vae: str  # class in diffusers
+    text: str  # class in transformers
+    reader: str  # the text encoder's model_type
+    text_len: int
+    frames: int
+    fps: float
+    height: int
+    width: int
+
+LINEAGES = (
+    Lineage("cogvideox", "AutoencoderKLCogVideoX", "T5EncoderModel", "t5", 226, 49, 8.0, 480, 720),
+    Lineage("wan", "AutoencoderKLWan", "UMT5EncoderModel", "umt5", 512, 81, 16.0, 480, 832),
+)
+COG_15 = dict(frames=81, fps=16.0, height=768, width=1360)  # told by its transformer's patch over time
+
+
+def lineage_of(weights: Path) -> Lineage:
+    """The lineage of a folder of weights, from its VAE's config; the transformer's, where there is one, must agree and
+    tells CogVideoX 1.5 from 1.0. Raises UserError."""
+    weights = Path(weights)
+    kind = read_json(weights / "vae" / "config.json").get("_class_name")
+    lineage = next((known for known in LINEAGES if known.vae == kind), None)
+    if lineage is None:
+        names = " or ".join(known.vae for known in LINEAGES)
+        raise UserError(f"{weights / 'vae' / 'config.json'} is of {kind!r}; {names} is expected.")
+    if (weights / "transformer" / "config.json").exists():
+        transformer = read_json(weights / "transformer" / "config.json")
+        if lineage.name not in str(transformer.get("_class_name")).lower():
+            raise UserError(f"{weights} mixes a {kind} with a {transformer.get('_class_name')}.")
+        if lineage.name == "cogvideox" and transformer.get("patch_size_t"):
+            lineage = replace(lineage, **COG_15)
+    return lineage
+
+
+def check_weights(folder: Path) -> None:
+    """Raises UserError with one sentence unless the folder's safetensors files are all there, whole, and of floats."""
+    files = sorted(folder.glob("*.safetensors"))
+    for index in folder.glob("*.safetensors.index.json"):
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict):
+            raise UserError(f"{index} names no files.")
+        files = [folder / str(name) for name in sorted(set(named.values()))]
+    if not files:
+        raise UserError(f"{folder} holds no .safetensors file; pickled weights (.bin, .pt) are not opened.")
+    for path in files:
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                odd = [name for name in file.keys() if file.get_slice(name).get_dtype() not in FLOATS]
+        except FileNotFoundError:
+            raise UserError(f"{folder} lacks {path.name}, which its index names.") from None
+        except (safetensors.SafetensorError, OSError) as e:
+            raise UserError(f"{path} is damaged or no safetensors file ({e}).") from None
+        if odd:
+            raise UserError(f"{odd[0]} in {path} is not stored as floating point numbers.")
+
+
+def load(kind, folder: Path, **how) -> nn.Module:
+    """A model of a library's class, in eval mode, on the CPU. Raises UserError with one sentence for weights that are
+    missing, damaged, pickled, of another shape, or not finite."""
+    read_json(folder / "config.json")
+    check_weights(folder)
+    with one_sentence(folder):
+        model, info = kind.from_pretrained(str(folder), use_safetensors=True, local_files_only=True,
+                                           output_loading_info=True, **how)
+    for what, key in (("lacks", "missing_keys"), ("does not fit its config in", "mismatched_keys")):
+        if info.get(key):  # the libraries would fill these with random numbers
+            raise UserError(f"{folder} {what} {listed(map(str, info[key]), 3)}.")
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"{name} in {folder} holds numbers that are not finite.")
+    return model.eval().requires_grad_(False)
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash that tells weights apart: small files whole; of a large one its size and 256 blocks spread over it, since
+    training moves every weight and twenty gigabytes need not be read for that."""
+    sha = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES):
+        size = path.stat().st_size
+        sha.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            for at in range(0, size, max(BLOCK, size // BLOCKS)):
+                file.seek(at)
+                sha.update(file.read(BLOCK))
+    return sha.hexdigest()[:16]
+
+
+def identity(weights: Path) -> dict[str, str]:
+    """{part: fingerprint} of what a cache is made with, as its settings have it. CogVideoX-2B and 5B share their VAE
+    but for the scale in its config: a cache of one is wrong for the other, and nothing but this would tell. Raises
+    UserError for a part that is not there."""
+    parts = {name: Path(weights) / name for name in ("vae", "text_encoder", "tokenizer")}
+    for part in parts.values():
+        if not part.is_dir():
+            raise UserError(f"There is no folder {part}.")
+    return {name: fingerprint(part) for name, part in parts.items()}

@@ -1,0 +1,1 @@
+"""The laws of the world: drawn, and measured."""

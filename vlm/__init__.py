@@ -1,0 +1,1 @@
+"""The teacher: a vision-language model and its maps."""
