@@ -11,6 +11,7 @@ Letters: B clips, N video tokens, E_s semantic and E_r refinement experts, E_cat
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from config import Config
 
 

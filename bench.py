@@ -26,10 +26,12 @@ from datetime import date
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
+
 import config
 import diffusion
 import experts
@@ -40,6 +42,7 @@ from config import Config, Stopped, UserError
 from model import build_backbone
 from official.cost import GIB, block_cost
 from official.weights import COG_NAMES, WAN_NAMES, from_stored, renamed, their_config
+
 
 VOCABULARY = 120
 NEEDS_DIFFUSERS = "The comparison with diffusers needs it installed: pip install -r requirements-extra.txt"

@@ -18,6 +18,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 
 class UserError(Exception):
     """The user must change something before work can start: one sentence on stderr, exit code 2."""
@@ -272,10 +274,11 @@ def check_latent(cfg: Config) -> None:
                         "--init_from and --data_dir are for models trained here.")
 
 
+# --- the command line -------------------------------------------------------------------------------------------------
 @functools.cache
-def meanings() -> dict[str, str]:
-    """{field: its trailing comment}, read from this file so that each meaning is written once."""
-    return dict(re.findall(r"^    (\w+): \w+ = .*?  # (.*)$", inspect.getsource(Config), re.M))
+def meanings(cls) -> dict[str, str]:
+    """{field: its trailing comment} of a dataclass, read from its source so that each meaning is written once."""
+    return dict(re.findall(r"^    (\w+): [^=\n]+? = .*?  # (.*)$", inspect.getsource(cls), re.M))
 
 
 def boolean(text: str) -> bool:
@@ -295,25 +298,85 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message[0].upper()}{message[1:]}; --help lists every flag.")
 
 
-def parse(argv: list[str], description: str) -> Config:
+def flag(default, choices: tuple = (), name: str = ""):
+    """A field with choices, or whose flag has another name than the field (where Config has that one)."""
+    make = {"default_factory": list} if default == [] else {"default": default}
+    return dataclasses.field(**make, metadata={"choices": choices, "flag": name})
+
+
+def add_flags(parser: Parser, cls, leave_out: set[str] = frozenset()) -> None:
+    """Every field of a dataclass as a flag. Its type (int, float, str, bool, `int | None`, list[str]: may be given
+    several times) says how the text is read, its trailing comment is the help."""
+    for f in dataclasses.fields(cls):
+        if f.name in leave_out:
+            continue
+        default = [] if f.default is dataclasses.MISSING else f.default
+        kind = next(t for t in (bool, int, float, str) if t.__name__ in str(f.type))
+        how = dict(type=kind, metavar=kind.__name__.upper())
+        if kind is bool:
+            how = dict(type=boolean, nargs="?", const=True, metavar="true|false")
+        elif default == []:
+            how["action"] = "append"
+        if f.metadata.get("choices"):
+            how = dict(type=kind, choices=f.metadata["choices"])
+        meaning = f"{meanings(cls)[f.name]} [{default}]".replace("%", "%%")
+        # SUPPRESS: only flags that were given reach the namespace; they override the preset and nothing else does.
+        flag_name = f.metadata.get("flag") or f.name
+        parser.add_argument(f"--{flag_name}", dest=f.name, default=argparse.SUPPRESS, help=meaning, **how)
+
+
+def parse(argv: list[str], description: str) -> "Config":
     """Command line -> checked Config: the preset's values, then the flags given. Raises UserError."""
+    return parse_with(None, argv, description)[1]
+
+
+def parse_flags(cls, argv: list[str], description: str):
+    """Command line -> an instance of a command's own frozen dataclass of flags. Raises UserError.
+
+    A dataclass with a method `check()` has it called: it raises UserError with the first broken rule.
+    """
     parser = Parser(description)
+    add_flags(parser, cls)
+    return checked(cls(**vars(parser.parse_args(argv))))
+
+
+def parse_with(cls, argv: list[str], description: str):
+    """Command line -> (an instance of cls, or None; checked Config): for a command that has flags of its own beside
+    those of the Config. A flag of cls hides the Config's of the same name. Raises UserError."""
+    parser, own = Parser(description), {f.name for f in dataclasses.fields(cls)} if cls else set()
+    if cls:
+        add_flags(parser, cls)
+        own |= {f.metadata.get("flag") or f.name for f in dataclasses.fields(cls)}
     parser.add_argument("--config", default=argparse.SUPPRESS, help=f"preset: {', '.join(PRESETS)} [small]")
-    for f in dataclasses.fields(Config):
-        if f.name != "config":
-            kind = dict(type=f.type, metavar=f.type.__name__.upper())
-            if f.type is bool:
-                kind = dict(type=boolean, nargs="?", const=True, metavar="true|false")
-            meaning = f"{meanings()[f.name]} [{f.default}]".replace("%", "%%")
-            # SUPPRESS: only flags that were given reach the namespace; they override the preset and nothing else does.
-            parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=meaning, **kind)
+    add_flags(parser, Config, {"config"} | own)
     given = vars(parser.parse_args(argv))
+    mine = {f.name: given.pop(f.name) for f in dataclasses.fields(cls) if f.name in given} if cls else {}
     cfg = preset(**given)
     if cfg.resume:  # fields that were not given again are as the run was started
         cfg = dataclasses.replace(load(cfg.run_dir / "config.json"), **given)
-    return check(cfg)
+    return checked(cls(**mine)) if cls else None, check(cfg)
 
 
+def checked(flags):
+    """These flags, once their own rules hold. Raises UserError."""
+    if hasattr(flags, "check"):
+        flags.check()
+    return flags
+
+
+# --- random numbers ---------------------------------------------------------------------------------------------------
+STREAMS = {  # each draw of the project has a number of its own, so that none depends on another
+    "time": 0, "noise": 1, "caption dropout": 2, "order": 3, "scored scenes": 4, "latent": 5, "held-out latent": 6,
+    "lessons": 11, "shuffle": 17}
+
+
+def stream(seed: int, name: str, *index: int):
+    """numpy's generator for one draw: a function of the run's seed, what is drawn, and where, so that nothing depends
+    on batch size, world size or restarts."""
+    return np.random.default_rng([seed, STREAMS[name], *index])
+
+
+# --- presets and run folders ------------------------------------------------------------------------------------------
 def preset(config: str = "small", **overrides) -> Config:
     """The named preset with some fields replaced. Unchecked."""
     if config not in PRESETS:
@@ -325,22 +388,12 @@ def load(path: Path) -> Config:
     """Config of a run folder's config.json (extra keys such as the git revision are ignored). Raises UserError."""
     try:
         stored = json.loads(path.read_text())
-        return Config(**{f.name: f.type(stored[f.name]) for f in dataclasses.fields(Config)})
+        known = [f for f in dataclasses.fields(Config) if f.name in stored]  # a field added since has its default
+        return Config(**{f.name: f.type(stored[f.name]) for f in known})
     except FileNotFoundError:
         raise UserError(f"{path.parent} is no run folder: it has no {path.name}.") from None
     except (OSError, ValueError, KeyError, TypeError, OverflowError) as e:
         raise UserError(f"{path} is not a config of this version ({type(e).__name__}: {e}).") from None
-
-
-def write(path: Path, text: str) -> None:
-    """Write a text file to a temporary name and rename it, so that a killed process leaves the old one."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def entry(main, *args) -> None:

@@ -39,15 +39,18 @@ import types
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
+
 import world
+from common.files import ahead, bar, cores, digest, only_one, write_text
+from common.video import OTHER_SLOTS, Folder, pixels
+from config import Config, Stopped, UserError, stream
 from physics import phenomena
-from common.store import ahead, bar, cores, digest, only_one
-from common.video import Folder, OTHER_SLOTS, pixels
-from config import Config, Stopped, UserError
 from physics.phenomena import CATEGORIES
+
 
 FORMAT = 2  # of the pool's files
 HELD_OUT = 1_000_000_000  # the world's indices from here on are never trained on
@@ -118,10 +121,7 @@ class Tokenizer:
         return list(dict.fromkeys(word for word in self.split(caption) if word not in self.ids))
 
     def save(self, path: Path) -> None:
-        path = Path(path)
-        part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        part.write_text(json.dumps({"words": self.words}, ensure_ascii=False), encoding="utf-8")
-        os.replace(part, path)
+        write_text(path, json.dumps({"words": self.words}, ensure_ascii=False))
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
@@ -414,13 +414,13 @@ class Stream:
     def row(self, position: int) -> int:
         epoch, at = divmod(position, len(self))
         if epoch not in self.orders:
-            order = np.random.default_rng([self.cfg.seed, 3, epoch]).permutation(self.pool.train)  # 0, 1: diffusion.py
+            order = stream(self.cfg.seed, "order", epoch).permutation(self.pool.train)
             self.orders = {**dict(list(self.orders.items())[-1:]), epoch: order}  # a batch may lie across two epochs
         return int(self.orders[epoch][at])
 
     def dropped(self, positions: list[int]) -> Tensor:
         """(B,) bool: whose caption is left out, so that guidance has an unconditional model."""
-        draws = [np.random.default_rng([self.cfg.seed, 2, p]).random() for p in positions]
+        draws = [stream(self.cfg.seed, "caption dropout", p).random() for p in positions]
         return torch.tensor(draws) < self.cfg.caption_dropout
 
     def held_out(self) -> Batch:

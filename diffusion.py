@@ -16,9 +16,13 @@ Solvers: lambda = log(a / s), from -inf (noise) to +inf (data), and h, its growt
 time (a', s'); x_0 is the estimate of x made now, x_1 the one of a step ago.
 """
 import math
+
 import numpy as np
 import torch
 from torch import Tensor
+
+from config import stream
+
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -45,9 +49,9 @@ class Process:
         Times follow the golden-ratio sequence: every clip's t has the training distribution, and any run of consecutive
         clips covers it evenly, which independent draws do not.
         """
-        start = np.random.default_rng([seed, 0]).random()
+        start = stream(seed, "time").random()
         u = torch.tensor([(start + int(i) * GOLDEN) % 1 for i in index], dtype=torch.float64)
-        rngs = (np.random.default_rng([seed, 1, int(i)]) for i in index)
+        rngs = (stream(seed, "noise", int(i)) for i in index)
         eps = np.stack([rng.standard_normal(tuple(shape), np.float32) for rng in rngs])
         return self.warp(u).float(), torch.from_numpy(eps)
 

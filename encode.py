@@ -27,15 +27,18 @@ import math
 import sys
 from dataclasses import replace
 from pathlib import Path
+
 import torch
 from tqdm import tqdm
+
 import config
+from common.files import complete, cores, listed, shard_of
 from common.run import pick_device
-from common.store import Store, complete, cores, listed, shard_of, write_tensors
+from common.store import Store, write_tensors
 from common.video import Folder
 from config import Stopped, UserError
 from official.cache import fill, settings_of, stored_text
-from official.encoders import TextEncoder, VAE
+from official.encoders import VAE, TextEncoder
 from official.folder import lineage_of
 
 

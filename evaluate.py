@@ -29,19 +29,23 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
 import torch
 from tqdm import tqdm
+
 import config
 import data
 import sample
 import world
+from common.files import write_text
 from common.run import pick_device
 from common.score import auc, markdown
-from config import Stopped, UserError
+from config import Stopped, UserError, stream
 from experts import ProPhy
 from physics.laws import FEWEST_FRAMES, FEWEST_PIXELS, LAWS, Scene, law_errors
 from physics.phenomena import PHENOMENA
+
 
 JUDGED_SEED = 999  # the world whose captions are prompts: no run trains on it
 SELECTED, SCORED = data.HELD_OUT + 200_000, data.HELD_OUT + 100_000  # first clips that choose a head, that are scored
@@ -59,7 +63,7 @@ def drawing(cfg, **changed) -> dict:
 def law_table(loaded, batch, n, seed, steps, guidance, precision) -> dict:
     """{"rows": {row: law_errors}} over n clips a law: first what bounds the figures, then what the model makes."""
     cfg, model, process, tokenizer, _ = loaded
-    rng = np.random.default_rng([seed, 4])
+    rng = stream(seed, "scored scenes")
     clips = [world.make_clip(JUDGED_SEED, 1000 * i + j, phenomenon=name, **drawing(cfg, two=0))
              for i, name in enumerate(LAWS) for j in range(n)]
     scenes = [Scene.of(clip.actors[0]) for clip in clips]
@@ -230,7 +234,7 @@ def evaluate_run(run, args) -> dict:
         else:
             stored[part] = {"settings": chosen | basis, **PARTS[part](loaded, args.batch, **chosen)}
             try:
-                config.write(path, json.dumps(stored, indent=2))
+                write_text(path, json.dumps(stored, indent=2))
             except OSError as e:
                 raise Stopped(f"{path} could not be written ({e.strerror or e}).") from None
         tables[part] = stored[part]

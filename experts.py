@@ -21,6 +21,7 @@ Letters: B clips, N = T' h w video tokens, D width, L text tokens, E_s, E_r expe
 """
 import copy
 from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn

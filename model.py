@@ -27,9 +27,11 @@ Letters: B batch, C channels, F H W video, N video tokens, L text tokens, S = n_
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
 from config import Config
 
 

@@ -20,13 +20,24 @@ import re
 import sys
 import warnings
 from pathlib import Path
+
 import numpy as np
 import torch
 from tqdm import tqdm
+
 import config
 import data
 import diffusion
-from common.pictures import ClipRouting, MOST_PIXELS, overlay, plain_cell, routing_cell, save, save_gif, sheet
+from common.pictures import (
+    MOST_PIXELS,
+    ClipRouting,
+    overlay,
+    plain_cell,
+    routing_cell,
+    save,
+    save_gif,
+    sheet,
+)
 from common.run import pick_device
 from config import Config, UserError
 from experts import ProPhy, invert

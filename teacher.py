@@ -34,19 +34,32 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
 import numpy as np
 import torch
 from tqdm import tqdm
+
 import config
 import data
+from common.files import complete, cores, listed, shard_of
 from common.run import pick_device
-from common.store import complete, cores, library, listed, shard_of, write_tensors
+from common.store import library, write_tensors
 from common.video import Folder, Video, Window
-from config import Config, Stopped, UserError
+from config import Config, Stopped, UserError, stream
 from official.folder import fingerprint
 from physics.phenomena import CATEGORIES
-from vlm.maps import Maps, Shown, Store, Tally, aligned_frames, shown, windows, world_maps, write_map
-from vlm.qwen import CUES, Look, Settings, VLM, VLMError, layers_of
+from vlm.maps import (
+    Maps,
+    Shown,
+    Store,
+    Tally,
+    aligned_frames,
+    shown,
+    windows,
+    world_maps,
+    write_map,
+)
+from vlm.qwen import CUES, VLM, Look, Settings, VLMError, layers_of
 from vlm.report import of_clips, of_json, preview, print_report, saliency
 from vlm.tiny import MARKS, TINY, make_tiny, tiny_tokenizer
 
@@ -184,7 +197,7 @@ def shuffle(pool: data.Pool, rows: list, names: list[str], todo: list[int], othe
         alike.setdefault(tuple(video.categories), []).append(row)
     swap = {}
     for members in alike.values():
-        order = np.random.default_rng([len(members), 17]).permutation(len(members))
+        order = stream(len(members), "shuffle").permutation(len(members))
         swap.update({members[a]: members[b] for a, b in zip(order, np.roll(order, 1))})
     for row in todo:
         found = other.of.get(rows[swap[row]].name)

@@ -16,21 +16,23 @@ import errno
 import functools
 import json
 import math
-import os
 import signal
 import sys
 import time
 from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
+
 import align
 import config
 import data
 import diffusion
 import sample
 from align import total_loss
+from common.files import whole_file
 from common.run import Log, describe_run, open_run, resolve
 from config import Config, Stopped, UserError
 from experts import ProPhy
@@ -41,6 +43,7 @@ from official.cost import plan
 from official.folder import fingerprint, identity, network_folder
 from official.weights import load_pretrained
 from vlm.maps import open_maps
+
 
 SHAPE = "lineage", "dim", "depth", "heads", "patch_t", "patch", "positions", "text_len"  # what weights must agree in
 BINS = 4  # the log has the diffusion loss of this many equal ranges of t: a loss says little, where it sits says more
@@ -186,15 +189,10 @@ def learning_rate(cfg: Config, stage: str, stage_step: int) -> float:
 def save(state: State, path: Path) -> None:
     """Write a checkpoint to a temporary name, flush it to disk, rename. Raises Stopped when the disk will not take
     it."""
-    temporary = path.with_suffix(".tmp")
     try:
-        with temporary.open("wb") as f:
-            torch.save(state.state_dict(), f)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
+        with whole_file(path) as part:
+            torch.save(state.state_dict(), part)
     except (OSError, RuntimeError) as e:  # torch wraps some write errors in RuntimeError
-        temporary.unlink(missing_ok=True)
         raise Stopped(f"The checkpoint {path} could not be written ({e}); the previous one is intact.") from None
 
 

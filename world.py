@@ -17,9 +17,18 @@ import argparse
 import sys
 import time
 from dataclasses import dataclass
+
 import numpy as np
+
 from common.pictures import annotate, enlarge, save_gif, tint
-from physics.phenomena import CATEGORIES, COLOURS, CUE_COLOURS, Cell, PHENOMENA, backdrop
+from physics.phenomena import (
+    CATEGORIES,
+    COLOURS,
+    CUE_COLOURS,
+    PHENOMENA,
+    Cell,
+    backdrop,
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------- clips

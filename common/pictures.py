@@ -1,9 +1,11 @@
 """Pictures: text, heat maps, sheets of clips, GIF and MP4."""
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
+
+from common.files import whole_file
 from config import Stopped
 from physics.phenomena import NIGHT
 
@@ -35,13 +37,8 @@ def annotate(frames, text, lines=1):
 def save_gif(path, frames, fps):
     """Write uint8 (F, H, W, 3) as a GIF that loops for ever; whoever looks finds the whole file or none."""
     import imageio.v3 as iio
-    partial = f"{path}.{os.getpid()}.part"
-    try:
-        iio.imwrite(partial, frames, extension=".gif", plugin="pillow", duration=1000 / fps, loop=0)
-        os.replace(partial, path)
-    finally:
-        if os.path.exists(partial):
-            os.remove(partial)
+    with whole_file(path) as part:
+        iio.imwrite(part, frames, extension=".gif", plugin="pillow", duration=1000 / fps, loop=0)
 
 
 @dataclass
@@ -61,7 +58,9 @@ HEAT = np.stack([np.interp(np.linspace(0, 1, 256), (0, .25, .5, .75, 1), levels)
 
 def font(size: int):
     """Pillow's own font, `size` pixels high."""
-    from PIL import ImageFont  # lazily: training needs no letters before its first preview
+    from PIL import (
+        ImageFont,  # lazily: training needs no letters before its first preview
+    )
     return ImageFont.load_default(size)
 
 
@@ -201,9 +200,6 @@ def save_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
     import imageio.v3 as iio
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.part.mp4")
-    try:
-        iio.imwrite(partial, frames, plugin="pyav", codec=codec, fps=float(fps), out_pixel_format="yuv420p")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with whole_file(path) as part:
+        iio.imwrite(part, frames, extension=".mp4", plugin="pyav", codec=codec, fps=float(fps),
+                    out_pixel_format="yuv420p")

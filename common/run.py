@@ -7,8 +7,11 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+
 import torch
+
 import config
+from common.files import write_text
 from config import Config, UserError
 
 
@@ -94,7 +97,7 @@ def git_revision() -> str:
 def describe_run(run: Path, cfg: Config, why: dict, categories: list[int], key: str) -> None:
     """config.json: every field, what `auto` became and why, and what the run was made with and from."""
     extra = dict(resolved=why, git=git_revision(), torch=torch.__version__, categories_present=categories, data=key)
-    config.write(run / "config.json", json.dumps(dataclasses.asdict(cfg) | extra, indent=2))
+    write_text(run / "config.json", json.dumps(dataclasses.asdict(cfg) | extra, indent=2))
 
 
 class Log:
@@ -104,7 +107,7 @@ class Log:
         self.path = path
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if _before(line, step)]
-            config.write(path, "".join(line + "\n" for line in lines))
+            write_text(path, "".join(line + "\n" for line in lines))
 
     def write(self, **values) -> None:
         with self.path.open("a") as f:

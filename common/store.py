@@ -1,70 +1,18 @@
 """Files on disk: written whole or not at all, checked when read, one writer at a time."""
-import collections
-import concurrent.futures
 import contextlib
-import hashlib
 import importlib
 import json
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
 from pathlib import Path
+
 import safetensors.torch
 import torch
 from torch import Tensor
-from tqdm import tqdm
-from config import Config, UserError
 
-
-@contextlib.contextmanager
-def only_one(folder: Path) -> Iterator[bool]:
-    """One process at a time builds in `folder`; a killed one's lock vanishes with it. False where locks are unknown."""
-    handle, locked = None, False
-    try:
-        import fcntl
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"Another run is building clips in {folder}; waiting for it.", flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        locked = True
-    except (ImportError, OSError):  # Windows, some network drives: builds have folders of their own, so work is doubled
-        pass
-    try:
-        yield locked
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-def digest(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def cores(cfg: Config) -> int:
-    return cfg.threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-def bar(items: Iterable, what: str, total: int, unit: str, progress: bool) -> Iterable:
-    return tqdm(items, what, total, unit=unit, disable=not progress, leave=False)
-
-
-def ahead(executor: concurrent.futures.Executor, function, items: list, group: int, chunksize: int = 1) -> Iterator:
-    """executor.map in order, but never more than two groups under way: undelivered clips would fill the memory."""
-    waiting = collections.deque()
-    for start in range(0, len(items), group):
-        waiting.append(executor.map(function, items[start:start + group], chunksize=chunksize))
-        if len(waiting) == 2:
-            yield from waiting.popleft()
-    for results in waiting:
-        yield from results
-
-
-def listed(items: Iterable[str], most: int = 8) -> str:
-    items = [item.encode("utf-8", "replace").decode() for item in items]  # JSON may hold what no terminal prints
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+from common.files import digest, read_json, whole_file, write_text
+from config import UserError
 
 
 def checksum(tensors: dict[str, Tensor]) -> int:
@@ -79,16 +27,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict, tag: str)
     """A safetensors file with `about` in its header: whole or absent, and the same bytes for the same contents. Until
     it is whole its name ends in tag.part."""
     header = json.dumps({**about, "checksum": checksum(tensors)}, sort_keys=True)
-    part = path.with_name(f"{path.name}.{tag}.part")
-    try:
-        with open(part, "wb") as file:
-            file.write(safetensors.torch.save(tensors, {"about": header}))
-            file.flush()
-            os.fsync(file.fileno())  # the name must not survive a power cut that the bytes do not
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+    with whole_file(path, tag) as part:
+        part.write_bytes(safetensors.torch.save(tensors, {"about": header}))
 
 
 def read_about(path: Path) -> dict:
@@ -126,19 +66,6 @@ def library(name: str):
     return module
 
 
-def read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"There is no {path}: a folder in diffusers' layout is expected, with tokenizer, text_encoder "
-                        "and vae in it.") from None
-    except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path} cannot be read ({getattr(e, 'strerror', None) or 'it is not JSON'}).") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not a JSON object.")
-    return value
-
-
 @contextlib.contextmanager
 def one_sentence(folder: Path):
     """Whatever a library raises over the files in a folder, as a UserError."""
@@ -147,14 +74,6 @@ def one_sentence(folder: Path):
     except Exception as e:
         said = " ".join((str(e) or type(e).__name__).split())
         raise UserError(f"{folder} cannot be loaded: {said[:300].rstrip('.!')}.") from None
-
-
-def shard_of(text: str) -> tuple[int, int]:
-    """"i/n" -> (i from 0, n). Raises UserError."""
-    shard = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not shard or not 1 <= int(shard[1]) <= int(shard[2]):
-        raise UserError(f"--shard is i/n with i from 1 to n, such as 1/8, not {text!r}.")
-    return int(shard[1]) - 1, int(shard[2])
 
 
 class Store:
@@ -183,9 +102,7 @@ class Store:
             raise UserError(f"{self.out} holds clips of other settings ({'; '.join(other)}): give another --out.")
 
     def write_json(self, name: str, value) -> None:
-        part = self.out / f"{name}.{self.tag}.part"
-        part.write_text(json.dumps(value), encoding="utf-8")
-        os.replace(part, self.out / name)
+        write_text(self.out / name, json.dumps(value), self.tag)
 
     def name(self, video) -> str:
         """What the files of a video's clips begin with."""
@@ -226,6 +143,3 @@ class Store:
         return index
 
 
-def complete(files: list[str]) -> bool:
-    """Do the names of a video's clips say that none is missing?"""
-    return bool(files) and len(files) == int(re.search(r"of(\d+)\.", files[0])[1])

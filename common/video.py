@@ -9,14 +9,17 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
 import av
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from common.store import ahead, bar, cores, digest, listed
+
+from common.files import ahead, bar, cores, digest, listed
 from config import Config, UserError
 from physics.phenomena import CATEGORIES
+
 
 HELD_SHARE = 0.05  # of a folder's videos
 TOLERANCE = 1e-3  # seconds: some containers round time stamps to it

@@ -3,17 +3,21 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+
 import safetensors
 import torch
 from torch import Tensor
+
 import config
 import data
-from common.store import checksum, listed, write_tensors
+from common.files import listed, write_text
+from common.store import checksum, write_tensors
 from config import Config, UserError
 from experts import ProPhy
 from model import build_backbone
 from official.folder import FLOATS, fingerprint, network_folder
 from official.weights import read_config
+
 
 BRANCH_FORMAT = 1  # of branch.safetensors
 BRANCH_FIELDS = (  # what shapes a branch, and the clips that set the grid of its basis maps
@@ -105,7 +109,7 @@ def publish(state, run: Path, held_out: float, present: list[int]) -> None:
                  categories_present=present, branch={name: getattr(cfg, name) for name in BRANCH_FIELDS},
                  fits={name: getattr(theirs, name) for name in FITS})
     write_tensors(run / "branch.safetensors", tensors, about, "export")
-    config.write(run / "README.md", model_card(cfg, about))
+    write_text(run / "README.md", model_card(cfg, about))
 
 APACHE = ("license: apache-2.0",
           "the Apache License 2.0: pass its text on with this file, and say that the weights were changed.")

@@ -4,15 +4,18 @@ import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from common.store import Store, digest, read_json, read_tensors, write_tensors
-from common.video import Folder, LABELS, Video, Window, pixels, shares
-from config import Config, Stopped, UserError
+
+from common.files import digest, read_json
+from common.store import Store, read_tensors, write_tensors
+from common.video import LABELS, Folder, Video, Window, pixels, shares
+from config import Config, Stopped, UserError, stream
 from data import Batch, Stream
-from official.encoders import TextEncoder, VAE
+from official.encoders import VAE, TextEncoder
 from official.folder import Lineage, identity
 from vlm.maps import Maps
 
@@ -124,10 +127,10 @@ class Latents(Stream):
         drop = self.dropped(positions) if train else torch.zeros(len(positions), dtype=torch.bool)
         latents, texts, lengths = [], [], []
         for p, gone, (_, tensors) in zip(positions, drop, clips):
-            stream = [self.cfg.seed, 5, p] if train else [0, 6, p]
+            rng = stream(self.cfg.seed, "latent", p) if train else stream(0, "held-out latent", p)
             latent, text = tensors["mean"].float(), self.empty["text"] if gone else tensors["text"]
             if "std" in tensors:
-                noise = np.random.default_rng(stream).standard_normal(tuple(latent.shape), np.float32)
+                noise = rng.standard_normal(tuple(latent.shape), np.float32)
                 latent = latent + tensors["std"].float() * torch.from_numpy(noise)
             odd = -latent.shape[1] % self.cfg.patch_t  # CogVideoX 1.5 sees pairs: its trainer repeats the first frame
             latents.append(torch.cat([latent[:, :1]] * odd + [latent], dim=1))

@@ -3,15 +3,17 @@ import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
+
 import numpy as np
 import torch
 from tqdm import tqdm
+
 import config
 import diffusion
 from config import UserError
 from experts import ProPhy
 from official.branch import attach_branch, read_branch
-from official.encoders import TextEncoder, VAE
+from official.encoders import VAE, TextEncoder
 from official.folder import lineage_of
 from official.weights import load_pretrained
 

@@ -1,11 +1,14 @@
 """What a run would cost: parameters, FLOPs and memory of a step, counted on the meta device."""
 import math
+
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+
 from config import Config
 from experts import ProPhy
 from model import build_backbone
+
 
 GIB = 2**30
 

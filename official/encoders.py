@@ -3,9 +3,12 @@ import contextlib
 import html
 import re
 from pathlib import Path
+
 import torch
 from torch import Tensor, nn
-from common.store import library, one_sentence, read_json
+
+from common.files import read_json
+from common.store import library, one_sentence
 from config import Stopped, UserError
 from official.folder import lineage_of, load
 

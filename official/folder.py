@@ -2,9 +2,12 @@
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+
 import safetensors
 from torch import nn
-from common.store import listed, one_sentence, read_json
+
+from common.files import listed, read_json
+from common.store import one_sentence
 from config import UserError
 
 

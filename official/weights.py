@@ -3,13 +3,17 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+
 import config
+from common.files import write_text
 from config import Config, Stopped, UserError
-from model import Backbone, MODELS
+from model import MODELS, Backbone
+
 
 COG_NAMES = (  # our name -> that of the diffusers checkpoint, as regular expressions
     (r"^blocks\.", "transformer_blocks."), (r"\.to_out\.", ".to_out.0."), (r"\.ff\.0\.", ".ff.net.0.proj."),
@@ -236,7 +240,7 @@ def save_pretrained(model: Backbone, folder, shard_bytes: int = 5 * 2**30) -> No
         if len(shards) > 1:
             total = sum(tensor.nbytes for tensor in state.values())
             index = dict(metadata=dict(total_size=total), weight_map=weight_map)
-            config.write(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2))
-        config.write(folder / "config.json", json.dumps(their_config(cfg), indent=2))
+            write_text(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2))
+        write_text(folder / "config.json", json.dumps(their_config(cfg), indent=2))
     except (OSError, SafetensorError) as e:
         raise Stopped(f"The weights could not be written to {folder} ({e}).") from None

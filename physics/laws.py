@@ -1,10 +1,25 @@
 """The laws of the world, measured from pixels."""
 import math
 from dataclasses import dataclass
+
 import numpy as np
+
 from physics.phenomena import (
-    CUE_COLOURS, Cell, Collision, FLOOR, GLASS, LiquidMotion, Melting, PANEL, PHENOMENA, Reflection,
-    Refraction, Vaporization, WATER,)
+    CUE_COLOURS,
+    FLOOR,
+    GLASS,
+    PANEL,
+    PHENOMENA,
+    WATER,
+    Cell,
+    Collision,
+    LiquidMotion,
+    Melting,
+    Reflection,
+    Refraction,
+    Vaporization,
+)
+
 
 FEWEST_FRAMES, FEWEST_PIXELS = 8, 32  # a law needs that much to be measured
 FAINT = .1  # shares of the actor's colour up to here are background

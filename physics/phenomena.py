@@ -1,7 +1,9 @@
 """Twelve physical phenomena, a class each: its law, its drawing, its mask."""
 import functools
 from dataclasses import dataclass
+
 import numpy as np
+
 
 CATEGORIES = (  # WISA's names, WISA's order
     "collision", "rigid body motion", "elastic motion", "liquid motion", "gas motion", "deformation", "melting",

@@ -173,7 +173,7 @@ BROKEN = {
 
 @pytest.mark.parametrize("how", BROKEN)
 def test_a_file_that_is_broken_is_one_sentence_before_weights_are_read(how, weights, published, monkeypatch):
-    monkeypatch.setattr(sample, "load_pretrained", lambda *_: pytest.fail("the weights were read first"))
+    monkeypatch.setattr(official.clips, "load_pretrained", lambda *_: pytest.fail("the weights were read first"))
     spoil, word = BROKEN[how]
     spoil(published)
     with pytest.raises(UserError) as said:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import common.files
 import config
 from config import Config, Stopped, UserError
 
@@ -48,7 +49,7 @@ def test_a_bare_boolean_flag_means_true_and_false_can_be_said():
 
 
 def test_every_field_has_a_meaning_and_help_prints_it(capsys):
-    meanings = config.meanings()
+    meanings = config.meanings(config.Config)
     assert set(meanings) == set(FIELDS) and all(meanings.values())
     with pytest.raises(SystemExit) as e:
         parse("--help")
@@ -194,7 +195,7 @@ def test_load_refuses_a_broken_config(tmp_path, content):
 
 def test_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
-    config.write(path, "old")
+    common.files.write_text(path, "old")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
 
     def full_disk(self, text):
@@ -205,9 +206,9 @@ def test_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         m.setattr(Path, "write_text", full_disk)
         with pytest.raises(OSError, match="No space"):
-            config.write(path, "new text")
+            common.files.write_text(path, "new text")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    config.write(path, "new text")
+    common.files.write_text(path, "new text")
     assert path.read_text() == "new text" and list(tmp_path.iterdir()) == [path]
 
 
@@ -221,7 +222,7 @@ def test_a_new_text_is_whole_before_it_takes_the_old_name(tmp_path, monkeypatch)
         return replace(self, target)
 
     monkeypatch.setattr(Path, "replace", watch)
-    config.write(path, "new")
+    common.files.write_text(path, "new")
     assert seen == {"old": "old", "new": "new"}
 
 

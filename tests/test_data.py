@@ -18,7 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
-import common.store
+import common.files
 import common.video
 import physics.phenomena
 import data
@@ -268,8 +268,8 @@ def test_bad_files_are_skipped_counted_named_and_silent(tmp_path, capfd):
 
 
 def test_long_lists_of_bad_files_are_cut():
-    assert common.store.listed(map(str, range(11))) == "0, 1, 2, 3, 4, 5, 6, 7 and 3 more"
-    assert common.store.listed(["\ud800"]) == "?"  # JSON may hold half a surrogate pair, a terminal may not
+    assert common.files.listed(map(str, range(11))) == "0, 1, 2, 3, 4, 5, 6, 7 and 3 more"
+    assert common.files.listed(["\ud800"]) == "?"  # JSON may hold half a surrogate pair, a terminal may not
 
 
 def test_none_left_stops_with_one_sentence_and_leaves_nothing(tmp_path):
@@ -693,7 +693,7 @@ def wait_for(condition, seconds=30):
 def test_reading_ahead_is_in_order_and_bounded():
     begun = []
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        results = common.store.ahead(executor, lambda i: begun.append(i) or i, list(range(20)), group=3)
+        results = common.files.ahead(executor, lambda i: begun.append(i) or i, list(range(20)), group=3)
         assert [next(results) for _ in range(4)] == [0, 1, 2, 3]
         executor.submit(int).result()
         assert len(begun) <= 9

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+import common.files
 import common.store
 import common.video
 import official.cache
@@ -326,9 +327,9 @@ def test_stale_files_are_refused(copy, weights, videos, tmp_path):
     settings = json.loads((copy / "cache.json").read_text())["settings"]
     rewrite(copy / "cache.json", settings={**settings, "fps": 9})
     assert "damaged" in sentence(opened, "wan", copy)  # the key is not of these settings
-    rewrite(copy / "cache.json", settings={**settings, "fps": 9}, key=common.store.digest({**settings, "fps": 9}))
+    rewrite(copy / "cache.json", settings={**settings, "fps": 9}, key=common.files.digest({**settings, "fps": 9}))
     assert "stale" in sentence(opened, "wan", copy)
-    rewrite(copy / "index.json", key=common.store.digest({**settings, "fps": 9}))
+    rewrite(copy / "index.json", key=common.files.digest({**settings, "fps": 9}))
     assert "empty.safetensors is stale" in sentence(opened, "wan", copy)
 
 

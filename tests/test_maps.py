@@ -12,12 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import common.files
 import common.store
 import common.video
 import official.cache
 import physics.phenomena
-import vlm.maps
-import vlm.qwen
+from vlm import maps as vlm_maps
+from vlm import qwen as vlm_qwen
 import align
 import config
 import data
@@ -102,32 +103,32 @@ def test_area_where_cells_grow_and_interpolation_where_they_shrink():
     rng = np.random.default_rng(0)
     for n, m in ((12, 4), (12, 12), (12, 5), (45, 26), (30, 17), (8, 1)):
         values = torch.from_numpy(rng.standard_normal(n))
-        weights = torch.from_numpy(vlm.maps.axis_weights(np.linspace(3, 7, n + 1), np.linspace(3, 7, m + 1)))
+        weights = torch.from_numpy(vlm_maps.axis_weights(np.linspace(3, 7, n + 1), np.linspace(3, 7, m + 1)))
         assert torch.allclose(weights @ values, data.resample(values[None, None].float(), (1, 1, m)).flatten().double(), atol=1e-6)
     for n, m in ((17, 30), (26, 45), (4, 12), (3, 4), (2, 90)):
         values = torch.from_numpy(rng.standard_normal(n))
-        weights = torch.from_numpy(vlm.maps.axis_weights(np.linspace(0, 1, n + 1), np.linspace(0, 1, m + 1)))
+        weights = torch.from_numpy(vlm_maps.axis_weights(np.linspace(0, 1, n + 1), np.linspace(0, 1, m + 1)))
         right = F.interpolate(values.view(1, 1, 1, n), (1, m), mode="bilinear", align_corners=False).flatten()
         assert torch.allclose(weights @ values, right)
 
 
 def test_cells_with_their_middle_outside_are_nan():
-    weights = vlm.maps.axis_weights(np.linspace(0, 4, 5), np.linspace(-2, 6, 9))  # cells of one, middles -1.5 ... 5.5
+    weights = vlm_maps.axis_weights(np.linspace(0, 4, 5), np.linspace(-2, 6, 9))  # cells of one, middles -1.5 ... 5.5
     assert np.isnan(weights).any(1).tolist() == [True] * 2 + [False] * 4 + [True] * 2
     assert np.allclose(weights[2:6], np.eye(4))
-    weights = vlm.maps.axis_weights(np.linspace(0, 4, 3), np.linspace(-1, 5, 4))  # of the first and last only a half lies inside
+    weights = vlm_maps.axis_weights(np.linspace(0, 4, 3), np.linspace(-1, 5, 4))  # of the first and last only a half lies inside
     assert np.allclose(weights, [[1, 0], [.5, .5], [0, 1]])
-    weights = vlm.maps.axis_weights(np.linspace(0, 1, 3), np.linspace(-1, 2, 13))
+    weights = vlm_maps.axis_weights(np.linspace(0, 1, 3), np.linspace(-1, 2, 13))
     assert np.isnan(weights).any(1).tolist() == [True] * 4 + [False] * 4 + [True] * 4
 
 
 def test_a_ramp_over_time_stays_that_ramp():
     have, want = np.array([0, 2.5, 6.5, 10.5]) / 8, np.linspace(0, 10.5, 31) / 8
-    assert np.allclose(vlm.maps.time_weights(have, want) @ have, want)
-    assert np.allclose(vlm.maps.time_weights(have, have), np.eye(4))
-    late = vlm.maps.time_weights(have, np.array([-.17, -.15, 10.5 / 8 + .24, 10.5 / 8 + .26]))  # half a step: 1.25 / 8 and 2 / 8
+    assert np.allclose(vlm_maps.time_weights(have, want) @ have, want)
+    assert np.allclose(vlm_maps.time_weights(have, have), np.eye(4))
+    late = vlm_maps.time_weights(have, np.array([-.17, -.15, 10.5 / 8 + .24, 10.5 / 8 + .26]))  # half a step: 1.25 / 8 and 2 / 8
     assert np.isnan(late).any(1).tolist() == [True, False, False, True] and late[1].tolist() == [1, 0, 0, 0] and late[2, 3] == 1
-    assert vlm.maps.time_weights(np.array([1.0]), np.array([0.0, 9.0])).tolist() == [[1], [1]]
+    assert vlm_maps.time_weights(np.array([1.0]), np.array([0.0, 9.0])).tolist() == [[1], [1]]
 
 
 def test_times_of_tokens_are_those_of_their_frames():
@@ -154,7 +155,7 @@ def ramp(x, y, t):
 def planted(tmp_path):
     """A folder of one map of a 480 x 720 video, 49 frames at 8 a second from second 2 on: a ramp along x, y and t, and a
     background that is 3 everywhere."""
-    seen = vlm.maps.shown(window(49, start=2.0), "v.mp4", ["melting"], 8.0, 2)
+    seen = vlm_maps.shown(window(49, start=2.0), "v.mp4", ["melting"], 8.0, 2)
     y, x = (np.arange(17) + .5) * 480 / 17, (np.arange(26) + .5) * 720 / 26
     values = ramp(x, y[:, None], np.array(seen.times)[:, None, None])
     about = dict(key="k", file="v.mp4", times=seen.times, size=[480, 720], crop=list(seen.crop), categories=[6], answers={}, background="")
@@ -182,7 +183,7 @@ def middles(cfg, source):
 def test_a_linear_map_comes_back_linear_at_the_right_places(planted, name, start, size, shape):
     cfg = preset(name, data_dir="" if name != "small" else "x")
     source = ["v.mp4", start, list(size), list(common.video.central(*size, *shape))]
-    maps, background = vlm.maps.Maps(planted).on_tokens(source, data.token_times(cfg), cfg.grid, cfg.categories)
+    maps, background = vlm_maps.Maps(planted).on_tokens(source, data.token_times(cfg), cfg.grid, cfg.categories)
     N = math.prod(cfg.grid)
     assert maps.shape == (N, 17) and background.shape == (N,) and maps.dtype == background.dtype == torch.float32
     assert maps[:, [c for c in range(17) if c != 6]].isnan().all() and (background - 3).abs().max() < 1e-6
@@ -195,17 +196,17 @@ def test_a_linear_map_comes_back_linear_at_the_right_places(planted, name, start
 
 def test_time_is_the_identity_on_the_frames_that_the_teacher_saw():
     cfg = preset("cogvideox-5b")
-    times = np.array(vlm.maps.shown(window(49, start=7.5), "v", [], 8.0, 2).times)
-    assert np.allclose(times, 7.5 + data.token_times(cfg)) and np.allclose(vlm.maps.time_weights(times, 7.5 + data.token_times(cfg)), np.eye(13))
-    even = vlm.maps.shown(window(49), "v", [], 8.0, 2, uniform=16)
-    assert np.allclose(even.times, vlm.maps.uniform_frames(49, 16).reshape(8, 2).mean(1) / 8) and even.fps == 16 * 8 / 49
-    odd = vlm.maps.shown(window(49), "v", [], 8.0, 2, uniform=5)
+    times = np.array(vlm_maps.shown(window(49, start=7.5), "v", [], 8.0, 2).times)
+    assert np.allclose(times, 7.5 + data.token_times(cfg)) and np.allclose(vlm_maps.time_weights(times, 7.5 + data.token_times(cfg)), np.eye(13))
+    even = vlm_maps.shown(window(49), "v", [], 8.0, 2, uniform=16)
+    assert np.allclose(even.times, vlm_maps.uniform_frames(49, 16).reshape(8, 2).mean(1) / 8) and even.fps == 16 * 8 / 49
+    odd = vlm_maps.shown(window(49), "v", [], 8.0, 2, uniform=5)
     assert np.allclose(odd.times, [(4 + 14) / 16, (24 + 34) / 16, 44 / 8])  # the last frame stands twice
-    assert "Time axes do not fit" in sentence(vlm.maps.shown, window(49), "v", [], 8.0, 4)
+    assert "Time axes do not fit" in sentence(vlm_maps.shown, window(49), "v", [], 8.0, 4)
 
 
 def test_outside_of_what_the_teacher_saw_is_nan(planted):
-    cfg, maps = preset("wan-1.3b"), vlm.maps.Maps(planted)
+    cfg, maps = preset("wan-1.3b"), vlm_maps.Maps(planted)
     read = lambda start, crop: maps.on_tokens(["v.mp4", start, [480, 720], crop], data.token_times(cfg), cfg.grid, 17)  # noqa: E731
     one, background = read(5.0, [0, 32.3, 720, 447.7])  # ends after the map's last row of tokens, at 2 + 46.5 / 8, does
     known = one[:, 6].view(cfg.grid).isfinite()
@@ -229,7 +230,7 @@ def test_of_several_maps_that_with_most_in_common(planted):
     (planted / "index.json").write_text(json.dumps(index))
     cfg = preset("cogvideox-5b", frames=17)  # two seconds
     for start, which in ((0.0, 0), (3.0, 0), (4.2, 1), (8.8, 2), (9.5, 2)):
-        _, background = vlm.maps.Maps(planted).on_tokens(["w.mp4", start, [480, 720], [0, 0, 720, 480]], data.token_times(cfg), cfg.grid, 17)
+        _, background = vlm_maps.Maps(planted).on_tokens(["w.mp4", start, [480, 720], [0, 0, 720, 480]], data.token_times(cfg), cfg.grid, 17)
         assert background[background.isfinite()].unique().tolist() == [which], start
 
 
@@ -266,7 +267,7 @@ def test_tokens_that_nobody_saw_teach_nothing():
 # -------------------------------------------------------------------------------------------- the folder, end to end
 def test_a_folder_of_videos_becomes_a_folder_of_maps(maps, videos):
     index, stored = (json.loads((maps / name).read_text()) for name in ("index.json", "maps.json"))
-    assert stored["key"] == index["key"] == common.store.digest(stored["settings"]) and (index["videos"], index["done"]) == (5, 4)
+    assert stored["key"] == index["key"] == common.files.digest(stored["settings"]) and (index["videos"], index["done"]) == (5, 4)
     assert [row[1] for row in index["clips"]] == ["a.mp4", "b.mp4", *["long.mp4"] * 3, "quiet.mp4"]
     assert sorted(os.listdir(maps / "clips")) == sorted(row[0] for row in index["clips"])
     asked = {"a.mp4": ["combustion", "melting"], "b.mp4": ["collision"], "long.mp4": ["rigid body motion"], "quiet.mp4": []}
@@ -285,7 +286,7 @@ def test_a_folder_of_videos_becomes_a_folder_of_maps(maps, videos):
 def test_a_map_is_the_eager_models_attention_to_the_file(maps, vlm, videos):
     """From the mp4 to float16 by another way: decode, take the frames that latents show, one plain pass of the model."""
     kind = transformers.Qwen2_5_VLForConditionalGeneration
-    eager, tokenizer = kind.from_pretrained(vlm, attn_implementation="eager").eval(), vlm.qwen.VLM(vlm).tokenizer
+    eager, tokenizer = kind.from_pretrained(vlm, attn_implementation="eager").eval(), vlm_qwen.VLM(vlm).tokenizer
     cfg = preset("small", data_dir=str(videos), frames=9, fps=8.0, height=32, width=48)
     for name, taken in (("a.mp4", 0), ("long.mp4", 1)):
         tensors, about = of(maps, name)[taken]
@@ -323,19 +324,19 @@ def test_a_full_disk_is_one_sentence(vlm, videos, tmp_path, monkeypatch):
 
 
 def test_one_bad_clip_of_a_group_costs_itself_alone(tmp_path):
-    look = lambda empty: vlm.qwen.Look("" if empty else "words", torch.rand(1, 1, 2, 2, 2), empty)  # noqa: E731
-    store, skipped = vlm.maps.Store(tmp_path / "out", {}, "x"), []
-    group = [(f"{i}.safetensors", vlm.maps.Shown(f"clip {i}", None, 4.0, [0.0, 0.5], (8, 8), (0, 0, 8, 8), ["melting"])) for i in range(4)]
+    look = lambda empty: vlm_qwen.Look("" if empty else "words", torch.rand(1, 1, 2, 2, 2), empty)  # noqa: E731
+    store, skipped = vlm_maps.Store(tmp_path / "out", {}, "x"), []
+    group = [(f"{i}.safetensors", vlm_maps.Shown(f"clip {i}", None, 4.0, [0.0, 0.5], (8, 8), (0, 0, 8, 8), ["melting"])) for i in range(4)]
     asked = []
 
-    class Fake(vlm.qwen.VLM):
+    class Fake(vlm_qwen.VLM):
         def __init__(self):
             pass
 
         def look(self, videos, fps, questions, settings, batch, answers):
             asked.append(questions)
             if len(asked) == 2:
-                raise vlm.qwen.VLMError("not finite")
+                raise vlm_qwen.VLMError("not finite")
             return [[look(i == 2), look(i == 1)] for i in range(4)]
 
     class Bar:
@@ -344,7 +345,7 @@ def test_one_bad_clip_of_a_group_costs_itself_alone(tmp_path):
         def update(self, n):
             self.n += n
 
-    bar, tally, settings = Bar(), vlm.maps.Tally(), vlm.qwen.Settings()
+    bar, tally, settings = Bar(), vlm_maps.Tally(), vlm_qwen.Settings()
     teacher.annotate(Fake(), settings, store, [group, group], tally, 0, skipped, bar)
     assert sorted(os.listdir(store.clips)) == ["0.safetensors", "2.safetensors", "3.safetensors"] and (tally.made, tally.empty, bar.n) == (3, 1, 8)
     assert [name.split(" (")[0] for name in skipped] == ["clip 1", "clip 0", "clip 1", "clip 2", "clip 3"]
@@ -375,7 +376,7 @@ def test_a_truncated_map_is_named_once_left_out_and_made_again(copy, vlm, videos
     before = files_of(copy)
     path = copy / "clips" / json.loads((copy / "index.json").read_text())["clips"][0][0]
     path.write_bytes(path.read_bytes()[:-9])
-    found, source = vlm.maps.Maps(copy), ["a.mp4", 0.0, [36, 52], [0, 0, 52, 36]]
+    found, source = vlm_maps.Maps(copy), ["a.mp4", 0.0, [36, 52], [0, 0, 52, 36]]
     assert found.on_tokens(source, np.zeros(1), (1, 2, 2), 17) is None and found.on_tokens(source, np.zeros(1), (1, 2, 2), 17) is None
     err = capfd.readouterr().err
     assert err.count(path.name) == 1 and "left out (cut short)" in err and "teacher.py" in err
@@ -388,16 +389,16 @@ def test_a_truncated_map_is_named_once_left_out_and_made_again(copy, vlm, videos
 def test_zeros_in_a_map_are_noticed(copy, capfd):
     path = copy / "clips" / json.loads((copy / "index.json").read_text())["clips"][1][0]
     path.write_bytes(path.read_bytes()[:-64] + bytes(64))
-    assert vlm.maps.Maps(copy).on_tokens(["b.mp4", 0.0, [36, 52], [0, 0, 52, 36]], np.zeros(1), (1, 2, 2), 17) is None
+    assert vlm_maps.Maps(copy).on_tokens(["b.mp4", 0.0, [36, 52], [0, 0, 52, 36]], np.zeros(1), (1, 2, 2), 17) is None
     assert "checksum" in capfd.readouterr().err
 
 
 def test_stale_and_damaged_folders_are_one_sentence(copy, tmp_path):
-    say = lambda: sentence(vlm.maps.Maps, copy, error=UserError)  # noqa: E731
+    say = lambda: sentence(vlm_maps.Maps, copy, error=UserError)  # noqa: E731
     path = copy / "clips" / json.loads((copy / "index.json").read_text())["clips"][1][0]
     tensors, about = common.store.read_tensors(path)
     common.store.write_tensors(path, tensors, {**about, "key": "another"}, "x")
-    assert "stale" in sentence(vlm.maps.Maps(copy).on_tokens, ["b.mp4", 0.0, [36, 52], [0, 0, 52, 36]], np.zeros(1), (1, 2, 2), 17, error=UserError)
+    assert "stale" in sentence(vlm_maps.Maps(copy).on_tokens, ["b.mp4", 0.0, [36, 52], [0, 0, 52, 36]], np.zeros(1), (1, 2, 2), 17, error=UserError)
     stored = json.loads((copy / "maps.json").read_text())
     (copy / "maps.json").write_text(json.dumps({**stored, "key": "another"}))
     assert "stale" in say()
@@ -406,7 +407,7 @@ def test_stale_and_damaged_folders_are_one_sentence(copy, tmp_path):
     (copy / "index.json").unlink()
     assert "teacher.py makes it" in say()
     cfg = preset("debug", data_dir="x", teacher=str(tmp_path / "nowhere"))
-    assert "There are no maps in" in sentence(vlm.maps.open_maps, cfg, None, error=UserError) and vlm.maps.open_maps(preset("debug"), None) is None
+    assert "There are no maps in" in sentence(vlm_maps.open_maps, cfg, None, error=UserError) and vlm_maps.open_maps(preset("debug"), None) is None
 
 
 def test_an_empty_background_answer_leaves_the_video_out(vlm, videos, tmp_path, capsys):
@@ -423,7 +424,7 @@ def test_denials_leave_the_map_out(vlm, videos, tmp_path, capsys):
     assert tensors["maps"].shape == (0, 3, 4, 6) and about["categories"] == [] and about["answers"] == {}
     assert about["background"] == "there is no background"
     for text, denies in {"No.": True, "It isn't there": True, "none of it": True, "I cannot see": True, "a knot, now north": False}.items():
-        assert bool(vlm.maps.DENIAL.search(text)) == denies
+        assert bool(vlm_maps.DENIAL.search(text)) == denies
 
 
 def test_a_short_video_is_taken_as_it_is(vlm, videos, tmp_path):
@@ -470,7 +471,7 @@ def clips_of(videos, maps, pools, **fields):
     cfg = preset("debug", **{**SIZE, "data_dir": str(videos), "pool_dir": str(pools), "patch": 8, "patch_t": 2, "teacher": str(maps), "val_clips": 2,
                              "threads": 1, "caption_dropout": 0.0, **fields})
     pool = data.open_pool(cfg, progress=False)
-    return data.Clips(cfg, pool, data.Tokenizer.from_captions(pool.captions), vlm.maps.open_maps(cfg, pool))
+    return data.Clips(cfg, pool, data.Tokenizer.from_captions(pool.captions), vlm_maps.open_maps(cfg, pool))
 
 
 @pytest.fixture(scope="module")
@@ -529,7 +530,7 @@ def test_clips_without_a_map_are_counted_and_teach_nothing(videos, maps, pools, 
 def test_a_batch_of_latents_carries_maps_too(maps, tmp_path):
     """A cache as encode.py leaves it, of two videos: 9 frames in 3 latents, 16 x 32 pixels in 1 x 2 tokens."""
     sizes = dict(lineage="wan", frames=9, height=16, width=32, channels=4, text_dim=16, text_len=512)
-    cfg, key, rows = preset("small", latent=True, patch=2, patch_t=1, fps=8.0, val_clips=1, teacher=str(maps), **sizes), common.store.digest(sizes), []
+    cfg, key, rows = preset("small", latent=True, patch=2, patch_t=1, fps=8.0, val_clips=1, teacher=str(maps), **sizes), common.files.digest(sizes), []
     (tmp_path / "clips").mkdir()
     for name, start, crop in (("b.mp4", 0.0, [0, 5, 52, 31]), ("long.mp4", 9 / 8, [0, 5, 52, 31]), ("other.mp4", 0.0, [0, 0, 52, 26])):
         about = dict(key=key, file=name, times=[start, start + 9 / 8], size=[36, 52], crop=crop, text_length=1)
@@ -540,7 +541,7 @@ def test_a_batch_of_latents_carries_maps_too(maps, tmp_path):
     (tmp_path / "index.json").write_text(json.dumps(dict(key=key, videos=3, done=3, clips=rows)))
     cache = official.cache.open_cache(cfg, tmp_path)
     cache.train = [0, 1, 2]
-    latents, seen = official.cache.Latents(cfg, cache, vlm.maps.open_maps(cfg, cache)), {}
+    latents, seen = official.cache.Latents(cfg, cache, vlm_maps.open_maps(cfg, cache)), {}
     assert latents.unmapped == 1 and latents.key.endswith(f"+{latents.maps.key}")
     for position in range(3):
         batch, name = latents.batch([position]), cache.names[latents.row(position)]
@@ -571,8 +572,8 @@ def saliency(pools):
 
 def test_maps_of_the_world_lie_beside_its_pool(saliency):
     pool = data.open_pool(saliency, progress=False)
-    found = vlm.maps.open_maps(dataclasses.replace(saliency, teacher="sal"), pool)
-    assert found.folder == vlm.maps.world_maps(saliency, pool, "sal") and len(found.of) == len(pool.captions) == 16
+    found = vlm_maps.open_maps(dataclasses.replace(saliency, teacher="sal"), pool)
+    assert found.folder == vlm_maps.world_maps(saliency, pool, "sal") and len(found.of) == len(pool.captions) == 16
     row = pool.train[0]
     maps, background = found.on_tokens(pool.sources[row], data.token_times(saliency), saliency.grid, 17)
     assert {c for c in range(17) if maps[:, c].isfinite().all()} == set(pool.categories[row]) and torch.equal(background, torch.ones(len(background)))
@@ -585,7 +586,7 @@ def test_maps_of_the_world_lie_beside_its_pool(saliency):
 
 def test_maps_stand_in_for_exact_masks(saliency):
     pool = data.open_pool(saliency, progress=False)
-    clips = [data.Clips(dataclasses.replace(saliency, negatives=.1, teacher=name), pool, data.Tokenizer([]), vlm.maps.open_maps(cfg, pool))
+    clips = [data.Clips(dataclasses.replace(saliency, negatives=.1, teacher=name), pool, data.Tokenizer([]), vlm_maps.open_maps(cfg, pool))
              for name, cfg in (("", saliency), ("sal", dataclasses.replace(saliency, teacher="sal")))]
     exact, taught = (one.batch(range(4)) for one in clips)
     assert exact.target.any() and exact.target_mask.all() and exact.maps is None and exact.background is None
@@ -598,8 +599,8 @@ def test_a_vlms_maps_of_the_world_are_those_of_each_clip_alone(saliency, vlm, po
             "--background", "behind?", *flags(WORLD)]
     teacher.main(argv)
     assert "16 maps made" in capsys.readouterr().out
-    pool, model = data.open_pool(saliency, progress=False), vlm.qwen.VLM(vlm)
-    found = vlm.maps.open_maps(dataclasses.replace(saliency, teacher="seen"), pool)
+    pool, model = data.open_pool(saliency, progress=False), vlm_qwen.VLM(vlm)
+    found = vlm_maps.open_maps(dataclasses.replace(saliency, teacher="seen"), pool)
     for row in (0, 7, 15):
         name, start, size, crop = pool.sources[row]
         (_, _, file), = found.of[name]
@@ -636,7 +637,7 @@ def test_training_follows_the_teacher(runs, saliency):
     assert all(math.isfinite(value) for value in aligned[1])
     stored = json.loads((runs / "runsal" / "config.json").read_text())
     pool = data.open_pool(saliency, progress=False)
-    assert stored["data"] == f"{pool.key}+{vlm.maps.Maps(vlm.maps.world_maps(saliency, pool, 'sal')).key}"
+    assert stored["data"] == f"{pool.key}+{vlm_maps.Maps(vlm_maps.world_maps(saliency, pool, 'sal')).key}"
 
 
 def test_the_targets_are_of_the_kind_that_the_run_names(saliency, tmp_path, monkeypatch):
@@ -653,7 +654,7 @@ def test_resume_with_other_maps_is_refused(runs, saliency, tmp_path):
     said = sentence(train.main, config.parse([*again, "--teacher", ""], ""), error=UserError)
     assert "teacher" in said
     pool = data.open_pool(saliency, progress=False)
-    folder = vlm.maps.world_maps(saliency, pool, "sal")
+    folder = vlm_maps.world_maps(saliency, pool, "sal")
     kept = Path(shutil.copytree(folder, tmp_path / "kept"))
     try:
         for name in ("maps.json", "index.json"):
@@ -678,7 +679,7 @@ def test_kill_9_loses_and_doubles_nothing(maps, vlm, videos, tmp_path, capsys):
     assert killed_when(lambda: len(finished()) == 2, ["teacher.py", *flags_of(videos, vlm, out)])
     survived = {f: (there / f).stat().st_mtime_ns for f in finished()}
     assert 2 <= len(survived) < 6 and not (out / "index.json").exists()
-    assert "once it has gone through" in sentence(vlm.maps.Maps, out, error=UserError)
+    assert "once it has gone through" in sentence(vlm_maps.Maps, out, error=UserError)
     (there / f"{'0' * 24}-0of1.safetensors.1of1.part").write_bytes(b"half")  # what a kill in the midst of a write leaves
     capsys.readouterr()
     run(videos, vlm, out)

@@ -427,7 +427,7 @@ def test_loading_holds_the_weights_once(tmp_path):
     net = model.build_backbone(cfg)
     size = sum(p.nbytes for p in net.parameters()) / 2**20
     official.weights.save_pretrained(net, tmp_path, shard_bytes=16 * 2**20)
-    script = ("import resource, sys, torch, model\n"
+    script = ("import resource; import official.weights;import os, sys, torch, model\n"
               "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
               "torch.randn(64, 64) @ torch.randn(64, 64); before = peak(); net = official.weights.load_pretrained(sys.argv[1]); print(peak() - before)")
     grown = float(subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True).stdout)

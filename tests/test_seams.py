@@ -9,8 +9,8 @@ from importlib.metadata import version
 import pytest
 import torch
 
-import vlm.qwen
-import vlm.tiny
+from vlm import qwen as vlm_qwen
+from vlm import tiny as vlm_tiny
 import seams
 from config import UserError
 
@@ -59,9 +59,9 @@ def test_get_rope_index_keeps_its_arguments(family):
 
 def test_attention_functions_and_masks_are_registered_by_name():
     def check():
-        vlm.qwen.register_attention()
+        vlm_qwen.register_attention()
         functions, masks = transformers.AttentionInterface(), transformers.AttentionMaskInterface()
-        return functions[vlm.qwen.ATTENTION] is vlm.qwen.watched_attention and masks[vlm.qwen.ATTENTION] is masks["sdpa"]
+        return functions[vlm_qwen.ATTENTION] is vlm_qwen.watched_attention and masks[vlm_qwen.ATTENTION] is masks["sdpa"]
     holds("transformers", "AttentionInterface or AttentionMaskInterface", check)
 
 
@@ -110,7 +110,7 @@ def test_prompts_are_encoded_by_a_public_method(name):
 
 # ---------------------------------------------------------------------------------------------------------------- torch
 def test_a_storage_is_one_object_for_all_its_views():
-    """`official.cost.block_cost` counts bytes a storage, on the meta device, where all addresses are zero."""
+    """`train.block_cost` counts bytes a storage, on the meta device, where all addresses are zero."""
     def check():
         tensor = torch.zeros(3, 4, device="meta")
         views = {x.untyped_storage() for x in (tensor, tensor.t(), tensor[1:], tensor.detach())}
@@ -122,13 +122,13 @@ def test_a_storage_is_one_object_for_all_its_views():
 @pytest.fixture
 def vlm(tmp_path):
     folder = tmp_path / "vlm"
-    vlm.tiny.write_tiny(folder, 0)
-    return vlm.qwen.VLM(folder)
+    vlm_tiny.write_tiny(folder, 0)
+    return vlm_qwen.VLM(folder)
 
 
 def look(vlm):
     video = torch.randint(0, 256, (6, 16, 16, 3), dtype=torch.uint8).numpy()
-    return vlm.look([video], 6.0, [["is there melting"]], vlm.qwen.Settings(answer="yes"))
+    return vlm.look([video], 6.0, [["is there melting"]], vlm_qwen.Settings(answer="yes"))
 
 
 def renamed(real):
@@ -158,5 +158,5 @@ def test_a_change_of_the_library_is_one_sentence(vlm, change, monkeypatch):
     with pytest.raises(UserError) as caught:
         look(vlm)
     said = str(caught.value)
-    assert not isinstance(caught.value, vlm.qwen.VLMError)  # for which every clip would be skipped, one by one
+    assert not isinstance(caught.value, vlm_qwen.VLMError)  # for which every clip would be skipped, one by one
     assert said.startswith(f"transformers {version('transformers')} ") and "README names those that were tested" in said

@@ -20,9 +20,8 @@ from config import Stopped, UserError
 
 transformers = pytest.importorskip("transformers", reason="the teacher needs transformers: pip install -r requirements.txt")
 
-import official.weights  # noqa: E402
-import vlm.maps  # noqa: E402
-import vlm.qwen  # noqa: E402
+from vlm import maps as vlm_maps  # noqa: E402
+from vlm import qwen as vlm_qwen  # noqa: E402
 import seams  # noqa: E402
 import teacher  # noqa: E402
 from vlm.qwen import KINDS, Settings, VLM, VLMError  # noqa: E402
@@ -79,7 +78,7 @@ def make_vlm(folder, family, seed=0, layers=5, merge=2, **text):
             if "norm" in name and name.endswith("weight"):  # a norm that is left out would show
                 parameter.add_(.3 * torch.randn_like(parameter))
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 0, 0
-    official.weights.save_pretrained(folder)
+    model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PICTURES))
     return folder
@@ -177,7 +176,7 @@ def check_maps(vlm, eager, family, videos, fps=FPS, questions=QUESTIONS, answer=
     """Do all rows of all layers look where the eager model looks?"""
     layers = list(range(vlm.n_layers))
     looks = vlm.look(videos, fps, questions, Settings(answer=answer, heads=heads), KINDS, layers, batch)
-    chosen = vlm.qwen.heads_of(heads, layers, 4)
+    chosen = vlm_qwen.heads_of(heads, layers, 4)
     for video, asked, found in zip(videos, questions, looks, strict=True):
         for question, look in zip(asked, found, strict=True):
             right, _ = expected(eager[family], family, vlm.tokenizer, video, fps, question, answer)
@@ -254,10 +253,10 @@ def test_given_answers_go_to_their_questions(vlm):
 
 
 def test_which_layers_and_heads():
-    assert vlm.qwen.layers_of("", 28) == list(range(14, 22)) and vlm.qwen.layers_of("", 64) == list(range(32, 51))
-    assert vlm.qwen.layers_of("", 2) == [1] and vlm.qwen.layers_of("", 1) == [0] and vlm.qwen.layers_of("3", 5) == [3]
-    assert vlm.qwen.heads_of("", [1, 2], 2) == {1: [0, 1], 2: [0, 1]}
-    assert vlm.qwen.heads_of("2.1, 1.0,2.0", [1, 2, 3], 2) == {1: [0], 2: [1, 0]}
+    assert vlm_qwen.layers_of("", 28) == list(range(14, 22)) and vlm_qwen.layers_of("", 64) == list(range(32, 51))
+    assert vlm_qwen.layers_of("", 2) == [1] and vlm_qwen.layers_of("", 1) == [0] and vlm_qwen.layers_of("3", 5) == [3]
+    assert vlm_qwen.heads_of("", [1, 2], 2) == {1: [0, 1], 2: [0, 1]}
+    assert vlm_qwen.heads_of("2.1, 1.0,2.0", [1, 2, 3], 2) == {1: [0], 2: [1, 0]}
 
 
 def test_answers_are_those_of_generate(vlm, eager, family):
@@ -296,7 +295,7 @@ def test_positions_are_the_models_own(vlm, eager, family, fps, monkeypatch):
 def test_density_ignores_heads_that_ignore_the_video():
     """A head with a thousandth of its attention on the video weighs a thousandth."""
     maps = torch.tensor([[.5, .1, .3], [.0001, .0007, .0001]]).view(2, 1, 1, 1, 3)
-    look = vlm.qwen.Look("", maps, False)
+    look = vlm_qwen.Look("", maps, False)
     assert torch.allclose(look.density().flatten(), torch.tensor([.5001, .1007, .3001]) / .9009 * 3, atol=1e-6)
     assert torch.allclose(look.mass(), torch.tensor([.9, .0009]))
 
@@ -335,14 +334,14 @@ def plant(monkeypatch, vlm, family, mistake):
             return dataclasses.replace(prefix, columns=prefix.columns[-1] - torch.arange(len(prefix.columns)).flip(0))
         monkeypatch.setattr(VLM, "prefill", run)
     elif mistake == "groups of heads dealt in turn":
-        real = vlm.qwen.RowMaps.__init__
+        real = vlm_qwen.RowMaps.__init__
 
         def dealt(self, rows, prefix, heads):
             real(self, rows, prefix, {layer: [[0, 2, 1, 3][head] for head in chosen] for layer, chosen in heads.items()})
-        monkeypatch.setattr(vlm.qwen.RowMaps, "__init__", dealt)
+        monkeypatch.setattr(vlm_qwen.RowMaps, "__init__", dealt)
     elif mistake == "the mask is not registered":
         monkeypatch.setattr(transformers.AttentionMaskInterface, "_global_mapping", {
-            name: mask for name, mask in transformers.AttentionMaskInterface().items() if name != vlm.qwen.ATTENTION})
+            name: mask for name, mask in transformers.AttentionMaskInterface().items() if name != vlm_qwen.ATTENTION})
     elif mistake == "no norm of queries":
         for name, parameter in vlm.model.named_parameters():
             if name.endswith("q_norm.weight"):
@@ -386,12 +385,13 @@ def test_mistakes_that_say_nothing_are_noticed(folders, eager, family, mistake, 
 
 # -------------------------------------------------------------------------------------------------------------- memory
 MEMORY = """
+from vlm import qwen as vlm_qwen
 import os, resource, sys, numpy as np, torch
 torch.set_num_threads(1)
 import teacher
-vlm = vlm.qwen.VLM(sys.argv[1])
+vlm = vlm_qwen.VLM(sys.argv[1])
 video = np.random.default_rng(0).integers(0, 256, (20, 56, 56, 3), dtype=np.uint8)  # 1,960 tokens
-settings = vlm.qwen.Settings(answer="on the left", question="", layers="0-5")
+settings = vlm_qwen.Settings(answer="on the left", question="", layers="0-5")
 pixels, grid = vlm.patches([video])
 ids, _ = vlm.prompt("?", (10, 14, 14), 2.0)
 
@@ -508,13 +508,13 @@ def test_the_resize_rule_is_smart_resize(vlm):
 
 
 def test_aligned_frames_are_what_latents_show():
-    pairs = vlm.maps.aligned_frames(49).reshape(-1, 2)
+    pairs = vlm_maps.aligned_frames(49).reshape(-1, 2)
     assert pairs.tolist() == [[0, 0], [2, 3], *([4 * j - 2, 4 * j - 1] for j in range(2, 13))] and pairs[-1].tolist() == [46, 47]
     assert (pairs.mean(1)[1:] == [np.mean(range(4 * j - 3, 4 * j + 1)) for j in range(1, 13)]).all()  # the latent's own middle
-    assert vlm.maps.aligned_frames(1).tolist() == [0, 0] and len(vlm.maps.aligned_frames(81)) == 42
+    assert vlm_maps.aligned_frames(1).tolist() == [0, 0] and len(vlm_maps.aligned_frames(81)) == 42
     for n in (48, 50, 51, 0, -3):
-        assert "1 + 4 m frames" in sentence(vlm.maps.aligned_frames, n) and str(n) in sentence(vlm.maps.aligned_frames, n)
-    assert vlm.maps.uniform_frames(49, 4).tolist() == [6, 18, 30, 42] and vlm.maps.uniform_frames(8, 8).tolist() == list(range(8))
+        assert "1 + 4 m frames" in sentence(vlm_maps.aligned_frames, n) and str(n) in sentence(vlm_maps.aligned_frames, n)
+    assert vlm_maps.uniform_frames(49, 4).tolist() == [6, 18, 30, 42] and vlm_maps.uniform_frames(8, 8).tolist() == list(range(8))
 
 
 # -------------------------------------------------------------------------------------------------------------- errors
@@ -641,7 +641,7 @@ def test_an_empty_answer_is_empty(vlm):
 def test_full_memory_says_what_helps_in_order(vlm, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 97.12 GiB.\nMore lines.")
-    monkeypatch.setattr(vlm.qwen.RowMaps, "__call__", full)
+    monkeypatch.setattr(vlm_qwen.RowMaps, "__call__", full)
     said = sentence(vlm.look, [clip()], FPS, [["?", "what?"]], Settings(), error=Stopped)
     at = [said.index(word) for word in ("--batch 1", "--pixels", "--frames", "--dtype bf16", "--answer", "smaller VLM")]
     assert at == sorted(at) and "2 questions at once" in said and "5 layers" in said and "(6, 16, 24, 3)" in said

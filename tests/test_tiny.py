@@ -9,10 +9,10 @@ import pytest
 import torch
 
 import physics.phenomena
-import vlm.maps
-import vlm.qwen
-import vlm.report
-import vlm.tiny
+from vlm import maps as vlm_maps
+from vlm import qwen as vlm_qwen
+from vlm import report as vlm_report
+from vlm import tiny as vlm_tiny
 import align
 import config
 import data
@@ -25,21 +25,21 @@ CFG = config.preset("debug", colour_cues=True, frames=4, height=32, width=32)
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny") / "vlm"
-    vlm.tiny.write_tiny(folder, seed=0)
-    return vlm.qwen.VLM(folder)
+    vlm_tiny.write_tiny(folder, seed=0)
+    return vlm_qwen.VLM(folder)
 
 
 def test_it_is_a_qwen_of_a_tenth_of_a_million_parameters_with_its_own_settings(tiny):
     assert tiny.config.model_type == "qwen2_5_vl"
     assert sum(p.numel() for p in tiny.model.parameters()) < 250_000
     settings = tiny.settings()
-    assert settings.ask("rigid body motion") == "is there rigid body motion" and settings.background == vlm.tiny.TINY["background"]
+    assert settings.ask("rigid body motion") == "is there rigid body motion" and settings.background == vlm_tiny.TINY["background"]
     assert tiny.settings(rows="answer").rows == "answer"
 
 
 def test_a_name_is_one_word_and_every_word_is_known(tiny):
     for name in physics.phenomena.PHENOMENA:
-        ids = tiny.tokenizer(vlm.tiny.TINY["question"].format(name=name)).input_ids
+        ids = tiny.tokenizer(vlm_tiny.TINY["question"].format(name=name)).input_ids
         assert len(ids) == 3 and 0 not in ids and tiny.tokenizer.decode(ids[-1:]) == name
     assert 0 not in tiny.tokenizer("what is the background yes no nothing").input_ids
 
@@ -50,8 +50,8 @@ def test_lessons_are_true_and_ask_for_look_alikes(still):
     for index in range(200):
         clip = world.make_clip(0, index, decoys=1, colour_cues=True)
         shown = {actor.phenomenon for actor in clip.actors}
-        asked = vlm.tiny.lessons(clip, still, rng)
-        assert asked[0] == (vlm.tiny.TINY["background"], "nothing")
+        asked = vlm_tiny.lessons(clip, still, rng)
+        assert asked[0] == (vlm_tiny.TINY["background"], "nothing")
         names = [question.removeprefix("is there ") for question, _ in asked[1:]]
         answers = dict(zip(names, (answer for _, answer in asked[1:])))
         assert {name for name, answer in answers.items() if answer == "yes"} == (set() if still else shown)
@@ -68,7 +68,7 @@ def test_lessons_are_true_and_ask_for_look_alikes(still):
 def test_a_photograph_stands_still_and_has_no_colour_cues():
     rng, colours = np.random.default_rng(0), set()
     for _ in range(30):
-        clip = vlm.tiny.photograph(CFG, rng)
+        clip = vlm_tiny.photograph(CFG, rng)
         assert (clip.video == clip.video[0]).all() and clip.video.shape == (4, 32, 32, 3)
         colours |= {(actor.phenomenon, actor.colour) for actor in clip.actors}
     assert any(colour != physics.phenomena.PHENOMENA[name].cue for name, colour in colours)
@@ -76,9 +76,9 @@ def test_a_photograph_stands_still_and_has_no_colour_cues():
 
 def test_a_branch_sees_the_video_and_itself_and_no_other_branch(tiny):
     grid, asked = (2, 8, 8), [[("is there melting", "yes"), ("is there collision", "no")], [("is there melting", "no")]]
-    ids, labels, places, mask = vlm.tiny.branches(tiny, asked, grid, 4)
-    P, N = vlm.tiny.KEPT + 2, 128
-    assert ids[0, :P].tolist() == [4] + [tiny.pad] * vlm.tiny.KEPT + [5]
+    ids, labels, places, mask = vlm_tiny.branches(tiny, asked, grid, 4)
+    P, N = vlm_tiny.KEPT + 2, 128
+    assert ids[0, :P].tolist() == [4] + [tiny.pad] * vlm_tiny.KEPT + [5]
     assert tiny.tokenizer.decode(ids[0, P:]).replace(" ", "") == "istheremeltingyes<|end|>istherecollisionno<|end|>"
     first, second = slice(P, P + 5), slice(P + 5, P + 10)
     triangle = torch.ones(5, 5).tril().bool()
@@ -93,30 +93,30 @@ def test_a_branch_sees_the_video_and_itself_and_no_other_branch(tiny):
     whole, _ = tiny.prompt("?", grid, 4)
     alone = tiny.positions(whole + ids[0, first].tolist(), grid, 4)[:, 0]  # (3, 2 + N + 5)
     assert torch.equal(places[:, 0, first], alone[:, -5:]) and torch.equal(places[:, 0, second], alone[:, -5:])
-    assert torch.equal(places[0, 0, :P], torch.cat([alone[0, :1 + vlm.tiny.KEPT], alone[0, 1 + N:2 + N]]))
+    assert torch.equal(places[0, 0, :P], torch.cat([alone[0, :1 + vlm_tiny.KEPT], alone[0, 1 + N:2 + N]]))
     assert len(set(alone[0, 1:1 + N].tolist())) == 1  # the one axis that turns is the same for all of the video
 
 
-@pytest.mark.parametrize("frames, height, kept", [(4, 32, vlm.tiny.KEPT), (2, 16, 16)])  # 16 tokens are fewer than KEPT
+@pytest.mark.parametrize("frames, height, kept", [(4, 32, vlm_tiny.KEPT), (2, 16, 16)])  # 16 tokens are fewer than KEPT
 def test_glimpses_are_different_tokens_of_their_own_clip_each_drawn_once(tiny, frames, height, kept):
     videos = np.random.default_rng(0).integers(0, 256, (2, frames, height, height, 3), dtype=np.uint8)
-    pixels, grid = vlm.tiny.glimpses(tiny, [world.Clip(video, "", []) for video in videos], torch.Generator().manual_seed(0))
+    pixels, grid = vlm_tiny.glimpses(tiny, [world.Clip(video, "", []) for video in videos], torch.Generator().manual_seed(0))
     assert grid == (frames // 2, height // 4, height // 4)
-    drawn = pixels.view(2, vlm.tiny.GLIMPSES, kept, -1)
+    drawn = pixels.view(2, vlm_tiny.GLIMPSES, kept, -1)
     for own, glimpses in zip(tiny.patches(videos)[0].chunk(2), drawn):
         found = [[int((own == token).all(1).nonzero()) for token in glimpse] for glimpse in glimpses]
-        assert all(len(set(glimpse)) == kept for glimpse in found) and len(set(map(tuple, found))) == vlm.tiny.GLIMPSES
+        assert all(len(set(glimpse)) == kept for glimpse in found) and len(set(map(tuple, found))) == vlm_tiny.GLIMPSES
 
 
 @pytest.mark.parametrize("size", [dict(frames=2, height=16, width=16), dict(frames=3, height=32, width=48), dict(colour_cues=False)])
 def test_other_sizes_and_worlds_are_taught_too(tiny, size):
     cfg = dataclasses.replace(CFG, world_clips=1, **size)
-    loss = vlm.tiny.answer_loss(tiny, cfg, 4, np.random.default_rng(0), torch.Generator().manual_seed(0))
+    loss = vlm_tiny.answer_loss(tiny, cfg, 4, np.random.default_rng(0), torch.Generator().manual_seed(0))
     assert loss.isfinite() and loss > 0
 
 
 def test_a_dropped_head_says_nothing_and_the_others_make_up_for_it():
-    drop = vlm.tiny.DropHeads(.3, torch.Generator().manual_seed(0))
+    drop = vlm_tiny.DropHeads(.3, torch.Generator().manual_seed(0))
     found = drop(None, None, None, 1.0, torch.ones(64, 8, 4, 3)).flatten(2)
     heads = found.unflatten(-1, (4, 3))
     assert heads.unique().tolist() == pytest.approx([0, 1 / .7]) and (heads == heads[..., :1]).all()
@@ -124,31 +124,31 @@ def test_a_dropped_head_says_nothing_and_the_others_make_up_for_it():
 
 
 def trained(folder, cfg, steps):
-    vlm = vlm.qwen.VLM(folder)
+    vlm = vlm_qwen.VLM(folder)
     vlm.model.requires_grad_(True)
-    vlm.tiny.train_tiny(vlm, cfg, seed=0, minutes=1, steps=steps)
+    vlm_tiny.train_tiny(vlm, cfg, seed=0, minutes=1, steps=steps)
     return vlm
 
 
 def test_training_teaches_it_to_look(tmp_path, monkeypatch):
     """Its loss falls on clips that it never saw, and rises again when it is shown another clip than the one it is asked about."""
-    vlm.tiny.write_tiny(tmp_path / "vlm", seed=0)
-    cfg, before = dataclasses.replace(CFG, frames=2, two=0.0), vlm.qwen.VLM(tmp_path / "vlm")
-    vlm, glimpses = trained(tmp_path / "vlm", cfg, 120), vlm.tiny.glimpses
+    vlm_tiny.write_tiny(tmp_path / "vlm", seed=0)
+    cfg, before = dataclasses.replace(CFG, frames=2, two=0.0), vlm_qwen.VLM(tmp_path / "vlm")
+    vlm, glimpses = trained(tmp_path / "vlm", cfg, 120), vlm_tiny.glimpses
     loss = held_out(vlm, cfg)
     assert loss < .5 * held_out(before, cfg)
 
     def of_another_clip(vlm, clips, random):
         pixels, grid = glimpses(vlm, clips, random)
         return pixels.roll(2 * len(pixels) // len(clips), 0), grid  # of the next real one, or photograph
-    monkeypatch.setattr(vlm.tiny, "glimpses", of_another_clip)
+    monkeypatch.setattr(vlm_tiny, "glimpses", of_another_clip)
     assert loss < .9 * held_out(vlm, cfg)
     old = dict(before.model.named_parameters())
     assert all(not torch.equal(p, old[name]) for name, p in vlm.model.named_parameters() if "patch_embed" in name or "q_proj.weight" in name)
 
 
 def test_the_same_steps_give_the_same_weights_and_leave_it_in_eval_mode(tmp_path):
-    vlm.tiny.write_tiny(tmp_path / "vlm", seed=0)
+    vlm_tiny.write_tiny(tmp_path / "vlm", seed=0)
     one, two = (trained(tmp_path / "vlm", CFG, 8) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.model.parameters(), two.model.parameters()))
     assert not one.model.training
@@ -158,55 +158,55 @@ def test_the_same_steps_give_the_same_weights_and_leave_it_in_eval_mode(tmp_path
 def held_out(vlm, cfg) -> float:
     """Loss of the answers about 16 clips that training did not draw."""
     other = dataclasses.replace(cfg, world_seed=cfg.world_seed + 1)
-    return vlm.tiny.answer_loss(vlm, other, 16, np.random.default_rng(5), torch.Generator().manual_seed(5)).item()
+    return vlm_tiny.answer_loss(vlm, other, 16, np.random.default_rng(5), torch.Generator().manual_seed(5)).item()
 
 
 def test_measures_against_hand_counted_numbers():
     positive, objects = np.array([1, 1, 0, 0, 0], bool), np.array([1, 1, 1, 0, 0], bool)
-    found = vlm.report.measures(np.array([4.0, 1.0, 2.0, 0.0, 0.0]), positive, objects)
+    found = vlm_report.measures(np.array([4.0, 1.0, 2.0, 0.0, 0.0]), positive, objects)
     assert found["AUC"] == pytest.approx(5 / 6) and found["AUC objects"] == pytest.approx(1 / 2)
     assert found["pointing"] == 1.0 and found["IoU"] == pytest.approx(1 / 3)  # above 2: tokens 0 and 2
-    alone = vlm.report.measures(np.array([0.0, 0, 0, 1, 0]), positive, positive)
+    alone = vlm_report.measures(np.array([0.0, 0, 0, 1, 0]), positive, positive)
     assert math.isnan(alone["AUC objects"]) and alone["pointing"] == 0.0
 
 
 def test_layer_bands_cover_all_layers_and_name_the_default():
-    found = vlm.report.bands(28)
+    found = vlm_report.bands(28)
     assert sorted(sum((layers for band, layers in found.items() if band not in ("default", "all")), [])) == list(range(28)) == found["all"]
-    assert found["default"] == list(range(14, 22)) and vlm.report.bands(1)["default"] == [0] and vlm.report.bands(2)["default"] == [1]
+    assert found["default"] == list(range(14, 22)) and vlm_report.bands(1)["default"] == [0] and vlm_report.bands(2)["default"] == [1]
 
 
 def test_a_map_that_is_the_mask_wins_the_report_and_its_opposite_loses(tiny, monkeypatch):
     """The report's plumbing with a VLM that looks exactly where truth is, and one that looks everywhere else."""
-    clips = vlm.report.of_clips(CFG, 6)
-    shape = lambda truth: vlm.maps.Shown("", truth.video, truth.fps, [], (), (), [])
+    clips = vlm_report.of_clips(CFG, 6)
+    shape = lambda truth: vlm_maps.Shown("", truth.video, truth.fps, [], (), (), [])
     grid = (2, 8, 8)
 
     def looking(sign):
         def look_for(videos, fps, names, settings, kinds=(), layers=None, batch=0):
             clip = next(clip for clip in clips if clip[0].video is videos[0])
             maps = [data.resample(torch.from_numpy(truth.mask).float(), grid) * sign + (sign < 0) for truth in clip] + [torch.full(grid, .5)]
-            return [[vlm.qwen.Look("yes", m.expand(1, 3, *grid) / m.numel(), False) for m in maps]]
+            return [[vlm_qwen.Look("yes", m.expand(1, 3, *grid) / m.numel(), False) for m in maps]]
         return look_for
     for sign, best in ((1, True), (-1, False)):
         monkeypatch.setattr(tiny, "look_for", looking(sign))
-        rows = vlm.report.report(tiny, tiny.settings(), clips, None, 0, shape)["rows"]
+        rows = vlm_report.report(tiny, tiny.settings(), clips, None, 0, shape)["rows"]
         value = rows["predict, layers default, subtract"]["AUC"]
         assert value > .99 if best else value < .01
     assert {"frame differences", "location prior"} <= set(rows)
 
 
 def test_the_report_counts_what_is_affirmed_and_is_not_there(tiny, monkeypatch):
-    clips = vlm.report.of_clips(CFG, 6)
+    clips = vlm_report.of_clips(CFG, 6)
     asked = []
 
     def look_for(videos, fps, names, settings, **_):
         here = {truth.name for clip in clips if clip[0].video is videos[0] for truth in clip}
         asked.append((here, names[0]))
         answers = ["yes" if name in here or name == asked[0][1][-1] else "no" for name in names[0]]  # one false friend
-        return [[vlm.qwen.Look(answer, torch.rand(1, 3, 2, 8, 8), False) for answer in (*answers, "nothing")]]
+        return [[vlm_qwen.Look(answer, torch.rand(1, 3, 2, 8, 8), False) for answer in (*answers, "nothing")]]
     monkeypatch.setattr(tiny, "look_for", look_for)
-    found = vlm.report.report(tiny, tiny.settings(), clips, None, 0, lambda t: vlm.maps.Shown("", t.video, t.fps, [], (), (), []))
+    found = vlm_report.report(tiny, tiny.settings(), clips, None, 0, lambda t: vlm_maps.Shown("", t.video, t.fps, [], (), (), []))
     wrong = [names[-1] == asked[0][1][-1] for _, names in asked]
     assert all(len(names) == len(here) + 1 and names[-1] not in here for here, names in asked) and not all(wrong)
     assert found["answers that affirm what is there"] == 1 and found["what is not"] == pytest.approx(np.mean(wrong))
@@ -231,7 +231,7 @@ def test_truth_from_a_file_of_boxes(tiny, tmp_path):
     iio.imwrite(tmp_path / "a.mp4", clip.video, fps=8, plugin="pyav", codec="libx264")
     (tmp_path / "truth.json").write_text(json.dumps({"a.mp4": {"melting": [[0, 1, 0, 0, .5, 1]], "combustion": [[0, 9, .5, 0, 1, .5]]}}))
     film = dataclasses.replace(CFG, frames=9, fps=8.0, windows=1)
-    first, second = vlm.report.of_json(tmp_path / "truth.json", tiny, film, 350_000)[0]
+    first, second = vlm_report.of_json(tmp_path / "truth.json", tiny, film, 350_000)[0]
     F_, H, W = first.mask.shape
     assert (F_, H, W) == (9, 32, 32) and first.name == "melting"
     assert first.mask[:8, :, :16].all() and first.mask.sum() == 8 * 32 * 16  # frame 8 is shown at one second, where the box ends
@@ -240,7 +240,7 @@ def test_truth_from_a_file_of_boxes(tiny, tmp_path):
     for wrong, why in (({"a.mp4": {"magic": [[0, 1, 0, 0, 1, 1]]}}, "magic"), ({"b.mp4": {"melting": []}}, "b.mp4"), ({"a.mp4": {"melting": [[1]]}}, "a.mp4")):
         (tmp_path / "truth.json").write_text(json.dumps(wrong))
         with pytest.raises(config.UserError, match=why):
-            vlm.report.of_json(tmp_path / "truth.json", tiny, film, 350_000)
+            vlm_report.of_json(tmp_path / "truth.json", tiny, film, 350_000)
 
 
 def test_the_tiny_teacher_from_the_command_line_to_a_trained_branch(tmp_path, capsys):
@@ -252,7 +252,7 @@ def test_the_tiny_teacher_from_the_command_line_to_a_trained_branch(tmp_path, ca
     teacher.main(["--annotate", "mixed", "--kind", "shuffled", *world_flags])
     cfg = config.check(config.preset("debug", colour_cues=True, pool_dir=str(tmp_path / "pool"), world_clips=24, val_clips=4))
     pool = data.open_pool(cfg, progress=False)
-    own, mixed = (vlm.maps.Maps(vlm.maps.world_maps(cfg, pool, name)) for name in ("tiny_vlm", "mixed"))
+    own, mixed = (vlm_maps.Maps(vlm_maps.world_maps(cfg, pool, name)) for name in ("tiny_vlm", "mixed"))
 
     def held(maps):
         return {name: maps.read(files[0][2]) for name, files in maps.of.items()}
@@ -293,7 +293,7 @@ def test_benchmark_times_real_shapes_made_small(capsys):
 def test_seven_billion_parameters():
     import transformers
     with torch.device("meta"):
-        model = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(**teacher.SEVEN_B, **vlm.tiny.MARKS))
+        model = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(**teacher.SEVEN_B, **vlm_tiny.MARKS))
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(8.29e9, rel=.01)  # as Qwen2.5-VL-7B-Instruct counts itself
 
 

@@ -294,7 +294,7 @@ def test_config_json_has_every_field_and_the_reasons_also_after_resume(go):
 def test_auto_is_resolved_by_what_the_machine_can(monkeypatch):
     def resolved(gain=1.0, compiler="/usr/bin/c++", **overrides):
         monkeypatch.setattr(common.run, "matmul_gain", lambda device: gain)
-        monkeypatch.setattr(train.shutil, "which", lambda name: compiler)
+        monkeypatch.setattr(common.run.shutil, "which", lambda name: compiler)
         return common.run.resolve(config.preset("small", device="cpu", threads=1, **overrides))
     assert resolved(gain=2.0)[0].precision == "bf16" and resolved(gain=1.0)[0].precision == "fp32"
     assert resolved()[0].compile == "on" and resolved(compiler=None)[0].compile == "off"

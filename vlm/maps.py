@@ -6,18 +6,23 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
+
 import data
-from common.store import Store as store_Store, digest, read_about, read_tensors, write_tensors
+from common.files import digest
+from common.store import Store as store_Store
+from common.store import read_about, read_tensors, write_tensors
 from common.video import TOLERANCE, Video, Window, timeline, upright, windows_of
 from config import Config, UserError
 from data import Pool
 from physics.phenomena import CATEGORIES
-from vlm.qwen import Look, Settings, VLM, VLMError
+from vlm.qwen import VLM, Look, Settings, VLMError
+
 
 DENIAL = re.compile(r"\b(no|not|cannot|none|nowhere)\b|n't\b", re.IGNORECASE)
 LITTLE = 0.02  # of all attention on the video: less in every layer suggests a broken prompt (a guess, not calibrated)

@@ -7,13 +7,17 @@ import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from common.store import library, listed, one_sentence, read_json
+
+from common.files import listed, read_json
+from common.store import library, one_sentence
 from config import Stopped, UserError
 from official.folder import load
+
 
 KINDS = ("question", "predict", "answer")  # rows: of the question's words; that predict the answer's tokens; of these
 

@@ -4,22 +4,24 @@ import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
+
 import align
 import data
 import world
+from common.files import read_json
 from common.pictures import annotate, enlarge, save_gif, tint
 from common.score import auc
-from common.store import read_json
 from common.video import Video, windows_of
 from config import Config, UserError
 from physics.phenomena import backdrop
 from vlm.maps import DENIAL, axis_weights, time_weights, windows
-from vlm.qwen import CUES, KINDS, Settings, VLM, layers_of
+from vlm.qwen import CUES, KINDS, VLM, Settings, layers_of
 from vlm.tiny import write_tiny
 
 

@@ -5,18 +5,21 @@ import re
 import shutil
 import time
 from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
-import config
+
 import data
 import world
+from common.files import write_text
 from common.store import library
-from config import Config, Stopped, UserError
+from config import Config, Stopped, UserError, stream
 from physics.phenomena import PHENOMENA
 from vlm.qwen import VLM
+
 
 SPECIAL = ("<|pad|>", "<|end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
 MARKS = dict(image_token_id=2, video_token_id=3, vision_start_token_id=4, vision_end_token_id=5)
@@ -96,9 +99,9 @@ def write_tiny(folder: Path, seed: int) -> None:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # The world is dark: with the usual mean and spread all patches would look alike.
-    config.write(folder / "preprocessor_config.json", json.dumps(dict(
+    write_text(folder / "preprocessor_config.json", json.dumps(dict(
         image_mean=[.12, .12, .16], image_std=[.2, .2, .2], min_pixels=1, max_pixels=2**20)))
-    config.write(folder / "teacher.json", json.dumps(TINY))
+    write_text(folder / "teacher.json", json.dumps(TINY))
 
 
 def branches(vlm: VLM, asked: list[list[tuple[str, str]]], grid: tuple[int, int, int], fps: float
@@ -183,7 +186,7 @@ def train_tiny(vlm: VLM, cfg: Config, seed: int, minutes: float, steps: int = 0,
     Muon on the matrices: with AdamW alone names are hardly told apart in that time. Its weight decay is a hundred
     times the usual: it keeps attention soft, so that it finds all of an object and not its surest token.
     """
-    model, rng, random = vlm.model.train(), np.random.default_rng([seed, 11]), torch.Generator().manual_seed(seed)
+    model, rng, random = vlm.model.train(), stream(seed, "lessons"), torch.Generator().manual_seed(seed)
     words = model.get_input_embeddings().weight
     matrices = [p for p in model.parameters() if p.ndim == 2 and p is not words]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
