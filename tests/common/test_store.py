@@ -2,6 +2,7 @@
 files, and folders of clips that runs share, break off and find again."""
 import concurrent.futures
 import json
+import os
 import resource
 import subprocess
 import sys
