@@ -158,7 +158,7 @@ def maps_copy(maps, tmp_path):
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """The tiny teacher, untrained. Not to be trained, either."""
-    import teacher
+    from vlm import qwen, tiny
     folder = tmp_path_factory.mktemp("tiny") / "vlm"
-    teacher.write_tiny(folder, seed=0)
-    return teacher.VLM(folder)
+    tiny.write_tiny(folder, seed=0)
+    return qwen.VLM(folder)
