@@ -26,9 +26,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import world
-from common.files import bar, cores, digest, map_in_processes, write_text
+from common.files import cores, digest, map_in_processes, write_text
 from common.pool import FORMAT, Pool, PoolClip, open_or_build
 from common.video import OTHER_SLOTS, Cut, Folder, pixels, split_by_video
 from config import Config, UserError, stream
@@ -207,7 +208,8 @@ class SyntheticClips:
         """Every clip, in order."""
         cfg = self.cfg
         indices = [*range(cfg.world_clips), *range(HELD_OUT, HELD_OUT + cfg.val_clips)]
-        drawn = bar(self.draw(indices), "drawing the world", len(indices), "clip", progress)
+        drawn = tqdm(self.draw(indices), "drawing the world", len(indices), unit="clip",
+                     disable=not progress, leave=False)
         for index, clip in zip(indices, drawn):
             masks = {}
             for actor in clip.actors:  # two actors of one phenomenon share its mask
@@ -256,8 +258,9 @@ class VideoClips:
         """Every clip, video by video."""
         cfg = self.cfg
         cut = Cut(cfg.frames, cfg.fps, cfg.windows, cfg.height, cfg.width)
-        read = self.folder.read(cut, cores(cfg.threads))
-        for video, windows in bar(read, "reading videos", len(self.folder.videos), "video", progress):
+        read = tqdm(self.folder.read(cut, cores(cfg.threads)), "reading videos",
+                    len(self.folder.videos), unit="video", disable=not progress, leave=False)
+        for video, windows in read:
             for window in windows:
                 source = [video.name, window.start, list(window.size), list(window.crop)]
                 yield PoolClip(window.video, video.caption, video.categories, source)

@@ -23,8 +23,6 @@ import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from tqdm import tqdm
-
 from config import UserError
 
 try:
@@ -62,7 +60,7 @@ def write_text(path, text: str, tag: str = "") -> None:
 def whole_folder(path: Path) -> Iterator[Path]:
     """A new folder beside `path` to fill. It replaces `path` if the block ends without an error.
 
-    Whoever fills it brings its files safely to the disk (fsync).
+    Its name is PATH.SOMETHING until then. Whoever fills it brings its files to the disk (fsync).
     """
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
@@ -72,12 +70,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
         part.rename(path)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-
-
-def remove_leftovers(path: Path) -> None:
-    """Delete what `whole_folder(path)` left beside `path` in processes that were killed."""
-    for leftover in path.parent.glob(f"{path.name}.*"):
-        shutil.rmtree(leftover, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -151,11 +143,6 @@ def cores(threads: int) -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def bar(items: Iterable, what: str, total: int, unit: str, progress: bool) -> Iterable:
-    """The items, under a progress bar that goes when they end."""
-    return tqdm(items, what, total, unit=unit, disable=not progress, leave=False)
 
 
 def bounded_map(executor: concurrent.futures.Executor, function: Callable, items: list, group: int,

@@ -5,18 +5,20 @@
     meta.json    captions, categories, where each clip is from, and which clips are held out
 
 Reading clips costs a seventh of drawing synthetic ones or less, and training reads each often.
-A pool is a folder that is whole or absent; one that was damaged later counts as absent. Writer,
-reader and builder are here; what clips go into it is the business of a source (data.py).
+A pool is a folder that is whole or absent; one that was damaged later counts as absent. Reader,
+builder and writer are here; what clips go into it is the business of a source (data.py).
 """
 import concurrent.futures
 import json
+import math
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from common.files import lock, remove_leftovers, whole_folder
+from common.files import lock, whole_folder
 from config import Stopped, UserError
 
 FORMAT = 2  # of these files
@@ -59,19 +61,14 @@ class Pool:
         try:
             meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
             n = len(meta["captions"])
+            video = np.memmap(path / "video.u8", np.uint8, "r").reshape(n, *size, 3)
             mask_category = np.array(meta["mask_category"], np.int64).reshape(n, MASKS)
-            video_shape = (n, *size, 3)
-            mask_shape = (n, MASKS, mask_bytes(size)) if meta["masks"] else (0,)
-            whole = (is_consistent(meta)
-                     and -1 <= mask_category.min() and mask_category.max() < CATEGORIES
-                     and (path / "video.u8").stat().st_size == np.prod(video_shape)
-                     and (path / "masks.u8").stat().st_size == np.prod(mask_shape))
-            if not whole:
-                return None
-            video = np.memmap(path / "video.u8", np.uint8, "r", shape=video_shape)
             masks = None
             if meta["masks"]:
-                masks = np.memmap(path / "masks.u8", np.uint8, "r", shape=mask_shape)
+                mask_bytes = -(-math.prod(size) // 8)
+                masks = np.memmap(path / "masks.u8", np.uint8, "r").reshape(n, MASKS, mask_bytes)
+            if not is_consistent(meta):
+                return None
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
         return cls(video, masks, mask_category, meta["captions"], meta["categories"], meta["train"],
@@ -81,57 +78,14 @@ class Pool:
 def is_consistent(meta: dict) -> bool:
     """Do the lists of a meta.json fit each other? Raises KeyError or TypeError if they are none."""
     n = len(meta["captions"])
-    labels = {category for categories in meta["categories"] for category in categories}
+    lists = [*meta["categories"], *meta["mask_category"]]
+    labels = {category for categories in lists for category in categories}
     texts = [*meta["captions"], meta["summary"]]
     return bool(len(meta["categories"]) == len(meta["sources"]) == n
                 and meta["train"] and meta["held"]
                 and set(range(n)) >= {*meta["train"], *meta["held"]}
                 and all(isinstance(text, str) for text in texts)
-                and labels <= set(range(CATEGORIES)))
-
-
-def mask_bytes(size: tuple[int, int, int]) -> int:
-    """Bytes of one mask (F, H, W) as packed bits."""
-    return -(-int(np.prod(size)) // 8)
-
-
-class PoolWriter:
-    """Writes a pool into a folder.
-
-    Into plain files: writing to a mapped file on a full disk would kill the process.
-    """
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.video = open(folder / "video.u8", "wb")
-        self.masks = open(folder / "masks.u8", "wb")
-        self.meta = {"captions": [], "categories": [], "mask_category": [], "sources": [],
-                     "masks": False}
-
-    def add(self, clip: PoolClip) -> None:
-        """Append one clip. Raises OSError."""
-        self.video.write(np.ascontiguousarray(clip.video).data)
-        if clip.masks is not None:
-            slots = np.zeros((MASKS, mask_bytes(clip.video.shape[:3])), np.uint8)
-            for slot, mask in zip(slots, clip.masks.values()):
-                slot[:] = np.packbits(mask)
-            self.masks.write(slots.data)
-            self.meta["masks"] = True
-        self.meta["captions"].append(clip.caption)
-        self.meta["categories"].append(sorted(set(clip.categories)))
-        self.meta["sources"].append(clip.source)
-        self.meta["mask_category"].append([*(clip.masks or ()), -1, -1][:MASKS])
-
-    def close(self, train: list[int], held: list[int], summary: str, settings: dict) -> None:
-        """Bring everything to the disk: a folder's final name must not survive a power cut that its
-        bytes do not. Raises OSError."""
-        for file in (self.video, self.masks):
-            file.flush()
-            os.fsync(file.fileno())
-            file.close()
-        split = {"train": train, "held": held, "summary": summary, "settings": settings}
-        text = json.dumps({**self.meta, **split})
-        (self.folder / "meta.json").write_text(text, encoding="utf-8")
+                and labels <= set(range(-1, CATEGORIES)))
 
 
 def open_or_build(path: Path, size: tuple[int, int, int], source, settings: dict,
@@ -145,8 +99,8 @@ def open_or_build(path: Path, size: tuple[int, int, int], source, settings: dict
     if pool is None:
         make_writable(path.parent)
         with lock(path.parent) as locked:
-            if locked:
-                remove_leftovers(path)
+            for leftover in path.parent.glob(f"{path.name}.*") if locked else ():
+                shutil.rmtree(leftover, ignore_errors=True)  # of builds that were killed
             pool = Pool.open(path, size)  # another run may have built it while we waited
             if pool is None:
                 build(path, source, settings, progress)
@@ -169,16 +123,39 @@ def make_writable(folder: Path) -> None:
 def build(path: Path, source, settings: dict, progress: bool) -> None:
     """Write a source's clips into the folder `path`, which is whole or absent."""
     try:
-        with whole_folder(path) as part:
-            writer = PoolWriter(part)
-            names = []
-            for clip in source.clips(progress):
-                writer.add(clip)
-                names.append(clip.source[0])
-            writer.close(*source.split(names), settings)
+        with whole_folder(path) as folder:
+            write(folder, source, settings, progress)
     except OSError as e:
         reason = e.strerror or e
         raise Stopped(f"The clips could not be written to {path.parent}: {reason}.") from None
     except concurrent.futures.BrokenExecutor:
         raise Stopped("A process drawing clips died, for want of memory perhaps: fewer --threads need "
                       "less.") from None
+
+
+def write(folder: Path, source, settings: dict, progress: bool) -> None:
+    """The files of a pool. Raises OSError.
+
+    Plain files: writing to one that is mapped into memory kills the process when the disk is full.
+    """
+    meta = {"captions": [], "categories": [], "mask_category": [], "sources": [], "masks": False}
+    with open(folder / "video.u8", "wb") as video, open(folder / "masks.u8", "wb") as masks:
+        for clip in source.clips(progress):
+            video.write(np.ascontiguousarray(clip.video).data)
+            if clip.masks is not None:
+                nothing = np.zeros(clip.video.shape[:3], bool)
+                for mask in [*clip.masks.values(), *[nothing] * MASKS][:MASKS]:
+                    masks.write(np.packbits(mask).data)
+                meta["masks"] = True
+            meta["captions"].append(clip.caption)
+            meta["categories"].append(sorted(set(clip.categories)))
+            meta["mask_category"].append([*(clip.masks or ()), *[-1] * MASKS][:MASKS])
+            meta["sources"].append(clip.source)
+
+        # The folder's final name must not survive a power cut that its bytes do not.
+        for file in (video, masks):
+            file.flush()
+            os.fsync(file.fileno())
+    train, held, summary = source.split([name for name, *_ in meta["sources"]])
+    meta |= {"train": train, "held": held, "summary": summary, "settings": settings}
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")

@@ -188,21 +188,20 @@ class Store:
             index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
             store = cls(folder, kind, stored["settings"])
             store.rows = [kind.row(*row) for row in index["clips"]]
-            store.done = int(index.get("done", 0))
-            store.total = int(index.get("videos", 0))
-            keys = stored["key"], index.get("key")
-            whole = all(map(fits, store.rows))
+            store.total = index.get("videos", 0)
+            store.done = index.get("done", 0)
+            stale = index["key"] != store.key
+            if stored["key"] != store.key or not all(map(fits, store.rows)):
+                raise ValueError
         except FileNotFoundError as e:
             raise UserError(f"There is no {e.filename}: {kind.command} makes it, once it has gone "
                             "through.") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            whole, keys = False, ()
-        if whole and keys[0] != keys[1]:
+            raise UserError(f"{folder} is not what {kind.command} left there: its {kind.manifest} or "
+                            "index.json is damaged.") from None
+        if stale:
             raise UserError(f"{folder} is stale: its index.json is of other settings than its "
                             f"{kind.manifest}; run {kind.command} again.")
-        if not whole or store.key != keys[0]:
-            raise UserError(f"{folder} is not what {kind.command} left there: its {kind.manifest} or "
-                            "index.json is damaged.")
         return store
 
     def read(self, path: Path) -> tuple[dict[str, Tensor], dict] | None:
