@@ -203,7 +203,7 @@ def shuffle(pool: data.Pool, todo: dict[int, str], other: Maps, store: Store, ta
         swap.update({members[a]: members[b] for a, b in zip(order, np.roll(order, 1))})
     for row, file in todo.items():
         found = other.of.get(pool.names[swap[row]])
-        read = other.read(found[0][2]) if found else None
+        read = other.store.read(found[0][2]) if found else None
         if read:
             tensors, about = read
             store.write(store.clips / file, tensors, {**about, "file": pool.names[row]})

@@ -204,29 +204,30 @@ class Store:
                             f"{kind.manifest}; run {kind.command} again.")
         return store
 
-    def read(self, path: Path) -> tuple[dict[str, Tensor], dict] | None:
-        """The tensors of a file and what its header says; None for a damaged file.
+    def load(self, path: Path) -> tuple[dict[str, Tensor], dict]:
+        """The tensors of a file and what its header says.
 
-        That it is damaged is said once. Raises UserError where it is stale.
+        Raises ValueError or OSError where it is damaged, UserError where it is stale.
         """
-        if path in self.damaged:
-            return None
-        try:
-            tensors, about = read_tensors(path)
-        except (OSError, ValueError) as e:
-            self.damaged.add(path)
-            reason = getattr(e, "strerror", None) or e
-            tqdm.write(f"{path} is left out ({reason}); delete it and run {self.kind.command} again to "
-                       "mend it.", file=sys.stderr)
-            return None
-        self.check_key(path, about)
-        return tensors, about
-
-    def check_key(self, path: Path, about: dict) -> None:
-        """Raises UserError where a file is of other settings than its store."""
+        tensors, about = read_tensors(path)
         if about["key"] != self.key:
             raise UserError(f"{path} is stale, made with other settings than {self.kind.manifest} "
                             f"beside it says: delete it and run {self.kind.command} again.")
+        return tensors, about
+
+    def read(self, file: str) -> tuple[dict[str, Tensor], dict] | None:
+        """As `load`, of a clip's file; None where it is damaged, which is said once."""
+        path = self.clips / file
+        if path in self.damaged:
+            return None
+        try:
+            return self.load(path)
+        except (OSError, ValueError) as e:
+            self.damaged.add(path)
+            reason = getattr(e, "strerror", None) or e
+            tqdm.write(f"{path} is left out ({reason}); delete it and run {self.kind.command} again "
+                       "to mend it.", file=sys.stderr)
+            return None
 
 
 def clip_file(name: str, number: int, taken: int) -> str:

@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.files import digest, read_json
-from common.store import Kind, Store, clip_file, read_tensors
+from common.store import Kind, Store, clip_file
 from common.video import LABELS, Cut, Folder, Video, Window, pixels, split_by_video
 from config import Config, Stopped, UserError, stream
 from data import Batch, Stream
@@ -172,12 +172,12 @@ class Latents(Stream):
         super().__init__(cfg, cache, maps)
         path = cache.store.folder / EMPTY
         try:
-            self.empty, about = read_tensors(path)
+            tensors, _ = cache.store.load(path)
         except (OSError, ValueError) as e:
             reason = getattr(e, "strerror", None) or e
             raise UserError(f"{path}, the embedding of the empty caption, cannot be read ({reason}): "
                             "run encode.py again.") from None
-        cache.store.check_key(path, about)
+        self.empty = tensors["text"]
 
     def clip(self, row: int, among: list[int]) -> tuple[int, dict, dict]:
         """A row's number, its tensors and what its file says of them. A row that is damaged is replaced
@@ -185,7 +185,7 @@ class Latents(Stream):
         store = self.pool.store
         at = among.index(row)
         for candidate in (*among[at:], *among[:at]):
-            found = store.read(store.clips / self.pool.files[candidate])
+            found = store.read(self.pool.files[candidate])
             if found:
                 return candidate, *found
         raise Stopped(f"No clip in {store.folder} can be read any more.")
@@ -201,7 +201,7 @@ class Latents(Stream):
         # Words: the empty caption stands in for a dropped one. Zeros were not worth storing.
         drop = self.dropped(positions) if train else torch.zeros(len(positions), dtype=torch.bool)
         text_len = self.pool.store.settings["text_len"]
-        texts = [self.empty["text"] if gone else clip["text"] for gone, clip in zip(drop, clips)]
+        texts = [self.empty if gone else clip["text"] for gone, clip in zip(drop, clips)]
         texts = [F.pad(text.float(), (0, 0, 0, text_len - len(text))) for text in texts]  # (L, D_text)
         lengths = [0 if gone else about["text_length"] for gone, about in zip(drop, abouts)]
 

@@ -259,11 +259,6 @@ class Maps:
             self.of.setdefault(row.video, []).append((row.start, row.end, row.file))
         self.key = digest([self.store.key, sorted(self.of.items())])  # of settings and what is there
 
-    def read(self, file: str) -> tuple[dict[str, Tensor], dict] | None:
-        """The tensors of a map file and what its header says; None where it is damaged. Raises
-        UserError where it is of other settings."""
-        return self.store.read(self.store.clips / file)
-
     def overlaps(self, video: str, when: np.ndarray) -> list[tuple[float, str]]:
         """(seconds in common, file) of each map of this video with a clip whose tokens are at `when`;
         negative where they are apart."""
@@ -287,7 +282,7 @@ class Maps:
         video, start, _, (left, top, right, bottom) = source
         when = start + times
         overlaps = self.overlaps(video, when)
-        found = self.read(max(overlaps)[1]) if overlaps else None  # most seconds in common
+        found = self.store.read(max(overlaps)[1]) if overlaps else None  # most seconds in common
         if found is None:
             return None
         tensors, about = found
