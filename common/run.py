@@ -203,8 +203,8 @@ def save(contents: dict, path: Path) -> None:
     """Write a checkpoint whole, or leave the one that is there. Raises Stopped when the disk will
     not take it."""
     try:
-        with whole_file(path) as part:
-            torch.save(contents, part)
+        with whole_file(path) as part, open(part, "wb") as file:
+            torch.save(contents, file)
     except (OSError, RuntimeError) as e:  # torch wraps some write errors in RuntimeError
         raise Stopped(f"The checkpoint {path} could not be written ({e}); the previous one is "
                       "intact.") from None
