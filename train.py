@@ -1,24 +1,25 @@
-"""Train nanoProPhy: first a small video DiT on the clips, then the physical branch beside it, in one command.
+"""Train nanoProPhy: first a small video DiT, then the physical branch beside it, in one command.
 
     python train.py --config small              both stages, about twelve minutes on two CPU cores
     python train.py --config small --resume     go on after Ctrl-C, SIGTERM or a crash, to the bit
     python train.py --init_from runs/small ...  stage two alone, from another run's backbone
 
-The file reads in the order in which things happen: settle what `auto` means, open the run folder, open the clips,
-then one loop over steps. Inside the loop everything that happens once in a while (validation, preview, saving, the
-change of stage) comes first, and the single training step is fenced at the end. No random state is carried along:
-noise, clip order and caption dropout are functions of (seed, position in the stream), so a checkpoint holds weights,
-averages, optimizers and a step.
+    resolve --> open_clips --> start_or_resume --> loop:  once in a while validate, preview, save
+    `auto`      clips, words   State                      one step, fenced
+
+From `main` on the file is a story. Inside its loop everything that happens once in a while comes
+first, and the single training step is fenced. No random state is carried along: noise, clip order
+and caption dropout are functions of (seed, position in the stream), so a checkpoint holds weights,
+averages, optimizers and a step. Left out on purpose: what a run folder is made of (common/run.py),
+optimizers (common/optim.py), and how official weights are read (official/).
 """
 import contextlib
 import dataclasses
-import errno
 import functools
-import json
 import math
-import signal
 import sys
 import time
+import types
 from pathlib import Path
 
 import torch
@@ -32,431 +33,467 @@ import data
 import diffusion
 import sample
 from align import total_loss
-from common.files import whole_file
-from common.run import Log, describe_run, open_run, resolve
+from common.optim import learning_rate, make_optimizers
+from common.run import (
+    Log, averaged_base, check_data, describe_run, description, load_newest, million, open_run,
+    resolve, save, save_and_prune, stop_at_full_disk, stop_requests, use_threads)
 from config import Config, Stopped, UserError
 from experts import ProPhy
 from model import build_backbone
-from official.branch import publish
-from official.cache import Latents, open_cache
-from official.cost import plan
-from official.folder import fingerprint, identity, network_folder
-from official.weights import load_pretrained
-from vlm.maps import open_maps
 
 
-SHAPE = "lineage", "dim", "depth", "heads", "patch_t", "patch", "positions", "text_len"  # what weights must agree in
-BINS = 4  # the log has the diffusion loss of this many equal ranges of t: a loss says little, where it sits says more
+BINS = 4  # the log has the loss of so many equal ranges of t: the total hides which one improves
 HELD_OUT_SEED = 2**31  # noise of the held-out split, the same in every run
 
 
-# --- model, averages, optimizers --------------------------------------------------------------------------------------
+# --- model, averages, optimizers ------------------------------------------------------------------
 class State:
-    """All that a checkpoint holds: model, averaged weights, optimizers, step, stage, best held-out loss."""
+    """What training changes: model, averaged weights, optimizers, step, stage, best loss."""
 
     def __init__(self, cfg: Config, vocabulary: int):
-        self.cfg, self.device = cfg, torch.device(cfg.device)
-        self.step, self.seconds = 0, 0.0
+        self.cfg = cfg
+        self.device = torch.device(cfg.device)
+        self.process = diffusion.build(cfg)
+        self.step = 0  # steps taken
+        self.total = cfg.base_steps + cfg.physics_steps  # steps of both stages
+        self.seconds = 0.0  # that they took
         torch.manual_seed(cfg.seed)
         if cfg.weights:
-            half = cfg.precision == "bf16" and cfg.freeze_backbone  # what trains is kept in float32
-            self.model: nn.Module = load_pretrained(cfg.weights, self.device, torch.bfloat16 if half else torch.float32)
-            same_architecture(cfg, self.model.cfg)
-            self.fingerprint = fingerprint(network_folder(cfg.weights))
-            self.model.requires_grad_(False)  # stage one is skipped: no optimizer, no average of it
+            from official.backbone import open_backbone
+            self.model, self.fingerprint = open_backbone(cfg, self.device)
         else:
             self.model = build_backbone(cfg, vocabulary).to(self.device)
-        if cfg.checkpointing:  # around `forward`, so that names stay; the branch's copies bring it along
-            for block in self.model.blocks:
-                block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
         self.begin("base", cfg.lr)
 
     def begin(self, stage: str, lr: float) -> None:
         """Fresh averages and optimizers for what this stage trains."""
-        self.stage, self.best = stage, math.inf
+        self.stage = stage
+        self.best = math.inf  # lowest held-out loss of this stage
+        prepare_blocks(self.model, self.cfg)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.ema = {name: p.detach().clone() for name, p in self.trained.items()}
         self.optimizers = make_optimizers(self.trained, self.cfg, lr)
-        if self.cfg.compile == "on":
-            backbone = self.model.backbone if self.stage == "physics" else self.model
-            branch = self.model.physical if self.stage == "physics" else []
-            words = backbone.text_encoder.blocks if backbone.text_encoder else []
-            for block in [*words, *backbone.blocks, *branch]:
-                block.compile(dynamic=False)
 
     def attach_branch(self) -> None:
-        """Stage two: the branch beside the *averaged* backbone (the weights one would publish), which stays frozen
-        unless told otherwise."""
-        self.load_ema()
-        torch.manual_seed(self.cfg.seed + 1)  # so that a run resumed at the border builds the same branch
+        """Stage two: the branch beside the *averaged* backbone, which a frozen one then stays."""
+        self.set_weights(self.ema)
+        torch.manual_seed(self.cfg.seed + 1)  # a run resumed at the border builds the same branch
         self.model = ProPhy(self.model, self.cfg).to(self.device)
         self.model.init_from_backbone()
         self.model.backbone.requires_grad_(not self.cfg.freeze_backbone)
-        for parameter in self.model.branch_parameters():  # LoRA's corrections sit inside the backbone
-            parameter.data = parameter.data.float()
-            parameter.requires_grad_(True)
+        for p in self.model.branch_parameters():  # LoRA's corrections sit inside the backbone
+            p.data = p.data.float()  # what is trained is kept in float32
+            p.requires_grad_(True)
         self.begin("physics", self.cfg.physics_lr)
 
+    # ------------------------------------- the training step --------------------------------------
+    def training_step(self, batch: data.Batch, t: Tensor, eps: Tensor, lr: float):
+        """One step, at times t (B,), with noise eps (shaped as batch.x) and this learning rate.
+
+        -> {"loss": Eq. 6, and each of its terms}, the diffusion loss a clip (B,), the norm of the
+        gradient before clipping, and whether both are finite. Where they are not, nothing changes.
+        """
+        losses, per_clip = losses_of(self, batch, t, eps)
+        loss = total_loss(losses, self.cfg)  # Eq. 6
+        loss.backward()
+        grad_norm = nn.utils.clip_grad_norm_(self.trained.values(), self.cfg.clip)
+        finite = math.isfinite(loss.item()) and math.isfinite(grad_norm.item())
+
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        if finite:
+            self.update_ema()
+        return {"loss": loss, **losses}, per_clip, grad_norm, finite
+    # ----------------------------------------------------------------------------------------------
+
     @torch.no_grad()
-    def load_ema(self) -> None:
+    def set_weights(self, values: dict[str, Tensor]) -> None:
+        """Give what is trained these values."""
         for name, p in self.trained.items():
-            p.copy_(self.ema[name])
+            p.copy_(values[name])
 
     @torch.no_grad()
     def update_ema(self) -> None:
-        decay = min(self.cfg.ema, (1 + self.stage_step) / (10 + self.stage_step))  # the young forget their random start
+        """The averages take up the model's weights."""
+        # Early in a stage the decay is smaller, so that the average forgets the initial weights.
+        decay = min(self.cfg.ema, (1 + self.stage_step) / (10 + self.stage_step))
         for name, p in self.trained.items():
             self.ema[name].lerp_(p, 1 - decay)
 
     @contextlib.contextmanager
     def averaged(self):
-        """The model with its averaged weights, in eval mode and uncompiled, for as long as the `with` block lasts."""
+        """The model with its averaged weights, in eval mode, as long as the `with` block lasts."""
         kept = {name: p.detach().clone() for name, p in self.trained.items()}
-        self.load_ema()
+        self.set_weights(self.ema)
         self.model.eval()
         try:
+            # Uncompiled: each new batch size would be compiled, for a few uses.
             with torch.no_grad(), torch.compiler.set_stance("force_eager"):
                 yield self.model
         finally:
             self.model.train()
-            with torch.no_grad():
-                for name, p in self.trained.items():
-                    p.copy_(kept[name])
+            self.set_weights(kept)
 
     @property
     def stage_step(self) -> int:
+        """Steps taken in this stage."""
         return self.step - (self.cfg.base_steps if self.stage == "physics" else 0)
 
     @property
+    def finished(self) -> bool:
+        """Are all steps of both stages taken?"""
+        return self.step >= self.total
+
+    @property
+    def stage_over(self) -> bool:
+        """Are all steps of this stage taken?"""
+        return self.finished or (self.stage == "base" and self.step >= self.cfg.base_steps)
+
+    def due(self, every: int) -> bool:
+        """Is it time for what happens every so many steps (0 = never) and at a stage's end?"""
+        return self.stage_over or (every > 0 and self.step % every == 0)
+
+    @property
     def publishable(self) -> bool:
-        """Does what is trained stand beside frozen official weights, so that others can attach it to theirs?"""
+        """Does what is trained stand beside frozen official weights, so that others can use it?"""
         return bool(self.cfg.weights and self.cfg.freeze_backbone and self.stage == "physics")
 
-    def stored(self) -> dict:
-        """The weights that no other file has: of frozen official ones, what stands beside them."""
-        official = self.publishable
-        return {name: v for name, v in self.model.state_dict().items() if not official or name in self.trained}
-
     def state_dict(self) -> dict:
-        return dict(step=self.step, stage=self.stage, best=self.best, seconds=self.seconds, model=self.stored(),
-                    ema=self.ema, optimizers=[o.state_dict() for o in self.optimizers])
+        """The contents of a checkpoint."""
+        model = self.model.state_dict()
+        if self.publishable:  # official weights have files of their own
+            model = {name: value for name, value in model.items() if name in self.trained}
+        return {
+            "step": self.step,
+            "stage": self.stage,  # base | physics
+            "best": self.best,
+            "seconds": self.seconds,
+            "model": model,
+            "ema": self.ema,  # of what this stage trains
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
 
-    def load_state_dict(self, state: dict) -> None:
-        if state["stage"] == "physics":
+    def load_state_dict(self, stored: dict) -> None:
+        """Go on from the contents of a checkpoint. The state must be a fresh one."""
+        if stored["stage"] == "physics":
             self.attach_branch()
-        official = self.model.state_dict() if self.cfg.weights else {}  # of these only what was trained is in the file
-        self.model.load_state_dict(official | state["model"])
-        for optimizer, stored in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(stored)
+        official = self.model.state_dict() if self.cfg.weights else {}
+        self.model.load_state_dict(official | stored["model"])
+        for optimizer, moments in zip(self.optimizers, stored["optimizers"], strict=True):
+            optimizer.load_state_dict(moments)
         with torch.no_grad():
             for name, average in self.ema.items():
-                average.copy_(state["ema"][name])
-        self.step, self.best, self.seconds = state["step"], state["best"], state["seconds"]
+                average.copy_(stored["ema"][name])
+        self.step = stored["step"]
+        self.best = stored["best"]
+        self.seconds = stored["seconds"]
 
 
-def same_architecture(cfg: Config, theirs: Config) -> None:
-    """Raises UserError where --weights are of another model than the preset."""
-    for name in (*SHAPE, "text_dim", "channels", "ffn"):
-        a, b = getattr(theirs, name), getattr(cfg, name)
-        if (a or 4 * theirs.dim if name == "ffn" else a) != (b or 4 * cfg.dim if name == "ffn" else b):
-            raise UserError(f"--weights {cfg.weights} has --{name} {a}, this run {b}.")
+def prepare_blocks(model: nn.Module, cfg: Config) -> None:
+    """Make the blocks ready for a stage, in a fixed order: checkpointing, then compile.
+
+    Both wrap `forward` alone, so that the names in a saved file stay. Each stage starts from the
+    class's own `forward`, because the branch's blocks are copies of some that were wrapped already.
+    """
+    backbone = model.backbone if isinstance(model, ProPhy) else model
+    blocks = list(backbone.blocks)
+    if isinstance(model, ProPhy):
+        blocks += model.physical
+    if cfg.checkpointing:  # keep a block's input, and compute the rest again in the backward pass
+        for block in blocks:
+            forward = types.MethodType(type(block).forward, block)
+            block.forward = functools.partial(checkpoint, forward, use_reentrant=False)
+    if cfg.compile == "on":
+        words = backbone.text_encoder.blocks if backbone.text_encoder else []
+        for block in [*words, *blocks]:
+            block.compile(dynamic=False)
 
 
-def make_optimizers(trained: dict[str, nn.Parameter], cfg: Config, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon on the 2-D matrices of blocks and AdamW on the rest, or AdamW alone. Vectors and biases do not decay."""
-    def is_block_matrix(name, p):
-        return p.ndim == 2 and ("blocks." in name or name.startswith("physical.")) and "norm" not in name
-    muon, decayed, plain = [], [], []
-    for name, p in trained.items():
-        matrix = p.ndim >= 2 and not name.endswith("bias")  # the experts' biases stand in one table
-        (muon if cfg.optimizer == "muon" and is_block_matrix(name, p) else decayed if matrix else plain).append(p)
-    groups = [dict(params=decayed, weight_decay=cfg.weight_decay), dict(params=plain, weight_decay=0.0)]
-    adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
-    if not muon:
-        return [adamw]
-    # Matched RMS: an orthogonalised update is scaled to the size AdamW's would have, so one learning rate serves both.
-    return [torch.optim.Muon(muon, lr=lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"), adamw]
-
-
-def learning_rate(cfg: Config, stage: str, stage_step: int) -> float:
-    """Linear warm-up, then linear to zero at the stage's end, or constant."""
-    peak, steps = (cfg.lr, cfg.base_steps) if stage == "base" else (cfg.physics_lr, cfg.physics_steps)
-    rise = min(1.0, (stage_step + 1) / max(cfg.warmup, 1))
-    return peak * rise * (1.0 if cfg.schedule == "constant" else 1 - stage_step / steps)
-
-
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-def save(state: State, path: Path) -> None:
-    """Write a checkpoint to a temporary name, flush it to disk, rename. Raises Stopped when the disk will not take
-    it."""
-    try:
-        with whole_file(path) as part, open(part, "wb") as file:
-            torch.save(state.state_dict(), file)
-    except (OSError, RuntimeError) as e:  # torch wraps some write errors in RuntimeError
-        raise Stopped(f"The checkpoint {path} could not be written ({e}); the previous one is intact.") from None
-
-
-def save_and_prune(state: State, folder: Path) -> None:
-    """Save, and keep this and the one before. Later ones are damaged ones that were passed over: they count for
-    nothing."""
-    path = folder / f"step{state.step:06d}.pt"
-    save(state, path)
-    for old in sorted(p for p in folder.glob("step*.pt") if p <= path)[:-2]:
-        old.unlink()
-
-
-def load_newest(state: State, folder: Path) -> None:
-    """The newest checkpoint that reads; a damaged one is named and passed over."""
-    for path in sorted(folder.glob("step*.pt"), reverse=True):
-        try:
-            stored = torch.load(path, map_location=state.device, weights_only=True)
-        except Exception as e:  # a truncated zip raises one of many types
-            print(f"{path} is damaged ({type(e).__name__}); trying the one before.", file=sys.stderr)
-            continue
-        return state.load_state_dict(stored)
-    raise UserError(f"No checkpoint in {folder} can be read; start again without --resume in another --out_dir.")
-
-
-def take_backbone(state: State, cfg: Config) -> None:
-    """--init_from: the averaged backbone of another run, whose shape must be this run's."""
-    other = Path(cfg.init_from)
-    theirs = config.load(other / "config.json")
-    for name in (*SHAPE, "text_depth", "time_dim", "process", "predict"):
-        if getattr(theirs, name) != getattr(cfg, name):
-            raise UserError(f"--init_from {other} has --{name} {getattr(theirs, name)}, this run {getattr(cfg, name)}.")
-    path = other / "checkpoints" / "base.pt"
-    try:
-        stored = torch.load(path, map_location=state.device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{other} has not finished its stage one: it has no checkpoints/base.pt.") from None
-    except Exception as e:
-        raise UserError(f"{path} cannot be read ({type(e).__name__}).") from None
-    state.model.load_state_dict(stored["ema"])
-    state.ema = {name: average.clone() for name, average in stored["ema"].items()}
-
-
-# --- losses -----------------------------------------------------------------------------------------------------------
-def losses_of(state: State, process: diffusion.Process, batch: data.Batch, t: Tensor,
-              eps: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+# --- losses ---------------------------------------------------------------------------------------
+def losses_of(state: State, batch: data.Batch, t: Tensor, eps: Tensor) -> tuple[dict, Tensor]:
     """Every term of Eq. 6 that this stage has, unweighted, and the diffusion loss a clip (B,)."""
-    cfg, x = state.cfg, batch.x
-    x_t = process.noise(x, t, eps)
+    cfg = state.cfg
+    x_t = state.process.noise(batch.x, t, eps)
     with torch.autocast(state.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
-        out = state.model(x_t, process.model_time(t), batch.text, batch.text_length)
+        out = state.model(x_t, state.process.model_time(t), batch.text, batch.text_length)
     prediction, routing = out if state.stage == "physics" else (out, None)
-    per_clip = process.loss(prediction, x_t, t, x, eps)
+    per_clip = state.process.loss(prediction, x_t, t, batch.x, eps)
     losses = {"diffusion": per_clip.mean()}
+
+    # Which physics a clip holds (Eq. 3-4). A clip without a caption has nothing to be routed by,
+    # one without a label nothing to be compared with: neither counts.
     if routing and routing.semantic_lift is not None:
-        told = (batch.text_length > 0) & (batch.categories.sum(1) > 0)  # others have nothing to be routed by
-        if told.sum() > (cfg.coarse_loss == "relative"):
-            p_s, q_s = routing.semantic_lift[told], batch.categories[told]
+        labelled = (batch.text_length > 0) & (batch.categories.sum(1) > 0)  # (B,)
+        needed = 2 if cfg.coarse_loss == "relative" else 1  # "relative" compares pairs of clips
+        if labelled.sum() >= needed:
+            p_s, q_s = routing.semantic_lift[labelled], batch.categories[labelled]
             losses["coarse"] = align.coarse_loss(p_s, q_s, cfg.coarse_loss, cfg.reduction)
+
+    # Where it happens (Eq. 5), taught by the world's exact masks or by a teacher's maps.
     if routing and routing.refinement_lift is not None:
-        p_r, target, mask = routing.refinement_lift, batch.target, batch.target_mask
+        target, mask = batch.target, batch.target_mask
         if batch.maps is not None:
-            target, mask = align.map_target(batch.maps, batch.background, batch.categories, cfg.negatives,
-                                            cfg.background)
+            target, mask = align.map_target(
+                batch.maps, batch.background, batch.categories, cfg.negatives, cfg.background)
+        p_r = routing.refinement_lift
         losses["fine_align"] = align.fine_align_loss(p_r, target, mask, cfg.reduction)
         losses["balance"] = align.balance_loss(routing.refinement, routing.chosen)
     return losses, per_clip.detach()
 
 
-def held_out_loss(state: State, process: diffusion.Process, clips: data.Clips) -> dict[str, float]:
-    """Losses of the averaged weights on the held-out clips, at fixed times and noise: comparable within and between
-    runs."""
-    n, size, totals = len(clips.pool.held), state.cfg.batch_size, {}
+def held_out_loss(state: State, clips: data.Clips) -> dict[str, float]:
+    """Losses of the averaged weights on the held-out clips, at the same times and noise always."""
+    n, size = len(clips.pool.held), state.cfg.batch_size
+    totals = {}
     with state.averaged():
         for first in range(0, n, size):
             positions = range(first, min(first + size, n))
             batch = clips.batch(positions, train=False).to(state.device)
-            t, eps = process.draw(HELD_OUT_SEED, positions, batch.x.shape[1:])
-            losses, _ = losses_of(state, process, batch, t.to(state.device), eps.to(state.device))
+            t, eps = state.process.draw(HELD_OUT_SEED, positions, batch.x.shape[1:])
+            losses, _ = losses_of(state, batch, t.to(state.device), eps.to(state.device))
             for name, loss in losses.items():
                 totals[name] = totals.get(name, 0.0) + loss.item() * len(positions) / n
     return totals
 
 
+def by_noise(per_clip: Tensor, t: Tensor) -> list[float | None]:
+    """Mean diffusion loss of each range of t, cleanest first; None where no clip fell."""
+    which = (t * BINS).long().clamp(max=BINS - 1)
+    found = [per_clip[which == b] for b in range(BINS)]
+    return [round(losses.mean().item(), 4) if len(losses) else None for losses in found]
+
+
+# --- the story ------------------------------------------------------------------------------------
+def main(cfg: Config) -> None:
+    """Raises UserError before work starts, and Stopped when it cannot go on."""
+    if cfg.dry_run:
+        from official.cost import plan
+        return plan(config.check(cfg))
+    if cfg.init_from:  # stage one is skipped, whatever its length
+        cfg = dataclasses.replace(cfg, base_steps=0)
+    cfg, why = resolve(use_threads(config.check(cfg)))
+    run = open_run(cfg)
+    with stop_at_full_disk(run):
+        train(cfg, run, why)
+
+
+def open_clips(cfg: Config, run: Path):
+    """-> the clips to train on, and the tokenizer of their captions. Raises UserError.
+
+    What an official model learns from was encoded beforehand, words and all: no tokenizer then.
+    """
+    if cfg.latent:
+        from official.cache import Latents, open_cache
+        from official.folder import identity
+        pool = open_cache(cfg, cfg.cache, identity(cfg.weights))
+    else:
+        pool = data.open_pool(cfg)
+    if cfg.resume:  # before the maps are opened: those of other clips would not be found
+        check_data(cfg, run, pool.key)
+    maps = None  # without --teacher there are the world's exact masks, or none
+    if cfg.teacher:
+        from vlm.maps import open_maps
+        maps = open_maps(cfg, pool)
+    if cfg.latent:
+        return Latents(cfg, pool, maps), None
+
+    if cfg.resume:  # a resumed run needs its own folder only
+        tokenizer = data.Tokenizer.load(run / "tokenizer.json")
+    elif cfg.init_from:
+        tokenizer = data.Tokenizer.load(Path(cfg.init_from) / "tokenizer.json")
+    else:
+        tokenizer = data.Tokenizer.from_captions([pool.captions[row] for row in pool.train])
+    return data.Clips(cfg, pool, tokenizer, maps), tokenizer
+
+
+def start_or_resume(cfg: Config, run: Path, clips: data.Clips, words: int) -> State:
+    """A State with new weights, or another run's, or those this one had. Raises UserError."""
+    if cfg.resume:
+        check_data(cfg, run, clips.key)
+    state = State(cfg, words)
+    if cfg.resume:
+        state.load_state_dict(load_newest(run / "checkpoints", state.device))
+        # Steps of stage two count from the end of stage one, which may move only while it lasts.
+        started_with = description(run)["base_steps"]
+        possible = cfg.base_steps >= state.step
+        if state.stage == "physics":
+            possible = cfg.base_steps == started_with
+        if not possible:
+            raise UserError(f"--base_steps {cfg.base_steps} cannot be: {run} stands at step "
+                            f"{state.step}, and its stage one had {started_with}.")
+    elif cfg.init_from:
+        state.ema = averaged_base(cfg, state.device)
+        state.model.load_state_dict(state.ema)
+    return state
+
+
+def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
+    """The whole run, in the order in which things happen: one function, read from top to bottom."""
+    # --- what is learned from, and what learns
+    clips, tokenizer = open_clips(cfg, run)
+    state = start_or_resume(cfg, run, clips, len(tokenizer) if tokenizer else 0)
+
+    # --- the run folder says what was started, and the terminal too
+    if cfg.resume:  # nothing is `auto` any more: the reasons are those of the start
+        why = description(run).get("resolved", why)
+    if tokenizer:
+        tokenizer.save(run / "tokenizer.json")
+    describe_run(run, cfg, why, clips.categories_present, clips.key)
+    log = Log(run / "log.jsonl", state.step)
+    prompts = preview_prompts(clips)
+    for sentence in why.values():
+        print(sentence)
+    warn(clips, cfg)
+
+    # --- the loop
+    begun = state.step
+    bad = 0  # steps in a row that were not finite
+    clock = time.perf_counter() - state.seconds
+    bar = tqdm(total=state.total, initial=begun, unit="step", smoothing=0.05, dynamic_ncols=True)
+    with stop_requests() as requests, bar:
+        if not state.stage_over:
+            bar.write(parameters(state))
+        while True:
+            moved = state.step > begun  # or there is nothing new to validate and to save
+            stopping = bool(requests) or (moved and state.step == cfg.stop_at)
+
+            # Once in a while the averaged weights meet held-out clips, and are kept if they are the
+            # best so far.
+            if moved and state.due(cfg.eval_every):
+                validate(state, clips, run, log)
+
+            # Once in a while they draw clips to look at. An official model would take minutes for
+            # each, so that is left to sample.py.
+            if moved and state.due(cfg.preview_every) and not cfg.latent:
+                preview(state, run, tokenizer, prompts)
+
+            # Once in a while, and before the program ends, all that is needed to go on is saved.
+            if moved and (stopping or state.due(cfg.save_every)):
+                if state.stage_over and state.stage == "base":
+                    save(state.state_dict(), run / "checkpoints" / "base.pt")  # for --init_from
+                save_and_prune(state.state_dict(), run / "checkpoints", state.step)
+            if stopping or state.finished:
+                break
+
+            # Once in a run stage two begins: the branch is attached to the averaged backbone.
+            if state.stage_over:
+                state.attach_branch()
+                bar.write(parameters(state))
+
+            # --------------------------------- the training step ----------------------------------
+            positions = range(state.step * cfg.batch_size, (state.step + 1) * cfg.batch_size)
+            batch = clips.batch(positions).to(state.device)
+            t, eps = state.process.draw(cfg.seed, positions, batch.x.shape[1:])
+            t, eps = t.to(state.device), eps.to(state.device)
+            lr = learning_rate(cfg, state.stage, state.stage_step)
+            losses, per_clip, grad_norm, finite = state.training_step(batch, t, eps, lr)
+            state.seconds = time.perf_counter() - clock
+            # --------------------------------------------------------------------------------------
+
+            # A step that was not finite changed nothing, and one now and then is harmless. Three in
+            # a row mean that the run has diverged.
+            bad = 0 if finite else bad + 1
+            if bad == 3:
+                raise Stopped(f"The loss was not finite three steps in a row (step {state.step}); "
+                              "try a lower --lr, --precision fp32 or a lower --clip. The "
+                              f"checkpoints in {run} are from before.")
+
+            # Once in a while the step that was just taken is logged.
+            if state.step % cfg.log_every == 0 or not finite:
+                values = {name: value.item() for name, value in losses.items()}
+                log.write(step=state.step, stage=state.stage, seconds=state.seconds, **values,
+                          grad_norm=grad_norm.item(), lr=lr, by_noise=by_noise(per_clip, t),
+                          skipped=not finite)
+                rate = (bar.format_dict["rate"] or 0) * cfg.batch_size
+                bar.set_postfix_str(f"{state.stage} loss {values['loss']:.3f}, {rate:.0f} clips/s")
+            state.step += 1
+            bar.update()
+    conclude(state, clips, run, next(iter(prompts)))
+
+
+# --- what the loop does once in a while -----------------------------------------------------------
+def validate(state: State, clips: data.Clips, run: Path, log: Log) -> None:
+    """Log the held-out loss. The best weights so far are saved, or published where they can be."""
+    held_out = held_out_loss(state, clips)
+    log.write(step=state.step, stage=state.stage, seconds=state.seconds, held_out=held_out)
+    if held_out["diffusion"] < state.best:
+        state.best = held_out["diffusion"]
+        if state.publishable:
+            publish(state, clips, run, state.best)
+        else:
+            save(state.state_dict(), run / "checkpoints" / "best.pt")
+
+
+def publish(state: State, clips: data.Clips, run: Path, loss: float) -> None:
+    """branch.safetensors and its card: the averaged branch, for others with the same weights."""
+    import official.branch
+    official.branch.publish(state, run, loss, clips.categories_present)
+
+
+def preview(state: State, run: Path, tokenizer: data.Tokenizer, prompts: dict) -> None:
+    """A GIF in samples/ of what the averaged weights draw at these {prompt: its categories}."""
+    cfg = state.cfg
+    with state.averaged() as model:
+        sample.preview(
+            run / "samples" / f"step{state.step:06d}.gif", model, state.process, tokenizer, cfg,
+            list(prompts), present=list(prompts.values()), seed=cfg.seed, steps=cfg.preview_steps,
+            guidance=cfg.guidance, precision=cfg.precision)
+
+
 def preview_prompts(clips: data.Clips, most: int = 8) -> dict[str, list[int]]:
-    """{caption: its categories} of held-out clips, first those that show something the ones before do not."""
+    """{caption: its categories} of held-out clips, those first that show something new."""
     shown, first, rest = set(), {}, {}
     for row in clips.pool.held:
         present = clips.categories[row].nonzero().flatten().tolist()
         (first if set(present) - shown else rest)[clips.pool.captions[row]] = present
         shown |= set(present)
-    told = {caption: present for caption, present in (first | rest).items() if caption.strip()}
-    return dict(list(told.items())[:most]) or {"a clip": []}
+    prompts = {caption: present for caption, present in (first | rest).items() if caption.strip()}
+    return dict(list(prompts.items())[:most]) or {"a clip": []}
 
 
-def by_noise(per_clip: Tensor, t: Tensor) -> list[float | None]:
-    """Mean diffusion loss of each range of t, cleanest first; None where no clip fell."""
-    which = (t * BINS).long().clamp(max=BINS - 1)
-    return [round(per_clip[which == b].mean().item(), 4) if (which == b).any() else None for b in range(BINS)]
+def conclude(state: State, clips: data.Clips, run: Path, prompt: str) -> None:
+    """Say how the run ended, and what can be done next."""
+    if not state.finished:
+        print(f"Stopped at step {state.step} of {state.total} and saved; go on with --resume.")
+        return
+    from_run = f"--run {run}"
+    if state.publishable:
+        branch = run / "branch.safetensors"
+        from_run = f"--weights {state.cfg.weights} --branch {branch}"
+        if not branch.is_file():  # it was lost: the last step's weights make it again
+            publish(state, clips, run, held_out_loss(state, clips)["diffusion"])
+    print(f"Done: {run}, held-out diffusion loss {state.best:.4f}.")
+    if state.publishable or not state.cfg.latent:
+        print(f"Next:\npython sample.py {from_run} --prompt \"{prompt}\"")
 
 
-# --- the story --------------------------------------------------------------------------------------------------------
-def main(cfg: Config) -> None:
-    """Check, settle `auto`, open the run folder, train. Raises UserError before work starts, Stopped when it cannot go
-    on."""
-    if cfg.dry_run:
-        return plan(config.check(cfg))
-    if cfg.init_from:  # stage one is skipped, whatever its length
-        cfg = dataclasses.replace(cfg, base_steps=0)
-    cfg, why = resolve(config.check(cfg))
-    run = open_run(cfg)
-    try:
-        train(cfg, run, why)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise Stopped(f"The disk is full; free some space and go on with --resume ({run} keeps its last checkpoint)."
-                      ) from None
-
-
-def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
-    """The whole run, in the order in which things happen. One function on purpose: it is read top to bottom."""
-    # --- clips and words
-    if cfg.latent:  # clips and words were encoded beforehand
-        pool = open_cache(cfg, cfg.cache, identity(cfg.weights))
-        clips, tokenizer = Latents(cfg, pool, open_maps(cfg, pool)), None
-    else:
-        pool = data.open_pool(cfg)
-        if cfg.resume or cfg.init_from:
-            words = run if cfg.resume else Path(cfg.init_from)  # a resumed run needs its own folder only
-            tokenizer = data.Tokenizer.load(words / "tokenizer.json")
-        else:
-            tokenizer = data.Tokenizer.from_captions([pool.captions[row] for row in pool.train])
-        clips = data.Clips(cfg, pool, tokenizer, open_maps(cfg, pool))
-    process = diffusion.build(cfg)
-    if cfg.resume:
-        stored = json.loads((run / "config.json").read_text())
-        why = stored.get("resolved", why)
-        if stored.get("data") != clips.key:
-            raise UserError(f"The clips of {cfg.data_dir or 'the world'} are not those that {run} was started with, or "
-                            "the maps of --teacher are not; --resume needs the same.")
-
-    # --- weights, new or as they were
-    state = State(cfg, len(tokenizer) if tokenizer else 0)
-    if cfg.resume:
-        load_newest(state, run / "checkpoints")
-        if cfg.base_steps < state.step if state.stage == "base" else cfg.base_steps != stored["base_steps"]:
-            raise UserError(f"--base_steps {cfg.base_steps} cannot be: {run} stands at step {state.step}, and its "
-                            f"stage one had {stored['base_steps']}.")
-    elif cfg.init_from:
-        take_backbone(state, cfg)
-    if tokenizer:
-        tokenizer.save(run / "tokenizer.json")
-    describe_run(run, cfg, why, clips.categories_present, clips.key)
-    log, prompts = Log(run / "log.jsonl", state.step), preview_prompts(clips)
-    for sentence in why.values():
-        print(sentence)
+def warn(clips: data.Clips, cfg: Config) -> None:
+    """Say what of the clips will not be learned from."""
     if clips.unmapped:
-        print(f"{clips.unmapped} of {len(clips)} training clips have no map in {clips.maps.folder}: L_fine_align skips "
-              "them.", file=sys.stderr)
+        print(f"{clips.unmapped} of {len(clips)} training clips have no map in {clips.maps.folder}:"
+              " L_fine_align skips them.", file=sys.stderr)
     if clips.cut:
-        print(f"{clips.cut} captions have more than {cfg.text_len} words and are cut (--text_len).", file=sys.stderr)
-
-    # --- Ctrl-C and SIGTERM end the run after the step in hand
-    stop = []
-    handlers = {s: signal.signal(s, lambda number, frame: stop.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
-    total, begun, bad = cfg.base_steps + cfg.physics_steps, state.step, 0
-    bar = tqdm(total=total, initial=state.step, unit="step", smoothing=0.05, dynamic_ncols=True)
-    clock = time.perf_counter() - state.seconds
-    try:
-        while True:
-            # --- once in a while, before the step: the change of stage, validation, preview, saving
-            border = state.stage == "base" and state.step == cfg.base_steps
-            stopping = bool(stop) or state.step == cfg.stop_at > begun
-            last = state.step >= total
-            if state.step > begun:
-                state.seconds = time.perf_counter() - clock
-                if border or last or state.step % cfg.eval_every == 0:
-                    held_out = held_out_loss(state, process, clips)
-                    log.write(step=state.step, stage=state.stage, seconds=state.seconds, held_out=held_out)
-                    if held_out["diffusion"] < state.best:
-                        state.best = held_out["diffusion"]
-                        if state.publishable:
-                            publish(state, run, state.best, clips.categories_present)
-                        else:
-                            save(state, run / "checkpoints" / "best.pt")
-                seen = border or last or (cfg.preview_every and state.step % cfg.preview_every == 0)
-                if seen and not cfg.latent:  # clips of an official model take minutes each: sample.py makes them
-                    with state.averaged() as model:
-                        sample.preview(run / "samples" / f"step{state.step:06d}.gif", model, process, tokenizer, cfg,
-                                       list(prompts), present=list(prompts.values()), seed=cfg.seed,
-                                       steps=cfg.preview_steps, guidance=cfg.guidance, precision=cfg.precision)
-                if border:
-                    save(state, run / "checkpoints" / "base.pt")
-                if border or last or stopping or state.step % cfg.save_every == 0:
-                    save_and_prune(state, run / "checkpoints")
-            if last or stopping:
-                break
-            if border:
-                state.attach_branch()
-                describe_parameters(state, bar)
-            elif state.step == begun:
-                describe_parameters(state, bar)
-
-            # ---------------------------------------- the training step ----------------------------------------
-            positions = range(state.step * cfg.batch_size, (state.step + 1) * cfg.batch_size)
-            batch = clips.batch(positions).to(state.device)
-            t, eps = process.draw(cfg.seed, positions, batch.x.shape[1:])
-            t, eps = t.to(state.device), eps.to(state.device)
-            lr = learning_rate(cfg, state.stage, state.stage_step)
-            losses, per_clip = losses_of(state, process, batch, t, eps)
-            loss = total_loss(losses, cfg)
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(state.trained.values(), cfg.clip)
-            finite = math.isfinite(loss.item()) and math.isfinite(grad_norm.item())
-            for optimizer in state.optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                if finite:
-                    optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            if finite:
-                state.update_ema()
-            # ---------------------------------------------------------------------------------------------------
-
-            bad = 0 if finite else bad + 1
-            if bad == 3:
-                raise Stopped(f"The loss was not finite three steps in a row (step {state.step}); try a lower --lr, "
-                              f"--precision fp32 or a lower --clip. The checkpoints in {run} are from before.")
-            if state.step % cfg.log_every == 0 or not finite:
-                parts = {name: value.item() for name, value in losses.items()}
-                log.write(step=state.step, stage=state.stage, seconds=time.perf_counter() - clock, loss=loss.item(),
-                          **parts, grad_norm=grad_norm.item(), lr=lr, by_noise=by_noise(per_clip, t),
-                          skipped=not finite)
-                rate = bar.format_dict["rate"] or 0
-                bar.set_postfix_str(f"{state.stage} loss {loss.item():.3f}, {rate * cfg.batch_size:.0f} clips/s")
-            state.step += 1
-            bar.update()
-    finally:
-        bar.close()
-        for s, handler in handlers.items():
-            signal.signal(s, handler)
-    if last:
-        branch, from_run = run / "branch.safetensors", f"--run {run}"
-        if state.publishable:
-            from_run = f"--weights {cfg.weights} --branch {branch}"
-            if not branch.is_file():  # the finished run lost it: made again, by --resume, from the last step's weights
-                loss = held_out_loss(state, process, clips)["diffusion"]
-                publish(state, run, loss, clips.categories_present)
-        print(f"Done: {run}, held-out diffusion loss {state.best:.4f}.")
-        if state.publishable or not cfg.latent:
-            print(f"Next:\npython sample.py {from_run} --prompt \"{next(iter(prompts))}\"")
-    else:
-        print(f"Stopped at step {state.step} of {total} and saved; go on with --resume.")
+        print(f"{clips.cut} captions have more than {cfg.text_len} words and are cut (--text_len).",
+              file=sys.stderr)
 
 
-def describe_parameters(state: State, bar: tqdm) -> None:
-    """Parameter counts of this stage, said above the progress bar."""
-    count = lambda parameters: f"{sum(p.numel() for p in parameters) / 1e6:.2f} M"
+def parameters(state: State) -> str:
+    """How many parameters this stage has, and trains."""
     if state.stage == "base":
-        bar.write(f"stage one: backbone of {count(state.model.parameters())} parameters")
-    else:
-        backbone, branch = count(state.model.backbone.parameters()), count(state.model.branch_parameters())
-        bar.write(f"stage two: backbone {backbone} + branch {branch}, training {count(state.trained.values())}")
+        return f"stage one: backbone of {million(state.model.parameters())} parameters"
+    backbone = million(state.model.backbone.parameters())
+    branch = million(state.model.branch_parameters())
+    return (f"stage two: backbone {backbone} + branch {branch}, "
+            f"training {million(state.trained.values())}")
+
+
+def from_command_line(argv: list[str]) -> None:
+    main(config.parse(argv, "Train nanoProPhy: a video DiT, then its physical branch."))
 
 
 if __name__ == "__main__":
-    config.entry(lambda: main(config.parse(sys.argv[1:], "Train nanoProPhy: a video DiT, then its physical branch.")))
+    config.entry(from_command_line, sys.argv[1:])

@@ -1,58 +1,96 @@
-"""A run's folder, log and device: what `auto` means here, and what is written beside the checkpoints."""
+"""A run beside its method: device and precision, run folder, checkpoints, log, signals that end it.
+
+A run folder holds `config.json` (every field, what `auto` became and why, versions),
+`tokenizer.json`, `log.jsonl`, `checkpoints/` and `samples/`. A checkpoint is a plain dict, which
+train.py spells out.
+"""
+import contextlib
 import dataclasses
+import errno
+import importlib.metadata
 import json
 import math
 import os
+import platform
 import shutil
+import signal
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 import config
-from common.files import write_text
-from config import Config, UserError
+from common.files import whole_file, write_text
+from config import Config, Stopped, UserError
 
 
+# --- device and precision -------------------------------------------------------------------------
 def pick_device(name: str) -> str:
-    """`auto` is the best there is: cuda, else mps, else cpu. Raises UserError for one that is not there."""
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    """`auto` is the best there is: cuda, else mps, else cpu. Raises UserError for one that is not
+    there."""
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
     if not there.get(name, name == "auto"):
         raise UserError(f"--device {name} is not available here.")
     return next(d for d in there if there[d]) if name == "auto" else name
 
 
-def resolve(cfg: Config) -> tuple[Config, dict[str, str]]:
-    """Replace every `auto` by what this machine makes of it; also the reasons, {field: sentence}. Sets the thread
-    count."""
-    why, found = {}, {}
+def pick_precision(name: str, device: str) -> str:
+    """`auto` is bf16 on cuda, else fp32: the rule of every command that only uses a model."""
+    if name != "auto":
+        return name
+    return "bf16" if device == "cuda" else "fp32"
+
+
+def use_threads(cfg: Config) -> Config:
+    """Give torch the threads that the config asks for (0 = every core). The config that comes back
+    has their number."""
     torch.set_num_threads(cfg.threads or os.cpu_count())
-    found["threads"] = torch.get_num_threads()
-    device = found["device"] = pick_device(cfg.device)
+    return dataclasses.replace(cfg, threads=torch.get_num_threads())
+
+
+def resolve(cfg: Config) -> tuple[Config, dict[str, str]]:
+    """Every `auto` replaced by what this machine makes of it, and {field: why}. Raises UserError.
+
+    A training run is long, so its precision is measured and not guessed. Its threads must be set.
+    """
+    device = pick_device(cfg.device)
+    found = {"device": device}
+    why = {}
     if cfg.device == "auto":
         why["device"] = f"{device}: the best that torch sees here"
     if cfg.precision == "auto":
         gain = matmul_gain(device)
-        found["precision"] = "bf16" if gain > 1.2 else "fp32"
-        why["precision"] = f"{found['precision']}: a bf16 matrix product runs {gain:.1f} times as fast as fp32 here"
+        precision = found["precision"] = "bf16" if gain > 1.2 else "fp32"
+        why["precision"] = (f"{precision}: a bf16 matrix product runs {gain:.1f} times as fast as "
+                            "fp32 here")
     if cfg.compile == "auto":
-        steps, compiler = cfg.base_steps + cfg.physics_steps, any(map(shutil.which, ("c++", "g++", "clang++")))
-        if device == "mps" or steps < 500 or (device == "cpu" and not compiler):
-            found["compile"] = "off"
-            no_compiler = steps >= 500 and device == "cpu"
-            why["compile"] = "off: " + ("no C++ compiler here" if no_compiler
-                                        else f"{steps} steps on {device} would not pay")
-        else:
-            found["compile"] = "on"
-            why["compile"] = f"on: {steps} steps earn back the minute it takes"
+        found["compile"], reason = pick_compile(cfg.base_steps + cfg.physics_steps, device)
+        why["compile"] = f"{found['compile']}: {reason}"
     return dataclasses.replace(cfg, **found), why
 
 
+def pick_compile(steps: int, device: str) -> tuple[str, str]:
+    """on or off, and the reason, for a run of so many steps."""
+    if steps < 500 or device == "mps":
+        return "off", f"{steps} steps on {device} would not pay"
+    if device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return "off", "no C++ compiler here"
+    return "on", f"{steps} steps earn back the minute it takes"
+
+
 def matmul_gain(device: str) -> float:
-    """How many times as fast as fp32 a bf16 matrix product is, at the size of the small preset's widest layer."""
+    """How many times as fast as fp32 a bf16 matrix product is, at the size of the small preset's
+    widest layer."""
     def best_time(dtype):
-        a, b = torch.ones(1920, 128, device=device, dtype=dtype), torch.ones(128, 512, device=device, dtype=dtype)
+        a = torch.ones(1920, 128, device=device, dtype=dtype)
+        b = torch.ones(128, 512, device=device, dtype=dtype)
         times = []
         for _ in range(20):
             start = time.perf_counter()
@@ -65,19 +103,25 @@ def matmul_gain(device: str) -> float:
         return 0.0
 
 
+# --- the run folder -------------------------------------------------------------------------------
 def open_run(cfg: Config) -> Path:
-    """Make the run folder, or check that it can be gone on with. Raises UserError before anything is touched."""
+    """Make the run folder, or check that it can be gone on with. Raises UserError before anything
+    is touched."""
     run = cfg.run_dir
     if cfg.resume:
         stored = config.load(run / "config.json")
         fixed = [f.name for f in dataclasses.fields(cfg) if f.name not in config.MAY_CHANGE]
-        changed = [f"--{name}" for name in fixed if getattr(cfg, name) not in (getattr(stored, name), "auto")]
+        changed = [f"--{name}" for name in fixed
+                   if getattr(cfg, name) not in (getattr(stored, name), "auto")]
         if changed:
-            raise UserError(f"--resume cannot change {', '.join(changed)}: {run} was started with another value.")
+            raise UserError(f"--resume cannot change {', '.join(changed)}: {run} was started with "
+                            "another value.")
         if not list((run / "checkpoints").glob("step*.pt")):
-            raise UserError(f"{run} has no checkpoint to resume from; start it again without --resume.")
+            raise UserError(f"{run} has no checkpoint to resume from; start it again without "
+                            "--resume.")
     elif list(run.glob("checkpoints/*.pt")):
-        raise UserError(f"{run} already holds a run: go on with --resume, or give another --out_dir.")
+        raise UserError(f"{run} already holds a run: go on with --resume, or give another "
+                        "--out_dir.")
     try:
         (run / "checkpoints").mkdir(parents=True, exist_ok=True)
         (run / "samples").mkdir(exist_ok=True)
@@ -86,22 +130,145 @@ def open_run(cfg: Config) -> Path:
     return run
 
 
-def git_revision() -> str:
-    try:
-        here = Path(__file__).parent
-        return subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
+def check_data(cfg: Config, run: Path, key: str) -> None:
+    """Raises UserError, with what to do, unless the run was started with the clips of this key.
+
+    key: a pool's, or a pool's and its maps' with a plus between them.
+    """
+    before = description(run)
+    pool, _, maps = str(before.get("data")).partition("+")
+    if key in (pool, f"{pool}+{maps}"):
+        return
+    what = f"The clips of {cfg.cache or cfg.data_dir or 'the world'}"
+    remedy = "put them back as they were, or start anew in another --out_dir"
+    if key.startswith(f"{pool}+"):
+        what = "The maps of --teacher"
+    elif not (cfg.cache or cfg.data_dir):
+        # The settings of a world are fixed, so that the code which draws it must have changed.
+        revision = before.get("git") or "that started the run"
+        remedy = f"go on with the code of revision {revision}, or "
+        if (run / "checkpoints" / "base.pt").is_file():
+            remedy += f"train stage two anew by --init_from {run} and another --out_dir"
+        else:
+            remedy += "start anew in another --out_dir"
+    raise UserError(f"{what} are not those that {run} was started with, and --resume needs the "
+                    f"same: {remedy}.")
 
 
-def describe_run(run: Path, cfg: Config, why: dict, categories: list[int], key: str) -> None:
-    """config.json: every field, what `auto` became and why, and what the run was made with and from."""
-    extra = dict(resolved=why, git=git_revision(), torch=torch.__version__, categories_present=categories, data=key)
+def describe_run(run: Path, cfg: Config, why: dict[str, str], categories: list[int],
+                 key: str) -> None:
+    """Write config.json: every field, and with what the run is made.
+
+    why: the reasons of `resolve`. categories: indices of those in the training clips. key: of clips
+    and maps.
+    """
+    extra = {
+        "resolved": why,
+        "git": git_revision(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version_of("transformers"),
+        "world_size": 1,  # processes that train together
+        "categories_present": categories,
+        "data": key,
+    }
     write_text(run / "config.json", json.dumps(dataclasses.asdict(cfg) | extra, indent=2))
 
 
+def description(run: Path) -> dict:
+    """config.json as it is, with what `describe_run` wrote beside the fields of the config."""
+    return json.loads((run / "config.json").read_text())
+
+
+def git_revision() -> str:
+    """The commit of this code, or "" where it is not known."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git here
+        return ""
+    return result.stdout.strip()
+
+
+def version_of(package: str) -> str:
+    """Its version, found without importing it, or "" where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+def save(contents: dict, path: Path) -> None:
+    """Write a checkpoint whole, or leave the one that is there. Raises Stopped when the disk will
+    not take it."""
+    try:
+        with whole_file(path) as part, open(part, "wb") as file:
+            torch.save(contents, file)
+    except (OSError, RuntimeError) as e:  # torch wraps some write errors in RuntimeError
+        raise Stopped(f"The checkpoint {path} could not be written ({e}); the previous one is "
+                      "intact.") from None
+
+
+def save_and_prune(contents: dict, folder: Path, step: int) -> None:
+    """Save the checkpoint of a step, and keep it and the one before.
+
+    Later ones are damaged ones that were passed over: they count for nothing.
+    """
+    path = folder / f"step{step:06d}.pt"
+    save(contents, path)
+    for old in sorted(p for p in folder.glob("step*.pt") if p <= path)[:-2]:
+        old.unlink()
+
+
+def load_newest(folder: Path, device: torch.device) -> dict:
+    """The newest checkpoint that reads; a damaged one is named and passed over. Raises UserError
+    when none does."""
+    for path in sorted(folder.glob("step*.pt"), reverse=True):
+        try:
+            return torch.load(path, map_location=device, weights_only=True)
+        except Exception as e:  # a truncated zip raises one of many types
+            print(f"{path} is damaged ({type(e).__name__}); trying the one before.",
+                  file=sys.stderr)
+    raise UserError(f"No checkpoint in {folder} can be read; start again without --resume in "
+                    "another --out_dir.")
+
+
+def averaged_base(cfg: Config, device: torch.device) -> dict[str, torch.Tensor]:
+    """--init_from: the averaged backbone of another run of the same shape. Raises UserError."""
+    other = Path(cfg.init_from)
+    theirs = config.load(other / "config.json")
+    for name in ("lineage", "dim", "depth", "heads", "patch_t", "patch", "positions", "text_len",
+                 "text_depth", "time_dim", "process", "predict"):
+        has, wanted = getattr(theirs, name), getattr(cfg, name)
+        if has != wanted:
+            raise UserError(f"--init_from {other} has --{name} {has}, this run {wanted}.")
+    path = other / "checkpoints" / "base.pt"
+    try:
+        return torch.load(path, map_location=device, weights_only=True)["ema"]
+    except FileNotFoundError:
+        raise UserError(f"{other} has not finished its stage one: it has no checkpoints/base.pt."
+                        ) from None
+    except Exception as e:  # a damaged archive raises one of many types
+        raise UserError(f"{path} cannot be read ({type(e).__name__}).") from None
+
+
+@contextlib.contextmanager
+def stop_at_full_disk(run: Path) -> Iterator[None]:
+    """An error for want of room on the disk becomes a sentence: raises Stopped."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise Stopped("The disk is full; free some space and go on with --resume "
+                      f"({run} keeps its last checkpoint).") from None
+
+
+# --- the log, and the end -------------------------------------------------------------------------
 class Log:
-    """log.jsonl, one object a line. A resumed run first drops the lines of steps it is about to take again."""
+    """log.jsonl, one object a line. A resumed run first drops the lines of steps that it is about
+    to take again."""
 
     def __init__(self, path: Path, step: int):
         self.path = path
@@ -115,7 +282,8 @@ class Log:
 
 
 def _before(line: str, step: int) -> bool:
-    """Was this line written before the checkpoint of `step`? Its validation was, its training step is still to come."""
+    """Was this line written before the checkpoint of `step`? Its validation was; its training step
+    is still to come."""
     try:
         entry = json.loads(line)
         return entry["step"] < step or (entry["step"] == step > 0 and "held_out" in entry)
@@ -130,3 +298,22 @@ def _tidy(value):
     if isinstance(value, list):
         return [_tidy(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """A list to which Ctrl-C and SIGTERM add their number, and do nothing else, while the block
+    lasts: the step in hand ends, and the run is saved."""
+    requests = []
+    numbers = signal.SIGINT, signal.SIGTERM
+    handlers = [signal.signal(s, lambda number, frame: requests.append(number)) for s in numbers]
+    try:
+        yield requests
+    finally:
+        for number, handler in zip(numbers, handlers):
+            signal.signal(number, handler)
+
+
+def million(parameters) -> str:
+    """How many numbers there are in these parameters, as "1.23 M"."""
+    return f"{sum(p.numel() for p in parameters) / 1e6:.2f} M"
