@@ -45,7 +45,6 @@ from official.weights import load_pretrained
 from vlm.maps import open_maps
 
 
-SHAPE = "lineage", "dim", "depth", "heads", "patch_t", "patch", "positions", "text_len"  # what weights must agree in
 BINS = 4  # the log has the diffusion loss of this many equal ranges of t: a loss says little, where it sits says more
 HELD_OUT_SEED = 2**31  # noise of the held-out split, the same in every run
 
@@ -61,7 +60,7 @@ class State:
         if cfg.weights:
             half = cfg.precision == "bf16" and cfg.freeze_backbone  # what trains is kept in float32
             self.model: nn.Module = load_pretrained(cfg.weights, self.device, torch.bfloat16 if half else torch.float32)
-            same_architecture(cfg, self.model.cfg)
+            same_architecture(f"--weights {cfg.weights}", self.model.cfg, cfg, config.NETWORK)
             self.fingerprint = fingerprint(network_folder(cfg.weights))
             self.model.requires_grad_(False)  # stage one is skipped: no optimizer, no average of it
         else:
@@ -154,12 +153,19 @@ class State:
         self.step, self.best, self.seconds = state["step"], state["best"], state["seconds"]
 
 
-def same_architecture(cfg: Config, theirs: Config) -> None:
-    """Raises UserError where --weights are of another model than the preset."""
-    for name in (*SHAPE, "text_dim", "channels", "ffn"):
-        a, b = getattr(theirs, name), getattr(cfg, name)
-        if (a or 4 * theirs.dim if name == "ffn" else a) != (b or 4 * cfg.dim if name == "ffn" else b):
-            raise UserError(f"--weights {cfg.weights} has --{name} {a}, this run {b}.")
+def same_architecture(source: str, theirs: Config, ours: Config, *marks: str) -> None:
+    """Raises UserError where the backbone of `source`, such as "--weights DIR", has another value
+    than this run in a field with one of the marks."""
+    def as_built(cfg, name):
+        if name == "ffn":
+            return cfg.ffn or 4 * cfg.dim
+        if name == "time_dim" and cfg.lineage == "wan":
+            return None  # a Wan has no such layer
+        return getattr(cfg, name)
+    for name in (name for mark in marks for name in config.marked(mark)):
+        if as_built(theirs, name) != as_built(ours, name):
+            raise UserError(f"{source} has --{name} {getattr(theirs, name)}, this run "
+                            f"{getattr(ours, name)}.")
 
 
 def make_optimizers(trained: dict[str, nn.Parameter], cfg: Config, lr: float) -> list[torch.optim.Optimizer]:
@@ -221,9 +227,7 @@ def take_backbone(state: State, cfg: Config) -> None:
     """--init_from: the averaged backbone of another run, whose shape must be this run's."""
     other = Path(cfg.init_from)
     theirs = config.load(other / "config.json")
-    for name in (*SHAPE, "text_depth", "time_dim", "process", "predict"):
-        if getattr(theirs, name) != getattr(cfg, name):
-            raise UserError(f"--init_from {other} has --{name} {getattr(theirs, name)}, this run {getattr(cfg, name)}.")
+    same_architecture(f"--init_from {other}", theirs, cfg, config.NETWORK, config.INIT)
     path = other / "checkpoints" / "base.pt"
     try:
         stored = torch.load(path, map_location=state.device, weights_only=True)

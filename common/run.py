@@ -70,8 +70,9 @@ def open_run(cfg: Config) -> Path:
     run = cfg.run_dir
     if cfg.resume:
         stored = config.load(run / "config.json")
-        fixed = [f.name for f in dataclasses.fields(cfg) if f.name not in config.MAY_CHANGE]
-        changed = [f"--{name}" for name in fixed if getattr(cfg, name) not in (getattr(stored, name), "auto")]
+        may_change = config.marked(config.MAY_CHANGE)
+        changed = [f"--{name}" for name, value in dataclasses.asdict(cfg).items()
+                   if name not in may_change and value not in (getattr(stored, name), "auto")]
         if changed:
             raise UserError(f"--resume cannot change {', '.join(changed)}: {run} was started with another value.")
         if not list((run / "checkpoints").glob("step*.pt")):

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from common.files import digest, read_json
 from common.store import Store, read_tensors, write_tensors
 from common.video import LABELS, Folder, Video, Window, pixels, shares
-from config import Config, Stopped, UserError, stream
+from config import CACHE, Config, Stopped, UserError, marked, stream
 from data import Batch, Stream
 from official.encoders import VAE, TextEncoder
 from official.folder import Lineage, identity
@@ -57,7 +57,7 @@ def open_cache(cfg: Config, folder: Path, expected: dict | None = None) -> Cache
     if key != stored["key"]:
         raise UserError(f"{folder} is stale: its index.json is of other settings than its cache.json; run encode.py "
                         "again.")
-    fields = ("lineage", "frames", "height", "width", "channels", "text_dim", "text_len")
+    fields = marked(CACHE)
     for field, value in {**{field: getattr(cfg, field) for field in fields}, **(expected or {})}.items():
         if settings.get(field) != value:
             change = f"change --{field}, or " if field in fields else ""
