@@ -23,30 +23,41 @@ def pick_device(name: str) -> str:
     return next(d for d in there if there[d]) if name == "auto" else name
 
 
+def pick_precision(name: str, device: str) -> str:
+    """`auto` is bf16 on cuda, else fp32: the rule for weights that are only run. A training run
+    measures instead, see resolve."""
+    if name == "auto":
+        return "bf16" if device == "cuda" else "fp32"
+    return name
+
+
 def resolve(cfg: Config) -> tuple[Config, dict[str, str]]:
-    """Replace every `auto` by what this machine makes of it; also the reasons, {field: sentence}. Sets the thread
-    count."""
-    why, found = {}, {}
+    """Replace every `auto` by what this machine makes of it; also the reasons, {field: sentence}.
+    Sets the thread count."""
     torch.set_num_threads(cfg.threads or os.cpu_count())
-    found["threads"] = torch.get_num_threads()
-    device = found["device"] = pick_device(cfg.device)
+    device = pick_device(cfg.device)
+    why = {}
+    found = dict(threads=torch.get_num_threads(), device=device)
     if cfg.device == "auto":
         why["device"] = f"{device}: the best that torch sees here"
     if cfg.precision == "auto":
         gain = matmul_gain(device)
         found["precision"] = "bf16" if gain > 1.2 else "fp32"
-        why["precision"] = f"{found['precision']}: a bf16 matrix product runs {gain:.1f} times as fast as fp32 here"
+        why["precision"] = (f"{found['precision']}: a bf16 matrix product runs {gain:.1f} times as fast "
+                            "as fp32 here")
     if cfg.compile == "auto":
-        steps, compiler = cfg.base_steps + cfg.physics_steps, any(map(shutil.which, ("c++", "g++", "clang++")))
-        if device == "mps" or steps < 500 or (device == "cpu" and not compiler):
-            found["compile"] = "off"
-            no_compiler = steps >= 500 and device == "cpu"
-            why["compile"] = "off: " + ("no C++ compiler here" if no_compiler
-                                        else f"{steps} steps on {device} would not pay")
-        else:
-            found["compile"] = "on"
-            why["compile"] = f"on: {steps} steps earn back the minute it takes"
+        found["compile"], reason = pick_compile(cfg.base_steps + cfg.physics_steps, device)
+        why["compile"] = f"{found['compile']}: {reason}"
     return dataclasses.replace(cfg, **found), why
+
+
+def pick_compile(steps: int, device: str) -> tuple[str, str]:
+    """Whether compiling pays for a run of so many steps, "on" or "off", and the reason."""
+    if steps < 500 or device == "mps":
+        return "off", f"{steps} steps on {device} would not pay"
+    if device == "cpu" and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return "off", "no C++ compiler here"
+    return "on", f"{steps} steps earn back the minute it takes"
 
 
 def matmul_gain(device: str) -> float:
