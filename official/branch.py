@@ -12,7 +12,7 @@ import config
 import data
 from common.files import join_some, write_text
 from common.store import checksum, write_tensors
-from config import Config, UserError
+from config import BRANCH, NETWORK, Config, UserError, marked
 from experts import ProPhy
 from model import build_backbone
 from official.folder import FLOATS, fingerprint, network_folder
@@ -20,13 +20,6 @@ from official.weights import read_config
 
 
 BRANCH_FORMAT = 1  # of branch.safetensors
-BRANCH_FIELDS = (  # what shapes a branch, and the clips that set the grid of its basis maps
-    "physical_blocks", "semantic", "refinement", "injection", "semantic_experts", "refinement_experts", "top_k",
-    "map_rank", "residual", "renormalise", "categories", "lora_rank", "lora_alpha", "lora_targets", "frames", "height",
-    "width", "fps")
-FITS = (  # what a backbone must share with the one that a branch was trained beside
-    "lineage", "dim", "depth", "heads", "ffn", "time_dim", "text_dim", "text_len", "channels", "patch_t", "patch",
-    "positions")
 
 
 def read_branch(path: Path, weights: Path) -> tuple[Config, dict[str, Tensor]]:
@@ -75,11 +68,11 @@ def read_branch(path: Path, weights: Path) -> tuple[Config, dict[str, Tensor]]:
 def branch_config(about: dict, theirs: Config) -> Config:
     """What a branch's header describes, beside a backbone of `theirs`. Raises UserError where that is another one, and
     KeyError, TypeError or ValueError for a header that describes nothing."""
-    for name in FITS:
+    for name in marked(NETWORK):
         if about["fits"][name] != getattr(theirs, name):
             raise UserError(f"it was trained beside a model of --{name} {about['fits'][name]}, not "
                             f"{getattr(theirs, name)}.")
-    fields = {f.name: f.type(about["branch"][f.name]) for f in dataclasses.fields(Config) if f.name in BRANCH_FIELDS}
+    fields = config.stored_fields({name: about["branch"][name] for name in marked(BRANCH)})
     return config.check(dataclasses.replace(theirs, base_steps=0, dry_run=True, **fields))
 
 
@@ -106,8 +99,8 @@ def publish(state, run: Path, held_out: float, present: list[int]) -> None:
         half = cfg.precision == "bf16" and average.ndim > 1 and not name.endswith("table")
         tensors[name] = average.to("cpu", torch.bfloat16 if half else torch.float32)
     about = dict(branch_format=BRANCH_FORMAT, weights=state.fingerprint, step=state.step, held_out=held_out,
-                 categories_present=present, branch={name: getattr(cfg, name) for name in BRANCH_FIELDS},
-                 fits={name: getattr(theirs, name) for name in FITS})
+                 categories_present=present, branch={name: getattr(cfg, name) for name in marked(BRANCH)},
+                 fits={name: getattr(theirs, name) for name in marked(NETWORK)})
     write_tensors(run / "branch.safetensors", tensors, about, "export")
     write_text(run / "README.md", model_card(cfg, about))
 
@@ -176,7 +169,7 @@ def model_card(cfg: Config, about: dict) -> str:
         front += f"\nbase_model: {base}\nbase_model_relation: adapter"
     what = ["Physical branch"] * bool(cfg.physical_at) + [f"LoRA of rank {cfg.lora_rank}"] * bool(cfg.lora_rank)
     names = data.category_names(cfg)
-    settings = (*BRANCH_FIELDS, "seed", "precision", "batch_size", "optimizer", "physics_lr", "schedule",
+    settings = (*marked(BRANCH), "seed", "precision", "batch_size", "optimizer", "physics_lr", "schedule",
                 "warmup", "weight_decay", "clip", "ema", "caption_dropout", "coarse_weight", "fine_weight",
                 "balance_weight", "coarse_loss", "reduction", "negatives", "teacher", "background")
     return CARD.format(

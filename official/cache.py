@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import config
 from common.files import digest, read_json
 from common.store import Kind, Store, clip_file
 from common.video import LABELS, Cut, Folder, Video, Window, pixels, split_by_video
@@ -145,7 +146,7 @@ def open_cache(cfg: Config, folder: Path, expected: dict | None = None) -> Cache
     """The cache in `folder`, if it is of cfg's lineage and sizes, and of the other settings `expected`,
     such as official.folder.identity(weights). Opens no clip. Raises UserError."""
     store = Store.open(folder, CACHE)
-    fields = ("lineage", "frames", "height", "width", "channels", "text_dim", "text_len")
+    fields = config.marked(config.CACHE)
     wanted = {field: getattr(cfg, field) for field in fields}
     for field, value in {**wanted, **(expected or {})}.items():
         if store.settings.get(field) != value:

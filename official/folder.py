@@ -1,11 +1,12 @@
 """A folder of official weights: which lineage it is, whether its files are whole, what tells it from another."""
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
 from torch import nn
 
+import config
 from common.files import join_some, read_json
 from common.libraries import library_error_as_sentence
 from config import UserError
@@ -21,9 +22,16 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 SUFFIXES = (".json", ".model", ".safetensors", ".txt")  # of the files that a model is
 
 
+LINEAGES = {  # VAE's class in diffusers, text encoder's in transformers, its model_type, a preset
+    "cogvideox": ("AutoencoderKLCogVideoX", "T5EncoderModel", "t5", "cogvideox-5b"),
+    "wan": ("AutoencoderKLWan", "UMT5EncoderModel", "umt5", "wan-1.3b"),
+}
+
+
 @dataclass(frozen=True)
 class Lineage:
-    """What differs between the families of models, and the size of clip that each was trained on."""
+    """What differs between the families of models: classes of the libraries, and what their presets
+    say of the captions and the clips that they were trained on."""
     name: str
     vae: str  # class in diffusers
     text: str  # class in transformers
@@ -33,30 +41,28 @@ class Lineage:
     fps: float
     height: int
     width: int
-
-LINEAGES = (
-    Lineage("cogvideox", "AutoencoderKLCogVideoX", "T5EncoderModel", "t5", 226, 49, 8.0, 480, 720),
-    Lineage("wan", "AutoencoderKLWan", "UMT5EncoderModel", "umt5", 512, 81, 16.0, 480, 832),
-)
-COG_15 = dict(frames=81, fps=16.0, height=768, width=1360)  # told by its transformer's patch over time
+    guidance: float
 
 
 def lineage_of(weights: Path) -> Lineage:
-    """The lineage of a folder of weights, from its VAE's config; the transformer's, where there is one, must agree and
-    tells CogVideoX 1.5 from 1.0. Raises UserError."""
+    """The lineage of a folder of weights, from its VAE's config; the transformer's, where there is
+    one, must agree and tells CogVideoX 1.5 from 1.0. Raises UserError."""
     weights = Path(weights)
     kind = read_json(weights / "vae" / "config.json").get("_class_name")
-    lineage = next((known for known in LINEAGES if known.vae == kind), None)
-    if lineage is None:
-        names = " or ".join(known.vae for known in LINEAGES)
+    name = next((name for name, (vae, *_) in LINEAGES.items() if vae == kind), None)
+    if name is None:
+        names = " or ".join(vae for vae, *_ in LINEAGES.values())
         raise UserError(f"{weights / 'vae' / 'config.json'} is of {kind!r}; {names} is expected.")
+    vae, text, reader, preset = LINEAGES[name]
     if (weights / "transformer" / "config.json").exists():
         transformer = read_json(weights / "transformer" / "config.json")
-        if lineage.name not in str(transformer.get("_class_name")).lower():
+        if name not in str(transformer.get("_class_name")).lower():
             raise UserError(f"{weights} mixes a {kind} with a {transformer.get('_class_name')}.")
-        if lineage.name == "cogvideox" and transformer.get("patch_size_t"):
-            lineage = replace(lineage, **COG_15)
-    return lineage
+        if name == "cogvideox" and transformer.get("patch_size_t"):
+            preset = "cogvideox1.5-5b"
+    own = config.preset(preset)
+    return Lineage(name, vae, text, reader, own.text_len, own.frames, own.fps, own.height, own.width,
+                   own.guidance)
 
 
 def check_weights(folder: Path) -> None:
