@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import av
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -128,7 +129,7 @@ def write_map(store: Store, file: str, clip: Shown, asked: list[tuple[str, Look]
 
 def full_frame(path: Path, vlm: VLM, most: int) -> tuple[int, int]:
     """Height and width at which the VLM sees a video, uncropped but for a patch's rest."""
-    with data.av.open(str(path)) as container:
+    with av.open(str(path)) as container:
         return vlm.size_for(*upright(next(container.decode(video=0))), most)
 
 
