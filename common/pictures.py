@@ -159,7 +159,7 @@ def routing_cell(clip, text: str, label: str, scale: int, routing: ClipRouting, 
     top = LINE + 2
     h, w = clip.shape[1] * scale, clip.shape[2] * scale
     h_map, w_map = clip.shape[1] * small, clip.shape[2] * small
-    width = max(COLUMNS * (w_map + GAP) - GAP, 2 * w + GAP)
+    width = max(COLUMNS * (w_map + GAP) - GAP, 2 * w + GAP, w + GAP + 120)  # bars need some room at any scale
     lines = wrap(text, width)
     maps = names if routing.lift is not None else {}
     y_maps = top + h + 10 + LINE * (len(lines) + 2 * bool(maps))
