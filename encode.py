@@ -25,19 +25,18 @@ Letters: B clips, F H W frames and pixels, f h w the latent grid, C its channels
 """
 import math
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 import config
-from common.files import complete, cores, listed, shard_of
+from common.files import cores, shard_of
 from common.run import pick_device
-from common.store import Store, write_tensors
-from common.video import Folder
+from common.store import Store
+from common.video import Cut, Folder
 from config import Stopped, UserError
-from official.cache import fill, settings_of, stored_text
+from official.cache import CACHE, EMPTY, CacheRow, Encoder, settings_of
 from official.encoders import VAE, TextEncoder
 from official.folder import lineage_of
 
@@ -89,49 +88,51 @@ def main(argv: list[str]) -> None:
     for name in ("frames", "fps", "height", "width"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(lineage, name))
-    (first, shards), device = check(args), pick_device(args.device)
+    shard, device = check(args), pick_device(args.device)
     if lineage.name == "cogvideox" and args.frames % 8 != 1:
         print(f"CogVideoX's VAE gives {args.frames + 3} frames back for {args.frames}; of 1 + 8 m it gives as many.",
               file=sys.stderr)
     bf16 = args.dtype == "bf16" or args.dtype == "auto" and device == "cuda"
     dtype = torch.bfloat16 if bf16 else torch.float32
-    cfg = config.preset("small", data_dir=args.videos, annotations=args.annotations, frames=args.frames, fps=args.fps,
-                        height=args.height, width=args.width, windows=args.windows)
-    cfg = replace(cfg, threads=min(4, cores(cfg)))  # each reads ahead a video's clips, a hundred megabytes apiece
-    folder = Folder(cfg, args.captions, args.phys_law)
-    store = Store(Path(args.out), settings_of(args, lineage, weights, dtype), f"{first + 1}of{shards}")
-
-    made, cut, videos = 0, 0, list(folder.videos.values())
+    folder = Folder(args.videos, args.annotations, args.captions, args.phys_law)
+    cut = Cut(args.frames, args.fps, args.windows, args.height, args.width)
+    threads = min(4, cores(0))  # each reads ahead a video's clips, a hundred megabytes apiece
+    store = Store.create(args.out, CACHE, settings_of(args, lineage, weights, dtype), shard)
+    made, cut_captions = 0, 0
     try:
         # --- what is there
-        names, there = [store.name(video) for video in videos], store.there()
-        mine = dict(list(zip(names, videos))[first::shards])
-        have = {file for name in mine for file in there.get(name, ()) if store.sound(store.clips / file)}
-        todo = {name: video for name, video in mine.items()
-                if not complete([file for file in there.get(name, ()) if file in have])}
+        videos = {store.name(video.identity()): video for video in folder.videos.values()}
+        mine = list(videos)[shard[0]::shard[1]]
+        missing, have = store.missing(mine)
+        has_empty = store.is_sound(store.folder / EMPTY)
 
         # --- what is not
-        empty_there = store.sound(store.out / "empty.safetensors")
-        if todo or not empty_there:
+        if missing or not has_empty:
             text, vae = TextEncoder(weights, device, dtype), VAE(weights, device, dtype, args.tiled)
-            if not empty_there:
-                embeddings, _ = text([""] * args.text_batch, args.text_batch)
-                empty = {"text": stored_text(embeddings[0], 0, lineage, dtype)}
-                about = {"key": store.key, "text_length": 0}
-                write_tensors(store.out / "empty.safetensors", empty, about, store.tag)
-            with tqdm(total=len(mine), initial=len(mine) - len(todo), desc="encoding", unit="video") as bar:
-                made, cut = fill(store, folder, todo, have, text, vae, dtype, args, bar)
-        index = store.write_index(videos, names)
+            encoder = Encoder(store, text, vae, dtype, args.text_batch)
+            if not has_empty:
+                encoder.write_empty()
+            todo = {name: videos[name] for name in missing}
+            with tqdm(total=len(mine), initial=len(mine) - len(todo), desc="encoding",
+                      unit="video") as bar:
+                encoder.write_videos(folder, todo, have, cut, threads, bar)
+            made, cut_captions = encoder.made, encoder.cut_captions
+        index = store.write_index(videos, lambda file, video: CacheRow(
+            file, video.name, video.caption, video.categories))
     except OSError as e:
-        raise Stopped(f"{e.filename or store.out} cannot be read or written any more: {e.strerror or e}.") from None
+        raise Stopped(f"{e.filename or store.folder} cannot be read or written any more: "
+                      f"{e.strerror or e}.") from None
 
     # --- what came of it
-    skipped = f"; skipped {len(folder.skipped)}: {listed(folder.skipped)}" if folder.skipped else ""
+    skipped = folder.skipped_sentence()
     if not index["clips"]:
-        raise UserError(f"No clip could be made from {args.videos}{skipped or '; the annotations name no video'}.")
-    cut = f"; {cut} captions have more than {lineage.text_len} tokens and are cut" if cut else ""
-    print(f"{made} clips made, {len(have)} were there; {store.out} holds {len(index['clips'])} from {index['done']} of "
-          f"{index['videos']} videos{cut}{skipped}{folder.strangers()}")
+        reason = skipped or "; the annotations name no video"
+        raise UserError(f"No clip could be made from {args.videos}{reason}.")
+    too_long = ""
+    if cut_captions:
+        too_long = f"; {cut_captions} captions have more than {lineage.text_len} tokens and are cut"
+    print(f"{made} clips made, {len(have)} were there; {store.folder} holds {len(index['clips'])} from "
+          f"{index['done']} of {index['videos']} videos{too_long}{skipped}{folder.unknown_labels()}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import config
 import data
-from common.files import listed, write_text
+from common.files import join_some, write_text
 from common.store import checksum, write_tensors
 from config import Config, UserError
 from experts import ProPhy
@@ -59,13 +59,13 @@ def read_branch(path: Path, weights: Path) -> tuple[Config, dict[str, Tensor]]:
         raise UserError(f"{path} describes no branch ({type(e).__name__}: {e}).") from None
     odd = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
     if odd:
-        raise UserError(f"{path} holds another branch than its header describes: {listed(odd, 3)}.")
+        raise UserError(f"{path} holds another branch than its header describes: {join_some(odd, 3)}.")
     with safetensors.safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in found}
     if checksum(tensors) != about.get("checksum"):
         raise UserError(f"{path} is damaged: its checksum is another.")
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise UserError(f"{path} holds numbers that are not finite: {listed(bad, 3)}.")
+        raise UserError(f"{path} holds numbers that are not finite: {join_some(bad, 3)}.")
     if about.get("weights") != fingerprint(network_folder(weights)):
         print(f"Warning: {path} was trained beside other files than those in {weights}; that is right only if they "
               "hold the same weights, stored in another way.", file=sys.stderr)

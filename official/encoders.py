@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from common.files import read_json
-from common.store import library, one_sentence
+from common.libraries import library, library_error_as_sentence
 from config import Stopped, UserError
 from official.folder import lineage_of, load
 
@@ -71,7 +71,7 @@ class TextEncoder:
         if not (folder / "tokenizer.json").exists():  # CogVideoX has spiece.model alone, which these two read
             library("sentencepiece")
             library("google.protobuf")
-        with one_sentence(folder):
+        with library_error_as_sentence(folder):
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
 
     @property

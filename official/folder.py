@@ -6,8 +6,8 @@ from pathlib import Path
 import safetensors
 from torch import nn
 
-from common.files import listed, read_json
-from common.store import one_sentence
+from common.files import join_some, read_json
+from common.libraries import library_error_as_sentence
 from config import UserError
 
 
@@ -70,7 +70,7 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         files = [folder / str(name) for name in sorted(set(named.values()))]
         missing = [path.name for path in files if not path.is_file()]
         if missing:
-            raise UserError(f"{folder} lacks {listed(missing)}, which its {index.name} names.")
+            raise UserError(f"{folder} lacks {join_some(missing)}, which its {index.name} names.")
     if not files:
         raise UserError(f"{folder} holds no .safetensors file; pickled weights (.bin, .pt) are not opened.")
     found = {}
@@ -97,12 +97,12 @@ def load(kind, folder: Path, **how) -> nn.Module:
     missing, damaged, pickled, of another shape, or not finite."""
     read_json(folder / "config.json")
     check_weights(folder)
-    with one_sentence(folder):
+    with library_error_as_sentence(folder):
         model, info = kind.from_pretrained(str(folder), use_safetensors=True, local_files_only=True,
                                            output_loading_info=True, **how)
     for what, key in (("lacks", "missing_keys"), ("does not fit its config in", "mismatched_keys")):
         if info.get(key):  # the libraries would fill these with random numbers
-            raise UserError(f"{folder} {what} {listed(map(str, info[key]), 3)}.")
+            raise UserError(f"{folder} {what} {join_some(map(str, info[key]), 3)}.")
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(f"{name} in {folder} holds numbers that are not finite.")

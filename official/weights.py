@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import config
-from common.files import listed, read_json, whole_file, write_text
+from common.files import join_some, read_json, whole_file, write_text
 from config import Config, Stopped, UserError
 from model import MODELS, Backbone
 from official.folder import FLOATS, network_folder, tensor_files
@@ -192,7 +192,7 @@ def check_names(folder: Path, wanted: set[str], found: set[str]) -> None:
     """Raises UserError that names missing or extra tensors, three of each."""
     for what, names in (("lacks", wanted - found), ("has unknown", found - wanted)):
         if names:
-            raise UserError(f"{folder} {what} {listed(sorted(names), 3)}.")
+            raise UserError(f"{folder} {what} {join_some(sorted(names), 3)}.")
 
 
 # --- in ---------------------------------------------------------------------------------------------------------------
