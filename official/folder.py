@@ -65,26 +65,37 @@ def lineage_of(weights: Path) -> Lineage:
                    own.guidance)
 
 
-def check_weights(folder: Path) -> None:
-    """Raises UserError with one sentence unless the folder's safetensors files are all there, whole, and of floats."""
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """{tensor: its file} of all .safetensors files in a folder, or of those that its index names; their headers are
+    read. Raises UserError with one sentence for what is missing, damaged or pickled."""
     files = sorted(folder.glob("*.safetensors"))
-    for index in folder.glob("*.safetensors.index.json"):
+    for index in sorted(folder.glob("*.safetensors.index.json")):
         named = read_json(index).get("weight_map")
         if not isinstance(named, dict):
-            raise UserError(f"{index} names no files.")
+            raise UserError(f"{index} cannot be read: it names no files.")
         files = [folder / str(name) for name in sorted(set(named.values()))]
+        missing = [path.name for path in files if not path.is_file()]
+        if missing:
+            raise UserError(f"{folder} lacks {join_some(missing)}, which its {index.name} names.")
     if not files:
         raise UserError(f"{folder} holds no .safetensors file; pickled weights (.bin, .pt) are not opened.")
+    found = {}
     for path in files:
         try:
             with safetensors.safe_open(path, "pt") as file:
-                odd = [name for name in file.keys() if file.get_slice(name).get_dtype() not in FLOATS]
-        except FileNotFoundError:
-            raise UserError(f"{folder} lacks {path.name}, which its index names.") from None
-        except (safetensors.SafetensorError, OSError) as e:
+                found |= dict.fromkeys(file.keys(), path)
+        except (safetensors.SafetensorError, OSError, ValueError) as e:
             raise UserError(f"{path} is damaged or no safetensors file ({e}).") from None
-        if odd:
-            raise UserError(f"{odd[0]} in {path} is not stored as floating point numbers.")
+    return found
+
+
+def check_weights(folder: Path) -> None:
+    """Raises UserError with one sentence unless the folder's safetensors files are all there, whole, and of floats."""
+    for path in set(tensor_files(folder).values()):
+        with safetensors.safe_open(path, "pt") as file:
+            for name in file.keys():
+                if file.get_slice(name).get_dtype() not in FLOATS:
+                    raise UserError(f"{name} in {path} is not stored as floating point numbers.")
 
 
 def load(kind, folder: Path, **how) -> nn.Module:
