@@ -88,21 +88,37 @@ def attach_branch(backbone, cfg: Config, tensors: dict[str, Tensor]) -> ProPhy:
 
 
 def publish(state, run: Path, held_out: float, present: list[int]) -> None:
+    """What a run beside frozen official weights gives to others: branch.safetensors, and README.md, its model card."""
+    write_branch(run, state.cfg, state.model.backbone.cfg, state.ema, state.fingerprint, step=state.step,
+                 held_out=held_out, categories_present=present)
+
+
+def write_branch(folder: Path, cfg: Config, theirs: Config, averages: dict[str, Tensor], weights: str, **about) -> None:
     """branch.safetensors: the averaged weights of branch and LoRA, and in its header all that sample.py needs to attach
     them; beside it README.md, the model card.
 
-    A run in fp32 is stored to the bit. One in bf16 rounded its matrices to bf16 in every product: they are stored so,
-    in half the room; norms, biases and Wan's tables of modulation stay float32.
+    theirs: the backbone's Config. weights: the fingerprint of the backbone's files. about: step, held_out,
+    categories_present. A run in fp32 is stored to the bit. One in bf16 rounded its matrices to bf16 in every product:
+    they are stored so, in half the room; norms, biases and Wan's tables of modulation stay float32.
     """
-    cfg, theirs, tensors = state.cfg, state.model.backbone.cfg, {}
-    for name, average in state.ema.items():
+    tensors = {}
+    for name, average in averages.items():
         half = cfg.precision == "bf16" and average.ndim > 1 and not name.endswith("table")
         tensors[name] = average.to("cpu", torch.bfloat16 if half else torch.float32)
+<<<<<<< HEAD
     about = dict(branch_format=BRANCH_FORMAT, weights=state.fingerprint, step=state.step, held_out=held_out,
                  categories_present=present, branch={name: getattr(cfg, name) for name in marked(BRANCH)},
                  fits={name: getattr(theirs, name) for name in marked(NETWORK)})
     write_tensors(run / "branch.safetensors", tensors, about, "export")
     write_text(run / "README.md", model_card(cfg, about))
+=======
+    about = dict(branch_format=BRANCH_FORMAT, weights=weights, **about,
+                 branch={name: getattr(cfg, name) for name in BRANCH_FIELDS},
+                 fits={name: getattr(theirs, name) for name in FITS})
+    write_tensors(folder / "branch.safetensors", tensors, about, "export")
+    write_text(folder / "README.md", model_card(cfg, about))
+
+>>>>>>> cf5822351a829bb02c0291036895e7ab42ff1a33
 
 APACHE = ("license: apache-2.0",
           "the Apache License 2.0: pass its text on with this file, and say that the weights were changed.")
@@ -162,16 +178,26 @@ Where `DIR` was somebody's changed version of them, name that version, and its l
 
 def model_card(cfg: Config, about: dict) -> str:
     """README.md beside a branch, as Hugging Face reads it; about: the header of branch.safetensors."""
-    fits, same = about["fits"], ("lineage", "dim", "depth", "heads", "patch_t", "positions")
+    # The official weights that the backbone's shape belongs to, if it belongs to any.
+    fits = about["fits"]
+    same = ("lineage", "dim", "depth", "heads", "patch_t", "positions")
     preset = next((name for name in UPSTREAM if all(getattr(config.preset(name), f) == fits[f] for f in same)), None)
     base, (front, licence) = UPSTREAM.get(preset, ("", UNKNOWN))
     if base:
         front += f"\nbase_model: {base}\nbase_model_relation: adapter"
+
+    # What was trained, and how.
     what = ["Physical branch"] * bool(cfg.physical_at) + [f"LoRA of rank {cfg.lora_rank}"] * bool(cfg.lora_rank)
     names = data.category_names(cfg)
+<<<<<<< HEAD
     settings = (*marked(BRANCH), "seed", "precision", "batch_size", "optimizer", "physics_lr", "schedule",
                 "warmup", "weight_decay", "clip", "ema", "caption_dropout", "coarse_weight", "fine_weight",
                 "balance_weight", "coarse_loss", "reduction", "negatives", "teacher", "background")
+=======
+    settings = (*BRANCH_FIELDS, "seed", "precision", "batch_size", "optimizer", "physics_lr", "schedule", "warmup",
+                "weight_decay", "clip", "ema", "caption_dropout", "coarse_weight", "fine_weight", "balance_weight",
+                "coarse_loss", "reduction", "negatives", "teacher", "background")
+>>>>>>> cf5822351a829bb02c0291036895e7ab42ff1a33
     return CARD.format(
         front=front, licence=licence, what=" and ".join(what), weights=about["weights"], step=about["step"],
         upstream=base or f"a {fits['lineage']} transformer of width {fits['dim']}", physics_steps=cfg.physics_steps,

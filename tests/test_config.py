@@ -3,7 +3,6 @@ one sentence for each mistake before any work starts."""
 import ast
 import dataclasses
 import json
-import os
 import re
 import subprocess
 import sys
