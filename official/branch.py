@@ -105,20 +105,12 @@ def write_branch(folder: Path, cfg: Config, theirs: Config, averages: dict[str, 
     for name, average in averages.items():
         half = cfg.precision == "bf16" and average.ndim > 1 and not name.endswith("table")
         tensors[name] = average.to("cpu", torch.bfloat16 if half else torch.float32)
-<<<<<<< HEAD
-    about = dict(branch_format=BRANCH_FORMAT, weights=state.fingerprint, step=state.step, held_out=held_out,
-                 categories_present=present, branch={name: getattr(cfg, name) for name in marked(BRANCH)},
-                 fits={name: getattr(theirs, name) for name in marked(NETWORK)})
-    write_tensors(run / "branch.safetensors", tensors, about, "export")
-    write_text(run / "README.md", model_card(cfg, about))
-=======
     about = dict(branch_format=BRANCH_FORMAT, weights=weights, **about,
-                 branch={name: getattr(cfg, name) for name in BRANCH_FIELDS},
-                 fits={name: getattr(theirs, name) for name in FITS})
+                 branch={name: getattr(cfg, name) for name in marked(BRANCH)},
+                 fits={name: getattr(theirs, name) for name in marked(NETWORK)})
     write_tensors(folder / "branch.safetensors", tensors, about, "export")
     write_text(folder / "README.md", model_card(cfg, about))
 
->>>>>>> cf5822351a829bb02c0291036895e7ab42ff1a33
 
 APACHE = ("license: apache-2.0",
           "the Apache License 2.0: pass its text on with this file, and say that the weights were changed.")
@@ -189,15 +181,9 @@ def model_card(cfg: Config, about: dict) -> str:
     # What was trained, and how.
     what = ["Physical branch"] * bool(cfg.physical_at) + [f"LoRA of rank {cfg.lora_rank}"] * bool(cfg.lora_rank)
     names = data.category_names(cfg)
-<<<<<<< HEAD
-    settings = (*marked(BRANCH), "seed", "precision", "batch_size", "optimizer", "physics_lr", "schedule",
-                "warmup", "weight_decay", "clip", "ema", "caption_dropout", "coarse_weight", "fine_weight",
-                "balance_weight", "coarse_loss", "reduction", "negatives", "teacher", "background")
-=======
-    settings = (*BRANCH_FIELDS, "seed", "precision", "batch_size", "optimizer", "physics_lr", "schedule", "warmup",
+    settings = (*marked(BRANCH), "seed", "precision", "batch_size", "optimizer", "physics_lr", "schedule", "warmup",
                 "weight_decay", "clip", "ema", "caption_dropout", "coarse_weight", "fine_weight", "balance_weight",
                 "coarse_loss", "reduction", "negatives", "teacher", "background")
->>>>>>> cf5822351a829bb02c0291036895e7ab42ff1a33
     return CARD.format(
         front=front, licence=licence, what=" and ".join(what), weights=about["weights"], step=about["step"],
         upstream=base or f"a {fits['lineage']} transformer of width {fits['dim']}", physics_steps=cfg.physics_steps,
