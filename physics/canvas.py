@@ -52,6 +52,11 @@ def per_frame(value):
     return np.asarray(value, np.float32).reshape(-1, 1, 1)
 
 
+def vectors(x, y, t):
+    """Two components at the times t (F,), each a number or one value per frame -> (F, 2)."""
+    return np.stack([x + 0 * t, y + 0 * t], -1)
+
+
 @functools.lru_cache(maxsize=8)
 def backdrop(height, width):
     """The empty room: float32 (3, H, W) in 0..1, a dark wall and a floor."""

@@ -42,7 +42,8 @@ class CellView:
 
     def __init__(self, frames, actor):
         """frames: uint8 (F, H, W, 3). actor: a world.Actor, or whatever has these four fields."""
-        self.colour, self.colour2 = actor.colour, actor.colour2
+        self.colour = actor.colour
+        self.colour2 = actor.colour2
         self.spans = PHENOMENA[actor.phenomenon].spans
         self.room = Cell(actor.box, *frames.shape[1:3])  # as it is without the actor
         PHENOMENA[actor.phenomenon].furniture(self.room)
@@ -389,7 +390,8 @@ def law_errors(videos, actors) -> dict:
 
     A law goes by its detector's name. Laws without a clip are left out.
     """
-    errors, found = {}, []
+    errors = {}
+    found = []
     for frames, actor in zip(videos, actors, strict=True):
         error, there = law_error(frames, actor)
         errors.setdefault(actor.phenomenon, []).append(error)

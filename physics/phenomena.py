@@ -2,8 +2,7 @@
 
     spans -> draw parameters p -> derive -> states(p, t): the truth -> paint: the picture
 
-Space: canvas heights from the middle of the cell's upper edge, x to the right, y DOWN.
-Time: seconds; a clip lasts one.
+Units: canvas heights from the middle of the cell's upper edge, y DOWN; seconds, a clip lasts one.
 Constants of nature (gravity, flux, burning rate ...) have a span of one value: low = high.
 """
 from dataclasses import dataclass
@@ -11,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from physics.canvas import (
-    COLD, CORE, FLAME, FLOOR, GLASS, HOT, PANEL, STEEL, VAPOUR, WATER, WHITE, per_frame)
+    COLD, CORE, FLAME, FLOOR, GLASS, HOT, PANEL, STEEL, VAPOUR, WATER, WHITE, per_frame,
+    vectors)
 from physics.canvas import COLOURS, NIGHT, backdrop  # for files that do not use the door yet
 
 
@@ -44,7 +44,8 @@ class Phenomenon:
     phrases, decoy_phrases: at most eight words, with {c} for the colour, {d} for a second colour,
     and {s} for a size word and a blank, or for nothing.
     """
-    name, cue = "", ""
+    name = ""
+    cue = ""
     spans = {}
     phrases = decoy_phrases = ()
 
@@ -52,29 +53,23 @@ class Phenomenon:
         """Add to the drawn parameters `p` those that follow from them."""
 
     def states(self, p, t):
-        """True states at the times t (F,): {name: (F,) or (F, 2)}. Names that start with "position"
-        are places in the cell."""
+        """True states at t (F,): {name: (F,) or (F, 2)}. "position..." is a place in the cell."""
 
     def furniture(self, cell):
         """Draw what stands behind the actor in every clip, and in front of which it is measured."""
 
     def paint(self, cell, p, s, colours):
-        """Draw all frames from the states `s`, and mark where the phenomenon happens. colours: rgb
-        of the actor and of its second body."""
+        """Draw the states `s` and mark the actor. colours: rgb of the actor and a second body."""
 
     def decoy(self, cell, p, colour, variant):
         """Draw a still object that looks like the actor and fits decoy_phrases[variant]."""
 
 
-def vectors(x, y, t):
-    """Two components, each a number or one value per frame, as (F, 2)."""
-    return np.stack([x + 0 * t, y + 0 * t], -1)
-
-
 # --- motion -------------------------------------------------------------------------------------
 class RigidBodyMotion(Phenomenon):
     """A ball is thrown upward: x = x0 + vx t, y = y0 + vy t + g t^2 / 2."""
-    name, cue = "rigid body motion", "red"
+    name = "rigid body motion"
+    cue = "red"
     spans = dict(gravity=Span(2.4, 2.4, "gravity", (1.4, 1.8)),  # heights / s^2
                  radius=Span(.11, .13, "radius", (.15, .165)),
                  vx=Span(.08, .16, "speed", (.19, .23)),
@@ -102,9 +97,9 @@ class RigidBodyMotion(Phenomenon):
 
 
 class ElasticMotion(RigidBodyMotion):
-    """A ball falls and bounces: free fall between contacts, and v = -e v after a contact, with
-    restitution e."""
-    name, cue = "elastic motion", "yellow"
+    """A ball falls freely and bounces: v = -e v after a contact, with restitution e."""
+    name = "elastic motion"
+    cue = "yellow"
     spans = dict(gravity=Span(2.4, 2.4, "gravity", (3.2, 3.8)),
                  radius=Span(.11, .13, "radius", (.15, .165)),
                  vy=Span(0, .4, "speed", (.7, 1.)),
@@ -138,7 +133,8 @@ class Collision(Phenomenon):
 
     The puck named first comes from the upper end, so that a caption tells which colour is where.
     """
-    name, cue = "collision", "blue"
+    name = "collision"
+    cue = "blue"
     spans = dict(radius=Span(.10, .12, "radius", (.07, .085)),
                  radius2=Span(.10, .12, "radius", (.07, .085)),
                  speed=Span(.28, .35, "speed", (.14, .20)),
@@ -201,7 +197,8 @@ class Collision(Phenomenon):
 
 class LiquidMotion(Phenomenon):
     """A stream of constant flux fills a vessel: level = level0 + flux t / width."""
-    name, cue = "liquid motion", "cyan"
+    name = "liquid motion"
+    cue = "cyan"
     spans = dict(flux=Span(.11, .11, "speed", (.05, .07)),  # heights^2 / s
                  width=Span(.26, .36, "radius", (.39, .44)),
                  level0=Span(.03, .10))
@@ -231,9 +228,9 @@ class LiquidMotion(Phenomenon):
 
 
 class GasMotion(Phenomenon):
-    """A puff of smoke rises at speed u and spreads in two dimensions: sigma^2 = sigma0^2 + 2 D t,
-    peak = sigma0^2 / sigma^2."""
-    name, cue = "gas motion", "lilac"
+    """A puff of smoke rises and spreads: sigma^2 = sigma0^2 + 2 D t, peak = sigma0^2 / sigma^2."""
+    name = "gas motion"
+    cue = "lilac"
     spans = dict(speed=Span(.40, .55, "speed", (.20, .30)),
                  sigma0=Span(.055, .065, "radius", (.069, .073)),
                  diffusivity=Span(.0022, .0022),  # D, heights^2 / s
@@ -256,9 +253,9 @@ class GasMotion(Phenomenon):
 
 
 class Deformation(Phenomenon):
-    """A plate presses a soft block at constant speed v and its area is conserved:
-    height = height0 - v t, width = area / height."""
-    name, cue = "deformation", "green"
+    """A plate presses a block of constant area: height = height0 - v t, width = area / height."""
+    name = "deformation"
+    cue = "green"
     spans = dict(press_speed=Span(.15, .20, "speed", (.08, .11)),
                  width0=Span(.18, .22, "radius", (.12, .15)),
                  height0=Span(.40, .46))
@@ -289,7 +286,8 @@ class Melting(Phenomenon):
 
     The lost area is water around the block: level = rate t / (tray width - side).
     """
-    name, cue = "melting", "pink"
+    name = "melting"
+    cue = "pink"
     spans = dict(melt_rate=Span(.035, .035, "speed", (.016, .022)),  # heights^2 / s
                  side0=Span(.27, .30, "radius", (.32, .34)))
     phrases = ("a {s}{c} block melts", "a {s}{c} block melts into a puddle",
@@ -326,7 +324,8 @@ class Melting(Phenomenon):
 
 class Vaporization(Phenomenon):
     """A drop boils away on a hot plate by the d^2 law: diameter^2 = diameter0^2 - K t."""
-    name, cue = "vaporization", "teal"
+    name = "vaporization"
+    cue = "teal"
     spans = dict(rate=Span(.055, .055, "speed", (.025, .035)),  # K, heights^2 / s
                  diameter0=Span(.26, .30, "radius", (.32, .36)),
                  phase=Span(0, 1))
@@ -356,7 +355,8 @@ class Vaporization(Phenomenon):
 
 class Combustion(Phenomenon):
     """A candle burns down: height = height0 - burn_rate t. The mask: flame and top of the wax."""
-    name, cue = "combustion", "coral"
+    name = "combustion"
+    cue = "coral"
     spans = dict(burn_rate=Span(.25, .25, "speed", (.12, .16)),
                  width=Span(.15, .20, "radius", (.24, .28)),
                  height0=Span(.46, .56),
@@ -392,9 +392,9 @@ class Combustion(Phenomenon):
 
 
 class Explosion(Phenomenon):
-    """A blast wave in two dimensions (Sedov): radius^2 = radius0^2 + c t, so it starts fast and
-    slows down."""
-    name, cue = "explosion", "brown"
+    """A blast wave in two dimensions slows down (Sedov): radius^2 = radius0^2 + c t."""
+    name = "explosion"
+    cue = "brown"
     spans = dict(blast=Span(.044, .044, "speed", (.020, .028)),  # c, heights^2 / s
                  radius0=Span(.06, .08, "radius", (.09, .105)),
                  height=Span(.40, .60))
@@ -424,7 +424,8 @@ class Explosion(Phenomenon):
 class Reflection(Phenomenon):
     """A beam meets an upright mirror and sweeps evenly: angle = middle + omega (t - 1/2), counted
     from the mirror's normal; it leaves at the angle at which it comes."""
-    name, cue = "reflection", "lime"
+    name = "reflection"
+    cue = "lime"
     spans = dict(omega=Span(.55, .75, "speed", (.28, .40)),  # radians / s
                  thickness=Span(.085, .105, "radius", (.12, .13)),
                  middle=Span(.70, .85))
@@ -462,7 +463,8 @@ class Reflection(Phenomenon):
 class Refraction(Reflection):
     """A beam enters water and sweeps evenly: sin(angle_in) = n sin(angle_out), with
     angle_in = middle + omega (t - 1/2), counted from the vertical."""
-    name, cue = "refraction", "purple"
+    name = "refraction"
+    cue = "purple"
     spans = dict(omega=Span(.45, .60, "speed", (.22, .32)),
                  thickness=Span(.08, .10, "radius", (.11, .115)),
                  middle=Span(.42, .47),
