@@ -48,7 +48,7 @@ from common.store import Store, clip_file
 from common.video import Folder, reason_of
 from config import Config, Stopped, UserError, stream
 from official.folder import fingerprint
-from physics.phenomena import CATEGORIES
+from physics import CATEGORIES
 from vlm.maps import (
     MAPS,
     Maps,

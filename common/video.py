@@ -30,7 +30,7 @@ from torch import Tensor
 
 from common.files import bounded_map, join_some
 from config import UserError
-from physics.phenomena import CATEGORIES
+from physics import CATEGORIES
 
 HELD_SHARE = 0.05  # of a folder's videos
 TOLERANCE = 1e-3  # seconds: some containers round time stamps to it

@@ -27,7 +27,7 @@ from common.store import Kind, Store, read_about
 from common.video import TOLERANCE, Cut, Window, timeline, upright_size, windows_of
 from config import Config, UserError
 from data import Pool, latent_frames
-from physics.phenomena import CATEGORIES
+from physics import CATEGORIES
 from vlm.qwen import VLM, Look, Settings, VLMError
 
 DENIAL = re.compile(r"\b(no|not|cannot|none|nowhere)\b|n't\b", re.IGNORECASE)

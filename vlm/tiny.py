@@ -17,7 +17,7 @@ import world
 from common.files import write_text
 from common.libraries import library
 from config import Config, Stopped, UserError, stream
-from physics.phenomena import PHENOMENA
+from physics import PHENOMENA
 from vlm.qwen import VLM
 
 
