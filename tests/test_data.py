@@ -171,7 +171,7 @@ cfg = preset("debug", frames=4, height=16, width=16, world_clips=150, val_clips=
              pool_dir={str(tmp_path / 'pools')!r})
 data.open_pool(cfg, progress=False)
 """)
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=100)
+    result = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=240)
     assert result.returncode == 0 and not result.stderr and (tmp_path / "imported").read_text() == "once "
     path, = (tmp_path / "pools").iterdir()
     pool = data.Pool.open(path, (4, 16, 16))

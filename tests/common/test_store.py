@@ -200,7 +200,7 @@ data.open_pool(cfg, progress=False)
     assert part.suffix and data.Pool.open(part, (4, 16, 16)) is None
 
 
-def wait_for(condition, seconds=30):
+def wait_for(condition, seconds=240):
     end = time.monotonic() + seconds
     while not (answer := condition()):
         assert time.monotonic() < end
