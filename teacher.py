@@ -19,7 +19,7 @@ the looking; the tiny one has the very architecture of Qwen2.5-VL, so a laptop r
    its fused kernels: in bf16, eager attention changes the answers.
 4. *Density.* Mean over rows, heads and layers, then renormalised over the video's tokens, times their number: uniform
    attention is 1. Heads that ignore the video carry no weight that way.
-5. *On disk* on the VLM's own grid, with the times and the rectangle it covers: data.py finds any clip's tokens in it.
+5. *On disk* on the VLM's own grid, with the times and the rectangle it covers: vlm/maps.py finds any clip's tokens in it.
 
 Left out on purpose: attention rollout (needs all matrices), several GPUs for one VLM, several videos in a prompt.
 

@@ -239,8 +239,7 @@ def test_truth_from_a_file_of_boxes(tiny, tmp_path):
     iio.imwrite(tmp_path / "a.mp4", clip.video, fps=8, plugin="pyav", codec="libx264")
     (tmp_path / "truth.json").write_text(
         json.dumps({"a.mp4": {"melting": [[0, 1, 0, 0, .5, 1]], "combustion": [[0, 9, .5, 0, 1, .5]]}}))
-    film = dataclasses.replace(CFG, frames=9, fps=8.0, windows=1)
-    first, second = vlm_report.of_json(tmp_path / "truth.json", tiny, film, 350_000)[0]
+    first, second = vlm_report.of_json(tmp_path / "truth.json", tiny, 9, 8.0, 350_000)[0]
     F_, H, W = first.mask.shape
     assert (F_, H, W) == (9, 32, 32) and first.name == "melting"
     # frame 8 is shown at one second, where the box ends
@@ -251,7 +250,7 @@ def test_truth_from_a_file_of_boxes(tiny, tmp_path):
                        ({"b.mp4": {"melting": []}}, "b.mp4"), ({"a.mp4": {"melting": [[1]]}}, "a.mp4")):
         (tmp_path / "truth.json").write_text(json.dumps(wrong))
         with pytest.raises(config.UserError, match=why):
-            vlm_report.of_json(tmp_path / "truth.json", tiny, film, 350_000)
+            vlm_report.of_json(tmp_path / "truth.json", tiny, 9, 8.0, 350_000)
 
 
 def test_divide_and_none_and_subtract_rank_a_token_differently():
