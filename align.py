@@ -1,12 +1,15 @@
-"""The three losses that teach the routers, and the target that a teacher's attention maps become. Pure functions.
+"""The three losses that teach the routers, and the target that a teacher's attention maps become.
 
-    L = L_diffusion + 0.1 L_coarse + 0.02 L_fine_align + 0.01 L_fine_balance        (Eq. 6; weights: config.py)
+    L = L_diffusion + 0.1 L_coarse + 0.02 L_fine_align + 0.01 L_fine_balance
+                                                           (Eq. 6; the weights stand in config.py)
 
-L_coarse tells the semantic router *which* physics a clip holds, L_fine_align tells the refinement router *where*, and
-L_fine_balance keeps its experts in use. No vision-language model here: teacher.py makes maps, this file makes targets
-of them.
+L_coarse tells the semantic router *which* physics a clip holds, L_fine_align tells the refinement
+router *where* it is, and L_fine_balance keeps all of its experts in use. This file also says which
+clips and which tokens count. All functions are pure, and no vision-language model is needed here:
+teacher.py writes attention maps, and this file makes targets of them.
 
-Letters: B clips, N video tokens, E_s semantic and E_r refinement experts, E_cat phenomena, k experts a token.
+Letters: B clips, N video tokens, E_s semantic and E_r refinement experts, E_cat phenomena,
+k experts a token.
 """
 import torch
 import torch.nn.functional as F
@@ -15,43 +18,58 @@ from torch import Tensor
 from config import Config
 
 
-def coarse_loss(p_s: Tensor, q_s: Tensor, kind: str = "relative", reduction: str = "mean") -> Tensor:
+def labelled(text_length: Tensor, categories: Tensor) -> Tensor:
+    """Which clips enter L_coarse, (B,) bool: those with a caption and at least one label.
+
+    text_length (B,) is 0 where the caption was dropped for guidance: the router then has nothing
+    to read. categories (B, E_cat) are multi-hot labels: without one there is nothing to compare.
+    """
+    return (text_length > 0) & (categories.sum(1) > 0)
+
+
+def coarse_loss(p_s: Tensor, q_s: Tensor, kind: str = "relative",
+                reduction: str = "mean") -> Tensor:
     """L_coarse (Eq. 3-4): clips with alike physics should be routed alike.
 
-    p_s (B, E_cat): the semantic router's weights rho_s lifted to the categories. q_s (B, E_cat): multi-hot labels, at
-    least one a clip. "relative" compares the cosine similarity of every pair of clips in P_s and in Q_s; it orders
-    clips and names no class. "bce" reads p_s as logits and names classes: the paper's ablation. `reduction` is over
-    pairs (or over entries); the paper prints a sum, the mean is ours: its weight does not grow with B^2.
+    p_s (B, E_cat): the semantic router's weights rho_s, lifted to the categories.
+    q_s (B, E_cat): multi-hot labels, at least one a clip (see `labelled`).
+    kind: "relative" compares the cosine similarity of every pair of clips in P_s and in Q_s; it
+    orders clips and names no class. "bce" reads p_s as logits and names classes: this is the
+    paper's ablation.
+    reduction: over pairs (over entries for "bce"). The paper prints a sum; the mean is ours,
+    because its weight does not grow with B^2.
 
-    Raises ValueError for a batch of one under "relative": it has no pair, and a silent zero would teach nothing.
+    Raises ValueError for a batch of one under "relative": it has no pair, and a silent zero would
+    teach nothing.
     """
     if kind == "bce":
         return F.binary_cross_entropy_with_logits(p_s.float(), q_s.float(), reduction=reduction)
     if len(p_s) < 2:
         raise ValueError("L_coarse compares pairs of clips; a batch of one has none.")
-    p_s, q_s = F.normalize(p_s.float(), dim=-1), F.normalize(q_s.float(), dim=-1)
-    P, Q = p_s @ p_s.T, q_s @ q_s.T  # (B, B) cosine similarities, Eq. 3
+    P = _cosines(p_s)  # Eq. 3
+    Q = _cosines(q_s)
+    # Both matrices are symmetric with ones on the diagonal, so each pair is taken once.
     i, j = torch.triu_indices(len(P), len(P), offset=1, device=P.device)
     return _reduce((P[i, j] - Q[i, j]).square(), reduction)  # Eq. 4
 
 
 def fine_align_loss(p_r: Tensor, target: Tensor, mask: Tensor, reduction: str = "mean") -> Tensor:
-    """L_fine_align (Eq. 5): sum over M > 0 of M (P'_r - Q_r)^2; all three (B, N, E_cat).
+    """L_fine_align (Eq. 5): sum over M > 0 of M (P'_r - Q_r)^2; all three are (B, N, E_cat).
 
-    p_r: refinement probabilities lifted to the categories. mask: 0 leaves an entry out, with exactly zero gradient;
-    values between weigh it. The mean (ours) is over the mask's total, so the weight does not depend on resolution; an
-    empty mask gives 0.
+    p_r: refinement probabilities, lifted to the categories. mask: 0 leaves an entry out, and its
+    gradient is then exactly zero; values between 0 and 1 give it less weight. The mean (ours) is
+    over the mask's total, so the weight does not depend on the resolution. An empty mask gives 0.
     """
     error = torch.where(mask > 0, mask * (p_r.float() - target).square(), 0)
     return error.sum() if reduction == "sum" else error.sum() / mask.sum().clamp(min=1e-6)
 
 
 def balance_loss(rho_r: Tensor, chosen: Tensor) -> Tensor:
-    """L_fine_balance, the load-balancing loss of Switch Transformers (Fedus et al. 2021, Eq. 4): E_r sum_i f_i p_i.
+    """L_fine_balance, the load-balancing loss of Switch Transformers: E_r sum_i f_i p_i.
 
-    rho_r (B, N, E_r) router probabilities; chosen (B, N, k) indices of the experts taken. f_i is expert i's share of
-    all choices, p_i its mean probability. Even use gives 1; everything through one expert gives E_r. Only p carries a
-    gradient.
+    (Fedus et al. 2021, Eq. 4.) rho_r (B, N, E_r) are router probabilities, chosen (B, N, k) the
+    indices of the experts taken. f_i is expert i's share of all choices, p_i its mean probability.
+    Even use gives 1; everything through one expert gives E_r. Only p carries a gradient.
     """
     E_r = rho_r.shape[-1]
     f = torch.bincount(chosen.flatten(), minlength=E_r) / chosen.numel()
@@ -59,39 +77,55 @@ def balance_loss(rho_r: Tensor, chosen: Tensor) -> Tensor:
 
 
 def relative(maps: Tensor, background: Tensor, kind: str = "subtract") -> Tensor:
-    """Attention (...) set against that of a generic question (...): above 0 where the phenomenon drew more of it.
+    """Attention (...) against that of a generic question (...): positive where it drew more.
 
-    Both are densities (uniform attention = 1). "subtract" is the paper's; "divide" (arXiv 2502.17422) weighs places
-    that a generic question ignores; "none" compares with uniform attention.
+    Both are densities (uniform attention is 1). kind: "subtract" is the paper's; "divide" (arXiv
+    2502.17422) gives weight to places that a generic question ignores; "none" compares with
+    uniform attention.
     """
     if kind == "none":
         return maps - 1
-    return maps - background if kind == "subtract" else maps / background.clamp(min=1e-3) - 1
+    if kind == "subtract":
+        return maps - background
+    return maps / background.clamp(min=1e-3) - 1
 
 
 def map_target(maps: Tensor, background: Tensor, categories: Tensor, negatives: float = 0.0,
                kind: str = "subtract") -> tuple[Tensor, Tensor]:
     """A teacher's attention maps -> (target Q_r, mask M), both (B, N, E_cat), for fine_align_loss.
 
-    maps (B, N, E_cat): attention of the answer about each phenomenon, as a density (uniform attention = 1). background
-    (B, N): the same for a generic question. NaN means that the teacher says nothing. The paper's rule: M is 1 where the
-    category is annotated as present (categories (B, E_cat)) and the difference (`relative`) is positive. The target is
-    the difference over its largest value in the clip, so that it lies in 0..1 (ours). `negatives` (0 = paper) weighs a
-    pull to zero at the other tokens of present categories.
+    maps (B, N, E_cat): attention of the answer about each phenomenon, as a density (uniform
+    attention is 1). background (B, N): the same for a generic question. NaN means that the teacher
+    says nothing. The paper's rule: M is 1 where the category is annotated as present (categories
+    (B, E_cat)) and the difference (`relative`) is positive. The target is the difference over its
+    largest value in the clip, so that it lies in 0..1 (ours). `negatives` (0 is the paper's) is
+    the weight of a pull to zero at the other tokens of present categories.
     """
     difference = relative(maps, background[..., None], kind)
     present = (categories[:, None] > 0) & difference.isfinite()  # (B, N, E_cat)
     positive = present & (difference > 0)
     target = torch.where(positive, difference, 0)
+    # The clamp is for clips without a positive token: 0 / 0 would make the whole loss NaN.
     target = target / target.amax(dim=1, keepdim=True).clamp(min=1e-6)
     return target, positive + negatives * (present & ~positive)
 
 
+def total_loss(losses: dict[str, Tensor], cfg: Config) -> Tensor:
+    """Eq. 6: the weighted sum of the terms that are there; a stage or a switch leaves some out."""
+    weights = {
+        "diffusion": 1.0,
+        "coarse": cfg.coarse_weight,
+        "fine_align": cfg.fine_weight,
+        "balance": cfg.balance_weight,
+    }
+    return sum(weights[name] * loss for name, loss in losses.items())
+
+
+def _cosines(vectors: Tensor) -> Tensor:
+    """(B, E_cat) -> the cosine similarity of every pair of rows, (B, B) float32."""
+    vectors = F.normalize(vectors.float(), dim=-1)
+    return vectors @ vectors.T
+
+
 def _reduce(values: Tensor, reduction: str) -> Tensor:
     return values.sum() if reduction == "sum" else values.mean()
-
-
-def total_loss(losses: dict[str, Tensor], cfg: Config) -> Tensor:
-    """Eq. 6."""
-    weights = dict(diffusion=1.0, coarse=cfg.coarse_weight, fine_align=cfg.fine_weight, balance=cfg.balance_weight)
-    return sum(weights[name] * loss for name, loss in losses.items())

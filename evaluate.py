@@ -1,27 +1,21 @@
-"""Do generated clips obey physics, and does the branch know where it happens? Two tables from a run folder.
+"""Do generated clips obey physics, and does the branch know where it happens? Two tables of a run.
 
-    python evaluate.py --run runs/small                        both tables, kept in runs/small/evaluation.json
-    python evaluate.py --run runs/a --run runs/b --run runs/c  the same for each, then mean and spread over them
+    python evaluate.py --run runs/small               both, kept in runs/small/evaluation.json
+    python evaluate.py --run runs/a --run runs/b      both for each run, then mean and spread
 
-*Law errors.* Each phenomenon of the world has one law and one detector, which measures the law from pixels alone. It
-knows what a caption tells (side, colours, phenomenon), the constants of nature and the furniture of the room; it does
-not know how large or how fast this actor is. A detector follows a state y(t) (a height, an area, an angle), fits the
-law to it, and reports, unless its docstring says more,
+*Law errors.* Each phenomenon of the world has one law and one detector (physics/laws.py), which
+measures the law from pixels alone. The same detectors judge the true clips, their frames shuffled,
+their middle frame repeated, and noise: these rows say what the figures are worth.
 
-    error = min(1, max(|k^ / k - 1|, 1 - R^2))
+*Localisation.* True clips with decoys are noised to t and passed once through the network, and the
+refinement router's maps P'_r are compared with the exact masks: AUC over a clip's tokens, for each
+phenomenon in it. Rivals: where that phenomenon usually is, and the backbone's own attention from
+video to the words of that phenomenon.
 
-with k^ the fitted constant, k the true one, and 1 - R^2 the share of y's variance that the fit leaves unexplained:
-that is what shuffled frames fail by, and still ones have k^ = 0. Where too little of the right colour is found on the
-right side, the error is 1. The same detectors judge the true clips, their frames shuffled, their middle frame repeated,
-and noise: these rows say what the figures are worth.
+Left out on purpose: how the clips look (a blurred ball that falls rightly is right), and judges
+that are networks.
 
-*Localisation.* True clips with decoys are noised to t, passed once through the network, and the refinement router's
-maps P'_r compared with the exact masks: AUC over a clip's tokens, for each phenomenon in it. Rivals: where that
-phenomenon usually is, and the backbone's own attention from video to the words of that phenomenon.
-
-Left out on purpose: how the clips look (a blurred ball that falls rightly is right), and judges that are networks.
-
-Letters: F frames, h w pixels of a cell, B clips, N video tokens, L text tokens.
+Letters: F frames, B clips, N video tokens, L text tokens.
 """
 import hashlib
 import json
@@ -40,53 +34,54 @@ import sample
 import world
 from common.files import write_text
 from common.run import pick_device
-from common.score import auc, markdown
-from config import Stopped, UserError, stream
+from common.score import auc, location_prior, markdown, over_runs
+from config import Stopped, UserError, flag, stream
 from experts import ProPhy
-from physics.laws import FEWEST_FRAMES, FEWEST_PIXELS, LAWS, Scene, law_errors
-from physics.phenomena import PHENOMENA
+from physics import PHENOMENA, laws
 
 
 JUDGED_SEED = 999  # the world whose captions are prompts: no run trains on it
-SELECTED, SCORED = data.HELD_OUT + 200_000, data.HELD_OUT + 100_000  # first clips that choose a head, that are scored
+SELECTED = data.HELD_OUT + 200_000  # the first of the clips that choose an attention head
+SCORED = data.HELD_OUT + 100_000  # the first of the clips that are scored
 PRIOR_CLIPS = 2000  # training clips behind the location priors
 LEVELS = (.7, .5, .2)  # noise at which the maps are scored
 
 
-# -------------------------------------------------------------------------------------------------------- table of laws
-def drawing(cfg, **changed) -> dict:
-    """Arguments of world.make_clip that draw what the run was trained on, with some changed."""
-    names = "frames", "height", "width", "decoys", "two", "colour_cues"
-    return {name: getattr(cfg, name) for name in names} | changed
-
-
+# --- the table of laws --------------------------------------------------------------------------
 def law_table(loaded, batch, n, seed, steps, guidance, precision) -> dict:
-    """{"rows": {row: law_errors}} over n clips a law: first what bounds the figures, then what the model makes."""
+    """{"rows": {row: law_errors}} over n clips a law: first what bounds the figures, then what the
+    model makes. loaded: as sample.load_run returns it."""
     cfg, model, process, tokenizer, _ = loaded
     rng = stream(seed, "scored scenes")
-    clips = [world.make_clip(JUDGED_SEED, 1000 * i + j, phenomenon=name, **drawing(cfg, two=0))
-             for i, name in enumerate(LAWS) for j in range(n)]
-    scenes = [Scene.of(clip.actors[0]) for clip in clips]
+    drawing = world.drawing(cfg, two=0, ood="")
+    clips = [world.make_clip(JUDGED_SEED, 1000 * i + j, phenomenon=name, **drawing)
+             for i, name in enumerate(laws.LAWS) for j in range(n)]
+    actors = [clip.actors[0] for clip in clips]
+
+    # Clips that obey, and clips that cannot.
     true = np.stack([clip.video for clip in clips])  # (clips, F, H, W, 3)
-    rows = {"simulator": true,
-            "frames shuffled": np.stack([video[rng.permutation(cfg.frames)] for video in true]),
-            "frozen": true[:, [cfg.frames // 2] * cfg.frames],
-            "noise": rng.integers(0, 256, true.shape, dtype=np.uint8)}
-    rows = {name: law_errors(videos, scenes) for name, videos in rows.items()}
+    videos = {"simulator": true,
+              "frames shuffled": np.stack([video[rng.permutation(cfg.frames)] for video in true]),
+              "frozen": true[:, [cfg.frames // 2] * cfg.frames],
+              "noise": rng.integers(0, 256, true.shape, dtype=np.uint8)}
+    rows = {name: laws.law_errors(some, actors) for name, some in videos.items()}
+
+    # What the model makes of the same captions; without its branch, from the same noise.
     models = {"generated": model}
     if isinstance(model, ProPhy):
-        models["backbone alone"] = model.backbone  # from the same noise
+        models["backbone alone"] = model.backbone
+    prompts = [clip.caption for clip in clips]
     for name, one in models.items():
-        videos, _ = sample.generate(one, process, tokenizer, cfg, [clip.caption for clip in clips], seed=seed,
-                                    steps=steps, guidance=guidance, batch=batch, precision=precision)
-        rows[name] = law_errors(videos, scenes)
+        made, _ = sample.generate(one, process, tokenizer, cfg, prompts, seed=seed, steps=steps,
+                                  guidance=guidance, batch=batch, precision=precision)
+        rows[name] = laws.law_errors(made, actors)
     return {"rows": rows}
 
 
-# --------------------------------------------------------------------------------------------------------- localisation
+# --- localisation -------------------------------------------------------------------------------
 @dataclass
-class Sight:
-    """One phenomenon of a clip: where it is, and which words of the caption tell of it."""
+class Occurrence:
+    """One phenomenon in one clip: where it happens, and which words of the caption tell of it."""
     category: int
     side: str
     positive: np.ndarray  # bool (N,) tokens of which it covers a quarter
@@ -97,204 +92,284 @@ class Sight:
         return bool(self.positive.any() and not self.positive.all())
 
 
-def sights(clip, cfg) -> list[Sight]:
-    """Its phenomena. The words are those of the template that world.py made the caption from: noun, verb and colour."""
+def occurrences(clip, cfg) -> list[Occurrence]:
+    """The phenomena of a clip of the world. Their words are those of the template from which
+    world.py made the caption: noun, verb and colour."""
     found = []
     for actor in clip.actors:
         cover = data.resample(torch.from_numpy(actor.mask).float(), cfg.grid).flatten().numpy()
+        positive = cover >= data.POSITIVE - 1e-6  # sizes that do not divide leave rounding
+
+        # Where in the caption does the phrase begin, and how many words has it?
         phrases = [phrase.format(c=actor.colour, d=actor.colour2, s=size)
-                   for phrase in PHENOMENA[actor.phenomenon].phrases for size in ("", "small ", "large ")]
+                   for phrase in PHENOMENA[actor.phenomenon].phrases
+                   for size in ("", "small ", "large ")]
         phrase = next(phrase for phrase in phrases if phrase in clip.caption)
-        first = len(data.Tokenizer.split(clip.caption[:clip.caption.index(phrase)]))
-        words = range(first, min(first + len(data.Tokenizer.split(phrase)), cfg.text_len))
-        found.append(Sight(actor.category, actor.side, cover >= data.POSITIVE - 1e-6, list(words)))
+        before = clip.caption[:clip.caption.index(phrase)]
+        first = len(data.Tokenizer.split(before))
+        last = min(first + len(data.Tokenizer.split(phrase)), cfg.text_len)
+        found.append(Occurrence(actor.category, actor.side, positive, list(range(first, last))))
     return found
 
 
 def location_priors(cfg) -> dict:
-    """{category: (N,)} and {(category, side): (N,)}: how often each token is positive in training clips."""
-    seen = {}
+    """{category: (N,)} and {(category, side): (N,)}: how often each token is positive in training
+    clips."""
+    masks = {}
+    drawing = world.drawing(cfg)
     for i in range(min(PRIOR_CLIPS, cfg.world_clips)):
-        for sight in sights(world.make_clip(cfg.world_seed, i, ood=cfg.ood, **drawing(cfg)), cfg):
-            for key in (sight.category, (sight.category, sight.side)):
-                seen.setdefault(key, []).append(sight.positive)
-    return {key: np.mean(positives, 0) for key, positives in seen.items()}
+        for one in occurrences(world.make_clip(cfg.world_seed, i, **drawing), cfg):
+            for key in (one.category, (one.category, one.side)):
+                masks.setdefault(key, []).append(one.positive)
+    return {key: location_prior(some) for key, some in masks.items()}
 
 
 def attention_maps(backbone, x_t, time, text, length) -> torch.Tensor:
-    """(B, layers, 2, heads, N, L): how much each video token attends to each word, as it is and as a share of its
-    attention to the caption's real words."""
+    """(B, layers, 2, heads, N, L): how much each video token attends to each word, plainly and as a
+    share of its attention to the caption's real words."""
     tokens, condition = backbone.embed(x_t, time, text, length)
     real = torch.arange(text.shape[1], device=text.device) < length[:, None]  # (B, L)
     maps = []
     for block in backbone.blocks:
-        attention = block.attention_map(tokens, condition).float() * real[:, None, None]  # (B, heads, N, L)
-        maps.append(torch.stack([attention, attention / attention.sum(-1, keepdim=True).clamp(min=1e-9)], 1))
+        plain = block.attention_map(tokens, condition).float()  # (B, heads, N, L)
+        plain = plain * real[:, None, None]
+        share = plain / plain.sum(-1, keepdim=True).clamp(min=1e-9)
+        maps.append(torch.stack([plain, share], 1))
         tokens = block(tokens, condition)
     return torch.stack(maps, 1)
 
 
+@dataclass
+class Observation:
+    """What the network shows of one occurrence, in a noised clip."""
+    occurrence: Occurrence
+    refinement: np.ndarray | None  # (N,) its map P'_r; None where there is no branch
+    attention: np.ndarray  # (layers, 2, heads, N) of each video token to the phenomenon's words
+
+
 @torch.no_grad()
 def observe(loaded, first, clips, t, seed, ood, precision, batch):
-    """Yield (sight, P'_r (N,) or None, attention to its words (layers, 2, heads, N)) for each phenomenon in `clips`
-    clips of the world from index `first` on, all with a decoy, noised to t."""
+    """Yield an Observation of each phenomenon in `clips` clips of the world from index `first` on,
+    all with a decoy, noised to t."""
     cfg, model, process, tokenizer, _ = loaded
-    device, branch = next(model.parameters()).device, isinstance(model, ProPhy)
-    backbone = model.backbone if branch else model
+    device = next(model.parameters()).device
+    branch = isinstance(model, ProPhy)
+    drawing = world.drawing(cfg, decoys=1., ood=ood)
     for start in range(first, first + clips, batch):
         indices = range(start, min(start + batch, first + clips))
-        made = [world.make_clip(cfg.world_seed, i, ood=ood, **drawing(cfg, decoys=1.)) for i in indices]
+        made = [world.make_clip(cfg.world_seed, i, **drawing) for i in indices]
+
+        # Captions and noised clips as tensors.
         ids, n_words = zip(*(tokenizer.encode(clip.caption, cfg.text_len) for clip in made))
-        text, length = torch.stack(ids).to(device), torch.tensor(n_words, device=device)
-        x = torch.from_numpy(np.stack([clip.video for clip in made])).permute(0, 4, 1, 2, 3) / 127.5 - 1
+        text = torch.stack(ids).to(device)  # (B, L)
+        length = torch.tensor(n_words, device=device)
+        x = torch.from_numpy(np.stack([clip.video for clip in made]))  # (B, F, H, W, 3)
+        x = x.permute(0, 4, 1, 2, 3) / 127.5 - 1
         eps = process.draw(seed, indices, x.shape[1:])[1]
         now = torch.full((len(made),), t)
-        x_t, time = process.noise(x, now, eps).to(device), process.model_time(now).to(device)
+        x_t = process.noise(x, now, eps).to(device)
+        time = process.model_time(now).to(device)
+
+        # One pass through the network, and one through the backbone alone for its attention.
+        backbone = model
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            lift = model(x_t, time, text, length)[1].refinement_lift if branch else None  # (B, N, E_cat)
+            if branch:
+                backbone = model.backbone
+                lift = model(x_t, time, text, length)[1].refinement_lift  # (B, N, E_cat)
             attention = attention_maps(backbone, x_t, time, text, length).cpu().numpy()
         for b, clip in enumerate(made):
-            for sight in sights(clip, cfg):
-                yield (sight, None if lift is None else lift[b, :, sight.category].float().cpu().numpy(),
-                       attention[b][..., sight.words].sum(-1))
+            for one in occurrences(clip, cfg):
+                refinement = lift[b, :, one.category].float().cpu().numpy() if branch else None
+                yield Observation(one, refinement, attention[b][..., one.words].sum(-1))
+
+
+def best_head(observations) -> tuple | None:
+    """(layer, reading, head) of the attention with the best mean AUC; None if none is scorable."""
+    aucs = [np.apply_along_axis(auc, -1, seen.attention, seen.occurrence.positive)
+            for seen in observations if seen.occurrence.scorable]  # (layers, 2, heads) each
+    return np.unravel_index(np.mean(aucs, 0).argmax(), aucs[0].shape) if aucs else None
 
 
 def localisation_table(loaded, batch, clips, seed, ood, precision) -> dict:
-    """{"rows": {row: {noise level: mean AUC over phenomena}}, and how many were scored and skipped, which heads}.
+    """{"rows": {row: {noise level: mean AUC over phenomena}}, and how many were scored and skipped,
+    which heads}.
 
-    A phenomenon is scored where some, and not all, of a clip's tokens are positive. Rows: the maps P'_r; the share of
-    training clips in which a token is positive (the same map for all clips of a phenomenon, and again for each side:
-    harder, as the caption tells the side); the backbone's attention, with layer, head and reading (plain, or as a share
-    of the attention to the whole caption) chosen by best mean AUC at that noise level on other clips, half as many.
+    A phenomenon is scored where some, and not all, of a clip's tokens are positive. Rows:
+    - the maps P'_r;
+    - the share of training clips in which a token is positive: the same map for all clips of a
+      phenomenon, and again for each side, which is harder, as the caption tells the side;
+    - the backbone's attention, with layer, head and reading (plain, or as a share of the attention
+      to the whole caption) chosen by best mean AUC at that noise level on half as many other clips.
     """
-    priors, rows, heads = location_priors(loaded[0]), {}, {}
-    nowhere, seen = np.zeros(math.prod(loaded[0].grid)), {}
+    cfg = loaded[0]
+    priors = location_priors(cfg)
+    never = np.zeros(math.prod(cfg.grid))  # the prior of what no training clip shows
+    rows = {}
+    heads = {}
     for t in tqdm(LEVELS, desc="localisation", unit="noise level", leave=False):
+        how = t, seed, ood, precision, batch
+        head = best_head(observe(loaded, SELECTED, max(clips // 2, 1), *how))
+        seen = list(observe(loaded, SCORED, clips, *how))
+        scored = [one for one in seen if one.occurrence.scorable]
+        if head is None or not scored:
+            raise UserError(f"No phenomenon of {clips} clips can be scored on {cfg.grid} tokens: "
+                            "raise --clips.")
+
+        aucs = {}
+        for one in scored:
+            category, side = one.occurrence.category, one.occurrence.side
+            maps = {"refinement maps": one.refinement,
+                    "location prior": priors.get(category, never),
+                    "prior given the side": priors.get((category, side), never),
+                    "backbone's best attention": one.attention[head]}
+            for name, scores in maps.items():
+                if scores is not None:
+                    aucs.setdefault(name, []).append(auc(scores, one.occurrence.positive))
+
         level = f"{t:.0%} noise"
-        others = observe(loaded, SELECTED, max(clips // 2, 1), t, seed, ood, precision, batch)
-        tried = [np.apply_along_axis(auc, -1, attention, sight.positive)
-                 for sight, _, attention in others if sight.scorable]  # each (layers, 2, heads)
-        seen = list(observe(loaded, SCORED, clips, t, seed, ood, precision, batch))
-        scored = [one for one in seen if one[0].scorable]
-        if not tried or not scored:
-            raise UserError(f"No phenomenon of {clips} clips can be scored on {loaded[0].grid} tokens: raise --clips.")
-        best = np.unravel_index(np.mean(tried, 0).argmax(), tried[0].shape)
-        heads[level] = f"layer {best[0]}, head {best[2]}, {('plain', 'share')[best[1]]}"
-        maps = {"refinement maps": lambda sight, lift, attention: lift,
-                "location prior": lambda sight, lift, attention: priors.get(sight.category, nowhere),
-                "prior given the side": lambda sight, *_: priors.get((sight.category, sight.side), nowhere),
-                "backbone's best attention": lambda sight, lift, attention: attention[best]}
-        if scored[0][1] is None:
-            del maps["refinement maps"]
-        for name, read in maps.items():
-            rows.setdefault(name, {})[level] = float(np.mean([auc(read(*one), one[0].positive) for one in scored]))
-    return {"rows": rows, "scored": len(scored), "skipped": len(seen) - len(scored), "attention": heads}
+        layer, reading, number = head
+        heads[level] = f"layer {layer}, head {number}, {('plain', 'share')[reading]}"
+        for name, values in aucs.items():
+            rows.setdefault(name, {})[level] = float(np.mean(values))
+    return {"rows": rows, "scored": len(scored), "skipped": len(seen) - len(scored),
+            "attention": heads}
 
-
-# ------------------------------------------------------------------------------------------------------ tables and runs
-def over_runs(tables) -> dict:
-    """Tables of several runs -> {row: {column: (mean, standard deviation over runs)}}, rows that all of them have."""
-    return {name: {column: (float(np.mean(values)), float(np.std(values, ddof=1)))
-                   for column in row if column != "se" for values in [[table[name][column] for table in tables]]}
-            for name, row in tables[0].items() if all(name in table for table in tables)}
 
 PARTS = {"laws": law_table, "localisation": localisation_table}
 
 
-def evaluate_run(run, args) -> dict:
-    """{part: table} of one run; what evaluation.json holds for this checkpoint, code and settings is not done again."""
-    device = pick_device(args.device)
-    loaded = cfg, _, process, _, info = sample.load_run(run, args.checkpoint, device)
-    parts = [args.only] if args.only else list(PARTS)
+# --- one run ------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Flags:
+    run: list[str] = flag([])  # run folder; several: mean and spread over them
+    n: int = 16  # clips a law
+    clips: int = 128  # held-out clips for the localisation
+    seed: int = 0  # of the noise
+    checkpoint: str = "best"  # best | last | base (end of stage one) | a file in checkpoints/
+    steps: int = 0  # sampling steps; 0 = those of the run's previews
+    guidance: float = 0.0  # classifier-free guidance; 0 = that of the run's previews
+    only: str = flag("", ("", *PARTS))  # one table; empty = both
+    ood: str = flag("", config.CHOICES["ood"])  # draw this out of its range, for localisation alone
+    batch: int = 16  # clips at a time
+    device: str = flag("auto", config.CHOICES["device"])  # auto = cuda, else mps, else cpu
+    precision: str = flag("auto", config.CHOICES["precision"])  # auto = the run's, on its device
+
+    def check(self):
+        if not self.run:
+            raise UserError("Say --run DIR; --help lists every flag.")
+        least = {"n": 1, "clips": 1, "batch": 1, "seed": 0, "steps": 0, "guidance": 0}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if not low <= value < math.inf:
+                raise UserError(f"--{name} must be {low} or more, not {value}.")
+
+
+def check_run(run, cfg, process, parts, steps) -> None:
+    """Can these parts be measured of this run? Raises UserError."""
     if cfg.data_dir:
-        raise UserError(f"{run} was trained on videos; laws and exact masks are known of the physics world alone.")
-    if "laws" in parts and (cfg.frames < FEWEST_FRAMES or min(cfg.height, cfg.width) < FEWEST_PIXELS):
-        raise UserError(f"Laws are measured on {FEWEST_FRAMES} frames of {FEWEST_PIXELS} pixels or more, and {run} "
-                        f"makes {cfg.frames} of {cfg.width} x {cfg.height}; --only localisation works.")
-    steps = args.steps or cfg.preview_steps
+        raise UserError(f"{run} was trained on videos; laws and exact masks are known of the "
+                        "physics world alone.")
+    few = cfg.frames < laws.FEWEST_FRAMES or min(cfg.height, cfg.width) < laws.FEWEST_PIXELS
+    if "laws" in parts and few:
+        raise UserError(f"Laws are measured on {laws.FEWEST_FRAMES} frames of {laws.FEWEST_PIXELS} "
+                        f"pixels or more, and {run} makes {cfg.frames} of {cfg.width} x "
+                        f"{cfg.height}; --only localisation works.")
     try:
         process.times(steps)
     except ValueError as e:
         raise UserError(f"--steps {steps}: {e}") from None
-    precision = args.precision
-    if precision == "auto":
-        precision = "bf16" if device == "cuda" or (device == cfg.device and cfg.precision == "bf16") else "fp32"
-    settings = {"laws": dict(n=args.n, seed=args.seed, steps=steps, guidance=args.guidance or cfg.guidance),
-                "localisation": dict(clips=args.clips, seed=args.seed, ood=args.ood or cfg.ood)}
-    checkpoint = sample.find_checkpoint(Path(run) / "checkpoints", args.checkpoint)
-    code = hashlib.sha256(Path(__file__).read_bytes() + Path(world.__file__).read_bytes()).hexdigest()[:12]
-    basis = dict(checkpoint=checkpoint.name, step=info["step"], saved=checkpoint.stat().st_mtime_ns, code=code)
 
-    path, tables = Path(run) / "evaluation.json", {}
-    stored = read_stored(path)
-    for part in parts:
-        chosen = settings[part] | dict(precision=precision)
-        if stored.get(part, {}).get("settings") == chosen | basis:
-            print(f"{run}: {part} as {path.name} has them.")
-        else:
-            stored[part] = {"settings": chosen | basis, **PARTS[part](loaded, args.batch, **chosen)}
-            try:
-                write_text(path, json.dumps(stored, indent=2))
-            except OSError as e:
-                raise Stopped(f"{path} could not be written ({e.strerror or e}).") from None
-        tables[part] = stored[part]
-    return tables
+
+def settings_of(flags, cfg, device, steps) -> dict:
+    """{part: the arguments of its table}, with what a flag leaves open taken from the run."""
+    precision = flags.precision
+    if precision == "auto":
+        as_trained = device == cfg.device and cfg.precision == "bf16"
+        precision = "bf16" if device == "cuda" or as_trained else "fp32"
+    return {"laws": dict(n=flags.n, seed=flags.seed, steps=steps,
+                         guidance=flags.guidance or cfg.guidance, precision=precision),
+            "localisation": dict(clips=flags.clips, seed=flags.seed, ood=flags.ood or cfg.ood,
+                                 precision=precision)}
+
+
+def version_of(run, checkpoint, step) -> dict:
+    """What else a table depends on: the checkpoint, and the code that measures and draws."""
+    path = sample.find_checkpoint(Path(run) / "checkpoints", checkpoint)
+    files = [Path(__file__), Path(laws.__file__), *world.SOURCES]
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
+    return dict(checkpoint=path.name, step=step, saved=path.stat().st_mtime_ns, code=code)
 
 
 def read_stored(path) -> dict:
+    """The tables of an evaluation.json; none where it is missing or damaged."""
     try:
         stored = json.loads(path.read_text())
-        return stored if isinstance(stored, dict) and all(isinstance(part, dict) for part in stored.values()) else {}
     except (OSError, ValueError):
         return {}
+    whole = isinstance(stored, dict) and all(isinstance(part, dict) for part in stored.values())
+    return stored if whole else {}
+
+
+def evaluate_run(run, flags) -> dict:
+    """{part: table} of one run. What evaluation.json holds for this checkpoint, this code and these
+    settings is not measured again. Raises UserError, or Stopped if the file cannot be written."""
+    device = pick_device(flags.device)
+    loaded = cfg, _, process, _, info = sample.load_run(run, flags.checkpoint, device)
+    parts = [flags.only] if flags.only else list(PARTS)
+    steps = flags.steps or cfg.preview_steps
+    check_run(run, cfg, process, parts, steps)
+    settings = settings_of(flags, cfg, device, steps)
+    version = version_of(run, flags.checkpoint, info["step"])
+
+    path = Path(run) / "evaluation.json"
+    stored = read_stored(path)
+    for part in parts:
+        made_with = settings[part] | version
+        if stored.get(part, {}).get("settings") == made_with:
+            print(f"{run}: {part} as {path.name} has them.")
+            continue
+        table = PARTS[part](loaded, flags.batch, **settings[part])
+        stored[part] = {"settings": made_with, **table}
+        try:
+            write_text(path, json.dumps(stored, indent=2))
+        except OSError as e:
+            raise Stopped(f"{path} could not be written ({e.strerror or e}).") from None
+    return {part: stored[part] for part in parts}
+
+
+# --- the command --------------------------------------------------------------------------------
+def rows_shown(table) -> dict:
+    """The rows of a table without the standard error, which stands below it."""
+    return {name: {column: value for column, value in row.items() if column != "se"}
+            for name, row in table["rows"].items()}
 
 
 def describe(part, table) -> None:
-    print(markdown(table["rows"]))
+    """Print a table, and what its figures rest on."""
+    print(markdown(rows_shown(table)))
     if part == "laws":
-        print(f"Errors in 0..1, {table['settings']['n']} clips a law; standard error of the generated clips' mean over "
-              f"all laws {table['rows']['generated']['se']:.3f}.")
+        n, se = table["settings"]["n"], table["rows"]["generated"]["se"]
+        print(f"Errors in 0..1, {n} clips a law; standard error of the generated clips' mean over "
+              f"all laws {se:.3f}.")
     else:
         heads = "; ".join(f"{level}: {head}" for level, head in table["attention"].items())
-        print(f"AUC, {table['scored']} phenomena ({table['skipped']} more had no positive or no negative token). "
-              f"Attention chosen: {heads}.")
-
-
-# -------------------------------------------------------------------------------------------------------------- command
-def parse(argv):
-    parser = config.Parser("Law errors of generated clips, and how well the routing finds where physics happens.")
-    add = parser.add_argument
-    add("--run", action="append", required=True, metavar="DIR", help="run folder; several: mean and spread over them")
-    add("--n", type=int, default=16, help="clips a law")
-    add("--clips", type=int, default=128, help="held-out clips for the localisation")
-    add("--seed", type=int, default=0, help="of the noise")
-    add("--checkpoint", default="best", help="best | last | base (end of stage one) | a file in the run's checkpoints/")
-    add("--steps", type=int, default=0, help="sampling steps; 0 = those of the run's previews")
-    add("--guidance", type=float, default=0, help="classifier-free guidance; 0 = that of the run's previews")
-    add("--only", choices=list(PARTS), help="one table")
-    add("--ood", choices=config.CHOICES["ood"], default="",
-        help="draw this of the localisation's clips outside its usual range (captions do not tell it: no use for laws)")
-    add("--batch", type=int, default=16, help="clips at a time")
-    add("--device", choices=config.CHOICES["device"], default="auto", help="auto = cuda, else mps, else cpu")
-    add("--precision", choices=config.CHOICES["precision"], default="auto", help="auto = the run's, on its device")
-    args = parser.parse_args(argv)
-    for name, least in (("n", 1), ("clips", 1), ("batch", 1), ("seed", 0), ("steps", 0), ("guidance", 0)):
-        if not least <= getattr(args, name) < math.inf:
-            raise UserError(f"--{name} must be {least} or more, not {getattr(args, name)}.")
-    return args
+        print(f"AUC, {table['scored']} phenomena ({table['skipped']} more had no positive or no "
+              f"negative token). Attention chosen: {heads}.")
 
 
 def main(argv) -> None:
-    args = parse(argv)
+    flags = config.parse_flags(Flags, argv, "Law errors of generated clips, and how well the "
+                                            "routing finds where physics happens.")
     done = []
-    for run in args.run:
-        done.append(evaluate_run(run, args))
+    for run in flags.run:
+        done.append(evaluate_run(run, flags))
         for part, table in done[-1].items():
             print(f"\n{run}, {part}")
             describe(part, table)
-    for part in done[0] if len(done) > 1 else ():
-        print(f"\n{len(done)} runs, {part}: mean ± standard deviation")
-        print(markdown(over_runs([tables[part]["rows"] for tables in done])))
+    if len(done) > 1:
+        for part in done[0]:
+            print(f"\n{len(done)} runs, {part}: mean ± standard deviation")
+            print(markdown(over_runs([rows_shown(tables[part]) for tables in done])))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,27 @@
-"""The physical branch of ProPhy (arXiv 2512.05564): which physics a clip holds, then which token follows which.
+"""The physical branch of ProPhy (arXiv 2512.05564): which physics a clip holds, then where it is.
 
-    backbone:   embed ----> block 0 ----> block 1 ----(+)----> block 2 ----> ... ----(+)----> head
-                  |                                    ^                               ^
-                  |                                 inject                          inject
-                  |                                    |                               |
-    branch:       +-> SEB ---------------------> physical block ----> ... ----> physical block
-                       ^                                                 (attention, REB, feed-forward)
+    backbone: embed --> block 0 --> block 1 --(+)--> block 2 --> ... --(+)--> head
+                |                              ^                        ^
+                |                           inject                   inject
+                |                              |                        |
+    branch:     +--> SEB ------------> physical block --> ... --> physical block
+                      ^                                    (attention, REB, feed-forward)
                    text y
 
-* Semantic Expert Block (SEB, Eq. 1): a router reads the text and mixes E_s learnable basis maps, softly, into the
-  tokens.
-* Physical blocks: the backbone's own architecture, starting from the weights of the block they stand beside.
-* Refinement Expert Block (REB, Eq. 2), inside the last physical block: each token is sent to its top-k experts of E_r.
+* Semantic Expert Block (SEB, Eq. 1): a router reads the text and mixes E_s learnable basis maps,
+  softly, into the tokens.
+* Physical blocks: the backbone's own architecture, starting from the weights of the block they
+  stand beside.
+* Refinement Expert Block (REB, Eq. 2), inside the last physical block: each token is sent to its
+  top-k experts of E_r.
 
-Of a backbone this file knows the block contract alone (model.py says it). Untrained, the branch changes nothing, to
-the bit: injection is a zero-initialised linear (ours, as in ControlNet; the paper's figure draws a plain +, which is
-a switch).
+Of a backbone this file knows the block contract alone, which model.py states. The untrained branch
+changes nothing, to the bit: injection is a zero-initialised linear layer (ours, as in ControlNet;
+the paper's figure draws a plain +, which is a switch).
 
-Letters: B clips, N = T' h w video tokens, D width, L text tokens, E_s, E_r experts, E_cat phenomena, k experts a token.
+Letters: B clips, N = f h w video tokens on a grid of f times, h rows and w columns, D width,
+L text tokens, S = text and video tokens together, E_s semantic and E_r refinement experts,
+E_cat phenomena, k experts a token, R ranks of a factorised map.
 """
 import copy
 from dataclasses import dataclass
@@ -25,6 +29,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from config import Config
+
+Grid = tuple[int, int, int]  # video tokens along time, height, width
 
 
 @dataclass
@@ -40,18 +48,21 @@ class Routing:
 
 
 def invert(logits: Tensor) -> Tensor:
-    """Expert inversion (the paper's Figure 8): the least likely physics becomes the likeliest. An `edit` for ProPhy."""
+    """Expert inversion (the paper's Figure 8), an `edit` for ProPhy: the least likely physics
+    becomes the likeliest."""
     return -logits
 
 
+# --- semantic experts: which physics ----------------------------------------------------------
 class FullMaps(nn.Module):
-    """The paper's basis maps, a number an expert, token and channel: rho (B, E_s), grid -> their mix (B, N, D)."""
+    """The paper's basis maps: one number an expert, token and channel."""
 
-    def __init__(self, grid: tuple[int, int, int], dim: int, experts: int):
+    def __init__(self, grid: Grid, dim: int, experts: int):
         super().__init__()
-        self.maps = nn.Parameter(torch.randn(experts, dim, *grid) * 0.02)  # B_e, (E_s, D, T', h, w)
+        self.maps = nn.Parameter(torch.randn(experts, dim, *grid) * 0.02)  # B_e, (E_s, D, f, h, w)
 
-    def forward(self, rho: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def forward(self, rho: Tensor, grid: Grid) -> Tensor:
+        """Weights rho (B, E_s) and a grid -> the mix of the maps (B, N, D)."""
         maps = self.maps
         if tuple(grid) != tuple(maps.shape[2:]):
             maps = F.interpolate(maps, grid, mode="trilinear", align_corners=False)
@@ -59,132 +70,166 @@ class FullMaps(nn.Module):
 
 
 class FactoredMaps(nn.Module):
-    """B_e = sum over R ranks of time (T') x space (h, w) x width (D), outer products (ours).
+    """B_e = sum over R ranks of time (f) x space (h, w) x width (D), outer products (ours).
 
-    A full map of CogVideoX-5B has 54 M numbers, its 64 factors 0.3 M: that is what a published branch can afford.
+    A full map of CogVideoX-5B has 54 M numbers and its 64 factors have 0.3 M, which is what a
+    published branch can afford.
     """
 
-    def __init__(self, grid: tuple[int, int, int], dim: int, experts: int, rank: int):
+    def __init__(self, grid: Grid, dim: int, experts: int, rank: int):
         super().__init__()
-        T, h, w = grid
-        self.time = nn.Parameter(1 + 0.02 * torch.randn(experts * rank, 1, T))  # nearly constant at first
+        f, h, w = grid
+        # Factors of time start nearly constant, so that a fresh map does not flicker.
+        self.time = nn.Parameter(1 + 0.02 * torch.randn(experts * rank, 1, f))
         self.space = nn.Parameter(torch.randn(experts * rank, 1, h, w))
         self.width = nn.Parameter(torch.randn(experts, rank, dim) * 0.02 * rank**-0.5)
 
-    def forward(self, rho: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        (T, h, w), (E, R, D) = grid, self.width.shape
-        time, space = self.time, self.space
-        if (T, h, w) != (time.shape[-1], *space.shape[-2:]):
-            time = F.interpolate(time, T, mode="linear", align_corners=False)
+    def forward(self, rho: Tensor, grid: Grid) -> Tensor:
+        """Weights rho (B, E_s) and a grid -> the mix of the maps (B, N, D)."""
+        f, h, w = grid
+        time = self.time  # (E_s R, 1, f)
+        space = self.space  # (E_s R, 1, h, w)
+        if (f, h, w) != (time.shape[-1], *space.shape[-2:]):
+            time = F.interpolate(time, f, mode="linear", align_corners=False)
             space = F.interpolate(space, (h, w), mode="bilinear", align_corners=False)
-        where = torch.einsum("kt,ks->tsk", time[:, 0], space[:, 0].flatten(1)).flatten(0, 1)  # (N, E R)
-        width = (rho.type_as(self.width)[:, :, None, None] * self.width).flatten(1, 2)  # (B, E R, D)
-        return where @ width
+        # The weights rho go to the short factor, so no map is ever laid out for a single expert.
+        places = torch.einsum("kf,ks->fsk", time[:, 0], space[:, 0].flatten(1))  # (f, h w, E_s R)
+        mixed = rho.type_as(self.width)[:, :, None, None] * self.width  # (B, E_s, R, D)
+        return places.flatten(0, 1) @ mixed.flatten(1, 2)
 
 
 class SemanticExpertBlock(nn.Module):
-    """X~ = X + sum_e rho_s[e] B_e, with one learnable map B_e (N, D) for each kind of physical knowledge (Eq. 1).
+    """X~ = X + sum_e rho_s[e] B_e, with a learnable map B_e (N, D) a kind of physics (Eq. 1).
 
-    All experts take part: a hard top-k collapses at the small batches of video training. A map is tied to one token
-    grid and is interpolated to any other (ours). Its rank 0 means full maps.
+    All experts take part: a hard top-k collapses at the small batches of video training. A map
+    belongs to one token grid and is interpolated to any other (ours). Rank 0 means full maps.
     """
 
-    def __init__(self, grid: tuple[int, int, int], dim: int, text_dim: int, experts: int, categories: int,
+    def __init__(self, grid: Grid, dim: int, text_dim: int, experts: int, categories: int,
                  rank: int = 0):
         super().__init__()
-        # its depth is ours
-        self.router = nn.Sequential(nn.Linear(text_dim, text_dim), nn.SiLU(), nn.Linear(text_dim, experts))
-        self.basis = FactoredMaps(grid, dim, experts, rank) if rank else FullMaps(grid, dim, experts)
+        self.router = nn.Sequential(  # its depth is ours
+            nn.Linear(text_dim, text_dim), nn.SiLU(), nn.Linear(text_dim, experts))
+        if rank:
+            self.basis = FactoredMaps(grid, dim, experts, rank)
+        else:
+            self.basis = FullMaps(grid, dim, experts)
         self.lift = nn.Linear(experts, categories)
 
     def route(self, y: Tensor, length: Tensor, edit=None) -> tuple[Tensor, Tensor, Tensor]:
-        """Text y (B, L, D_text), of which `length` (B,) rows are real -> logits, rho_s (B, E_s) and their lift (B,
-        E_cat)."""
+        """Text -> logits (B, E_s), weights rho_s (B, E_s), and their lift (B, E_cat).
+
+        y (B, L, D_text) is the text embedding, of which `length` (B,) rows are real words.
+        """
+        # The text is pooled to the mean of its real words (ours); to zero where there is none.
         real = torch.arange(y.shape[1], device=y.device) < length[:, None]  # (B, L)
-        pooled = (y * real[..., None]).sum(1) / length.clamp(min=1)[:, None]  # mean of real tokens (ours); 0 if none
+        pooled = (y * real[..., None]).sum(1) / length.clamp(min=1)[:, None]  # (B, D_text)
         logits = self.router(pooled.type_as(self.router[0].weight))  # T5's output may be bf16
         if edit is not None:
             logits = edit(logits)
         rho = logits.float().softmax(dim=-1)
         return logits, rho, self.lift(rho.type_as(self.lift.weight))
 
-    def forward(self, x: Tensor, rho: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    def forward(self, x: Tensor, rho: Tensor, grid: Grid) -> Tensor:
         """Video tokens (B, N, D) of the given grid, mixed with the maps."""
         return x + self.basis(rho, grid).type_as(x)  # Eq. 1
 
 
+# --- refinement experts: where ----------------------------------------------------------------
 class RefinementExpertBlock(nn.Module):
     """x' = sum over the top k of rho_r[i] e_i(x), each expert e_i a linear layer (Eq. 2).
 
-    A residual around it and no renormalisation of the chosen weights are ours, and switches.
+    A residual around it and no renormalisation of the chosen weights are ours; both are switches.
     """
 
     def __init__(self, dim: int, experts: int, k: int, categories: int, residual: bool = True,
                  renormalise: bool = False):
         super().__init__()
-        self.k, self.residual, self.renormalise = k, residual, renormalise
-        self.router = nn.Linear(dim, experts)  # depth: ours
-        self.weight = nn.Parameter(torch.randn(experts, dim, dim) * dim**-0.5)  # e_i(x) = x W_i + b_i
+        self.k = k
+        self.residual = residual
+        self.renormalise = renormalise
+        self.router = nn.Linear(dim, experts)  # its depth is ours
+        # All experts stand in one table each of weights and biases: e_i(x) = x W_i + b_i.
+        self.weight = nn.Parameter(torch.randn(experts, dim, dim) * dim**-0.5)
         self.bias = nn.Parameter(torch.zeros(experts, dim))
         self.lift = nn.Sequential(nn.Linear(experts, 64), nn.SiLU(), nn.Linear(64, categories))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Video tokens (B, N, D) -> their refinement (B, N, D), rho_r (B, N, E_r), chosen experts (B, N, k)."""
-        rho = self.router(x).float().softmax(dim=-1)
-        gate, chosen = rho.topk(self.k, dim=-1)
+        """Video tokens (B, N, D) -> refined (B, N, D), rho_r (B, N, E_r), chosen (B, N, k)."""
+        rho = self.router(x).float().softmax(dim=-1)  # over all experts, before the choice
+        gate, chosen = rho.topk(self.k, dim=-1)  # (B, N, k) each
         if self.renormalise:
             gate = gate / gate.sum(-1, keepdim=True)
-        y = dispatch(x.flatten(0, 1), gate.flatten(0, 1), chosen.flatten(0, 1), self.weight, self.bias).view_as(x)
-        return x + y if self.residual else y, rho, chosen
+        # To `dispatch` the tokens of all clips are one list (B N, ...).
+        y = dispatch(x.flatten(0, 1), gate.flatten(0, 1), chosen.flatten(0, 1),
+                     self.weight, self.bias).view_as(x)
+        return x + y if self.residual else y, rho, chosen  # Eq. 2
 
     def lifted(self, rho: Tensor) -> Tensor:
-        """P'_r of Eq. 5: rho_r (B, N, E_r) through the MLP -> (B, N, E_cat). Times E_r (ours), so that an expert's even
-        share reads as 1 and not as 1 / E_r, from which an MLP learns slowly."""
+        """P'_r of Eq. 5: rho_r (B, N, E_r) through the MLP -> (B, N, E_cat).
+
+        The input is multiplied by E_r (ours), so that an expert's even share reads as 1. An MLP
+        learns slowly from inputs of 1 / E_r.
+        """
         return self.lift((rho * rho.shape[-1]).type_as(self.lift[0].weight))
 
 
-@torch.compiler.disable  # segment sizes depend on the data; compiled code would break the graph here anyway
+@torch.compiler.disable  # segment sizes depend on the data, so compiled code would stop here anyway
 def dispatch(x: Tensor, gate: Tensor, chosen: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """sum_j gate[:, j] * (x W_chosen[:, j] + b_chosen[:, j]), visiting each expert once with just its tokens.
+    """sum_j gate[:, j] (x W_chosen[:, j] + b_chosen[:, j]): each expert sees its tokens alone.
 
-    x (M, D), gate and chosen (M, k), weight (E, D, D), bias (E, D) -> (M, D). Sorting the M k choices by expert makes
-    every expert's tokens one contiguous segment, so the work is that of k experts a token, not of all E.
+    x (M, D), gate and chosen (M, k), weight (E, D, D), bias (E, D) -> (M, D). Sorting the M k
+    choices by expert makes every expert's tokens one contiguous segment, so the work is that of k
+    experts a token, not of all E. Example with M = 3, k = 1, E = 2:
+
+        chosen [1, 0, 1] -> order [1, 0, 2], sizes [1, 2]: expert 0 gets token 1, expert 1 the rest
     """
     M, k = chosen.shape
     order = chosen.flatten().argsort(stable=True)  # (M k,) choices, expert by expert
     sizes = chosen.flatten().bincount(minlength=len(weight)).tolist()
-    segments = x[order // k].split(sizes)
+    segments = x[order // k].split(sizes)  # choice c belongs to token c // k
     y = torch.cat([torch.addmm(b, segment, w) for segment, w, b in zip(segments, weight, bias)])
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(M * k, device=order.device))  # inverse permutation
-    y = y[back].view(M, k, -1)  # a gather adds in a fixed order, where index_add would not on a GPU
+    # Back to the order of tokens. A gather adds gradients in a fixed order, where index_add would
+    # not do so on a GPU, and two runs would differ.
+    back = torch.empty_like(order)
+    back = back.scatter_(0, order, torch.arange(M * k, device=order.device))  # inverse permutation
+    y = y[back].view(M, k, -1)
     return (gate[..., None].type_as(y) * y).sum(1).type_as(x)
 
 
+# --- the branch -------------------------------------------------------------------------------
 class ProPhy(nn.Module):
-    """A backbone with the physical branch beside it: `(prediction, Routing) = model(x, t, text, text_length,
-    edit=None)`.
+    """A backbone with the physical branch beside it.
 
-    Three separate steps: build; load the backbone; `init_from_backbone()`, which a resumed run skips. `edit` maps
-    semantic logits (B, E_s) to others, for example `invert`.
+        prediction, routing = model(x, t, text, text_length, edit=None)
+
+    Three separate steps: build; load the backbone; `init_from_backbone()`, which a resumed run
+    skips. `edit` maps semantic logits (B, E_s) to others, for example `invert`.
     """
 
-    def __init__(self, backbone: nn.Module, cfg):
+    def __init__(self, backbone: nn.Module, cfg: Config):
         super().__init__()
-        self.backbone, self.at, dim = backbone, cfg.physical_at, cfg.dim
+        self.backbone = backbone
+        self.at = cfg.physical_at  # rising indices of the backbone blocks with one beside them
+        dim = cfg.dim
+        # Without physical blocks nothing would read what the experts do to the tokens.
         self.semantic = self.refinement = None
-        if cfg.semantic and self.at:  # without physical blocks nothing would read its tokens
-            self.semantic = SemanticExpertBlock(cfg.grid, dim, backbone.text_dim, cfg.semantic_experts, cfg.categories,
-                                                cfg.map_rank)
+        if cfg.semantic and self.at:
+            self.semantic = SemanticExpertBlock(cfg.grid, dim, backbone.text_dim,
+                                                cfg.semantic_experts, cfg.categories, cfg.map_rank)
         self.physical = nn.ModuleList(copy.deepcopy(backbone.blocks[i]) for i in self.at)
-        if cfg.lora_rank:  # after the copies, which train all their weights anyway
-            add_lora(backbone, cfg.lora_rank, cfg.lora_alpha or cfg.lora_rank, cfg.lora_targets.split(","))
+        # LoRA comes after the copies were made, because these train all their weights anyway.
+        if cfg.lora_rank:
+            alpha = cfg.lora_alpha or cfg.lora_rank
+            add_lora(backbone, cfg.lora_rank, alpha, cfg.lora_targets.split(","))
         if cfg.refinement and self.at:
-            self.refinement = RefinementExpertBlock(dim, cfg.refinement_experts, cfg.top_k, cfg.categories,
-                                                    cfg.residual, cfg.renormalise)
-        self.inject = nn.ModuleList(nn.Linear(dim, dim) if cfg.injection == "zero" else nn.Identity() for _ in self.at)
-        for linear in self.inject:
-            for parameter in linear.parameters():
-                nn.init.zeros_(parameter)
+            self.refinement = RefinementExpertBlock(dim, cfg.refinement_experts, cfg.top_k,
+                                                    cfg.categories, cfg.residual, cfg.renormalise)
+        # Zero-initialised injection: the untrained branch adds nothing to the backbone's tokens.
+        self.inject = nn.ModuleList(
+            nn.Linear(dim, dim) if cfg.injection == "zero" else nn.Identity() for _ in self.at)
+        for parameter in self.inject.parameters():
+            nn.init.zeros_(parameter)
 
     @torch.no_grad()
     def init_from_backbone(self) -> None:
@@ -193,7 +238,8 @@ class ProPhy(nn.Module):
             block.load_state_dict(own_state(self.backbone.blocks[i]))
 
     def branch_state(self) -> dict[str, nn.Parameter]:
-        """{name: parameter} of all that is not the backbone's own: what stage two trains, and what a lab publishes."""
+        """{name: parameter} of all that is not the backbone's own: stage two trains this, and a
+        lab publishes it."""
         return {name: p for name, p in self.named_parameters()
                 if not name.startswith("backbone.") or name.endswith(LORA_NAMES)}
 
@@ -202,44 +248,63 @@ class ProPhy(nn.Module):
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, text_length: Tensor | None = None,
                 edit=None) -> tuple[Tensor, Routing]:
+        """The backbone's arguments, and `edit` -> prediction, shaped as x, and its Routing."""
         tokens, condition = self.backbone.embed(x, t, text, text_length)
-        n, routing = condition.n_text, Routing()
+        n = condition.n_text  # text tokens stand in front, and no expert touches them
+        routing = Routing()
+
+        # Which physics: the branch starts from the backbone's tokens mixed with the basis maps.
         branch = tokens
         if self.semantic is not None:
             logits, rho, lift = self.semantic.route(condition.text, condition.text_length, edit)
-            routing.semantic_logits, routing.semantic, routing.semantic_lift = logits, rho, lift
-            branch = torch.cat([tokens[:, :n], self.semantic(tokens[:, n:], rho, condition.grid)], dim=1)
+            routing = Routing(semantic_logits=logits, semantic=rho, semantic_lift=lift)
+            video = self.semantic(tokens[:, n:], rho, condition.grid)
+            branch = torch.cat([tokens[:, :n], video], dim=1)
 
-        def refine(h: Tensor) -> Tensor:  # (B, S, D), called inside the last physical block
-            video, routing.refinement, routing.chosen = self.refinement(h[:, n:])
-            routing.refinement_lift = self.refinement.lifted(routing.refinement)
-            return torch.cat([h[:, :n], video], dim=1)
+        # Where: this runs in the middle of the last physical block. All that it finds is returned
+        # and nothing is kept, because recomputation (checkpointing) runs it twice.
+        def refine(hidden: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:  # of (B, S, D)
+            video, rho, chosen = self.refinement(hidden[:, n:])
+            lift = self.refinement.lifted(rho)
+            return torch.cat([hidden[:, :n], video], dim=1), (rho, lift, chosen)
 
+        # Both streams go side by side; after each physical block the backbone gets its share.
         for i, block in enumerate(self.backbone.blocks):
             tokens = block(tokens, condition)
-            if i in self.at:
-                j = self.at.index(i)
-                last = j == len(self.at) - 1
-                branch = self.physical[j](branch, condition, refine if last and self.refinement is not None else None)
-                tokens = torch.cat([tokens[:, :n], tokens[:, n:] + self.inject[j](branch[:, n:])], dim=1)
+            if i not in self.at:
+                continue
+            j = self.at.index(i)
+            if i == self.at[-1] and self.refinement is not None:
+                branch, found = self.physical[j](branch, condition, refine)
+                routing.refinement, routing.refinement_lift, routing.chosen = found
+            else:
+                branch = self.physical[j](branch, condition)
+            video = tokens[:, n:] + self.inject[j](branch[:, n:])
+            tokens = torch.cat([tokens[:, :n], video], dim=1)
         return self.backbone.head(tokens, condition), routing
 
 
-# --- the paper's rival ------------------------------------------------------------------------------------------------
+# --- the paper's rival ------------------------------------------------------------------------
 class LoRA(nn.Linear):
-    """y = W x + b + (alpha / r) U D x: a frozen linear layer with a trained correction of rank r (Hu et al. 2021).
+    """y = W x + b + (alpha / r) U D x: a frozen linear layer and a trained correction of rank r.
 
-    U starts at zero, so an untrained one changes nothing, to the bit. W and b keep their names.
+    (Hu et al. 2021.) U starts at zero, so an untrained one changes nothing, to the bit. W and b
+    keep their names in the state dict.
     """
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+        # The meta device takes no memory for weights that are replaced at once.
         super().__init__(linear.in_features, linear.out_features, device="meta")
-        self.weight, self.bias, self.scale = linear.weight, linear.bias, alpha / rank
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.scale = alpha / rank
         device = linear.weight.device
-        self.down = nn.Parameter(torch.randn(rank, linear.in_features, device=device) * linear.in_features**-0.5)
+        down = torch.randn(rank, linear.in_features, device=device) * linear.in_features**-0.5
+        self.down = nn.Parameter(down)
         self.up = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
+        # The correction keeps the dtype of its own weights: float32 beside a bf16 backbone.
         correction = F.linear(F.linear(x.type_as(self.down), self.down), self.up)
         y = super().forward(x)
         return y + self.scale * correction.type_as(y)
@@ -248,30 +313,34 @@ class LoRA(nn.Linear):
     def merged(self) -> nn.Linear:
         """A linear layer with the correction in its weight."""
         linear = nn.Linear(self.in_features, self.out_features, device="meta")
-        linear.weight = nn.Parameter(self.weight + (self.scale * self.up @ self.down).type_as(self.weight))
+        correction = self.scale * self.up @ self.down
+        linear.weight = nn.Parameter(self.weight + correction.type_as(self.weight))
         linear.bias = self.bias
         return linear
 
-LORA_NAMES = (".down", ".up")
+
+LORA_NAMES = (".down", ".up")  # how the names of LoRA's own parameters end
 
 
 def own_state(module: nn.Module) -> dict[str, Tensor]:
     """A state dict without LoRA's corrections."""
-    return {name: tensor for name, tensor in module.state_dict().items() if not name.endswith(LORA_NAMES)}
+    return {name: tensor for name, tensor in module.state_dict().items()
+            if not name.endswith(LORA_NAMES)}
 
 
-def put(block: nn.Module, name: str, module: nn.Module) -> None:
-    """Replace the sub-module of this dotted name."""
+def replace_module(block: nn.Module, name: str, module: nn.Module) -> None:
+    """Put another module in the place of the sub-module of this dotted name."""
     owner, _, leaf = name.rpartition(".")
     setattr(block.get_submodule(owner), leaf, module)
 
 
 def add_lora(backbone: nn.Module, rank: int, alpha: float, targets: list[str]) -> None:
-    """Put a LoRA around every linear layer of the backbone's blocks whose last name is a target, such as "to_q"."""
+    """Put a LoRA around every linear layer of the backbone's blocks whose last name is a target,
+    such as "to_q"."""
     for block in backbone.blocks:
-        for name, module in list(block.named_modules()):
+        for name, module in list(block.named_modules()):  # a list, because the loop changes them
             if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets:
-                put(block, name, LoRA(module, rank, alpha))
+                replace_module(block, name, LoRA(module, rank, alpha))
 
 
 def merge_lora(backbone: nn.Module) -> None:
@@ -279,4 +348,4 @@ def merge_lora(backbone: nn.Module) -> None:
     for block in backbone.blocks:
         for name, module in list(block.named_modules()):
             if isinstance(module, LoRA):
-                put(block, name, module.merged())
+                replace_module(block, name, module.merged())

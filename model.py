@@ -340,9 +340,10 @@ class CogBlock(nn.Module):
         h, gate = self.norm1(x, condition)  # 1, 2 (ExpertNorm)
         x = x + gate * self.attn1(h, condition.rope)  # 3 (Attention), 4
         if middle is not None:  # 5: the Refinement Expert Block of the last physical block sits here
-            x = middle(x)
+            x, found = middle(x)
         h, gate = self.norm2(x, condition)  # 6
-        return x + gate * self.ff(h)  # 7
+        x = x + gate * self.ff(h)  # 7
+        return x if middle is None else (x, found)
 
     @torch.no_grad()
     def attention_map(self, x: Tensor, condition: Condition) -> Tensor:
@@ -425,9 +426,10 @@ class WanBlock(nn.Module):
         x = self.look(x, condition)  # 1 to 4
         x = x + self.attn2(self.norm2(x).type_as(x), context=condition.context)  # 5
         if middle is not None:  # 6
-            x = middle(x)
+            x, found = middle(x)
         h = (self.norm3(x) * (1 + scale) + shift).type_as(x)  # 7
-        return (x.float() + gate * self.ff(h)).type_as(x)  # 8
+        x = (x.float() + gate * self.ff(h)).type_as(x)  # 8
+        return x if middle is None else (x, found)
 
     @torch.no_grad()
     def attention_map(self, x: Tensor, condition: Condition) -> Tensor:

@@ -330,7 +330,7 @@ def main_official(args, device: str) -> None:
     except ValueError as e:
         raise UserError(str(e)) from None
     out = open_out(args)
-    guidance = {"wan": 5.0}.get(cfg.lineage, 6.0) if args.guidance is None else args.guidance
+    guidance = cfg.guidance if args.guidance is None else args.guidance
     prompts = [prompt for prompt in args.prompt for _ in range(args.n)]
     clips = generate_official(args.weights, loaded, prompts, negative=args.negative, seed=args.seed, steps=args.steps,
                               guidance=guidance, solver=args.solver, dynamic=args.dynamic, tiled=args.tiled,

@@ -41,21 +41,26 @@ from tqdm import tqdm
 
 import config
 import data
-from common.files import complete, cores, listed, shard_of
+from common.files import cores, join_some, shard_of
+from common.libraries import library
 from common.run import pick_device
-from common.store import library, write_tensors
-from common.video import Folder, Video, Window
+from common.store import Store, clip_file
+from common.video import Folder, reason_of
 from config import Config, Stopped, UserError, stream
 from official.folder import fingerprint
-from physics.phenomena import CATEGORIES
+from physics import CATEGORIES
 from vlm.maps import (
+    MAPS,
     Maps,
-    Shown,
-    Store,
     Tally,
+    VLMClip,
     aligned_frames,
-    shown,
-    windows,
+    clip_for_vlm,
+    frames_for_vlm,
+    map_answers,
+    map_row,
+    row_middles,
+    windows_for_vlm,
     world_maps,
     write_map,
 )
@@ -67,7 +72,7 @@ from vlm.tiny import MARKS, TINY, make_tiny, tiny_tokenizer
 # --------------------------------------------------------------------------------------------------------- maps on disk
 def annotate(vlm: VLM, settings: Settings, store: Store, groups, tally: Tally, batch: int, skipped: list[str],
              bar: tqdm) -> None:
-    """Make the map files of groups of clips, (file, Shown) each, all of one shape in a group. A clip that the VLM
+    """Make the map files of groups of clips, (file, VLMClip) each, all of one shape in a group. A clip that the VLM
     cannot do is noted in `skipped`."""
     for group in groups:
         try:
@@ -76,9 +81,10 @@ def annotate(vlm: VLM, settings: Settings, store: Store, groups, tally: Tally, b
         except VLMError as e:
             skipped += [f"{clip.source} ({e})" for _, clip in group]
             looks = []
-        for (file, clip), (*mine, background) in zip(group, looks):
+        for (file, clip), answers in zip(group, looks):
             try:
-                write_map(store, file, clip, list(zip(clip.names, mine)), background, settings, tally)
+                write_map(store, file, clip, map_answers(clip, answers, settings, tally))
+                tally.made += 1
             except VLMError as e:
                 skipped.append(f"{clip.source} ({e})")
         bar.update(len(group))
@@ -94,43 +100,40 @@ def map_settings(vlm: VLM, settings: Settings, **more) -> dict:
 
 def annotate_videos(args, folder: Folder, vlm: VLM, settings: Settings) -> None:
     """--videos: maps of a folder's videos. Raises UserError and Stopped."""
-    cfg, (first, shards) = folder.cfg, shard_of(args.shard)
-    asked = map_settings(vlm, settings, frames=args.frames, fps=args.fps, windows=args.windows, sample=args.sample,
-                         pixels=args.pixels, all=args.all)
-    store, tally = Store(Path(args.out), asked, f"{first + 1}of{shards}"), Tally()
-    videos = list(folder.videos.values())
-    names, there = [store.name(video) for video in videos], store.there()
-    mine = dict(list(zip(names, videos))[first::shards])
-    have = {file for name in mine for file in there.get(name, ()) if store.sound(store.clips / file)}
-    todo = {name: video for name, video in mine.items()
-            if not complete([file for file in there.get(name, ()) if file in have])}
+    asked = map_settings(vlm, settings, frames=args.frames, fps=args.fps, windows=args.windows,
+                         sample=args.sample, pixels=args.pixels, all=args.all)
+    shard, tally = shard_of(args.shard), Tally()
+    store = Store.create(args.out, MAPS, asked, shard)
+    videos = {store.name(video.identity()): video for video in folder.videos.values()}
+    missing, have = store.missing(list(videos)[shard[0]::shard[1]])
 
     def groups(bar):
-        for name, video in todo.items():
+        for name in missing:
+            video = videos[name]
             present = [CATEGORIES[c] for c in video.categories if c < len(CATEGORIES)]
             try:
-                found = windows(video, vlm, cfg, args.pixels)
+                found = windows_for_vlm(video.path, vlm, args.frames, args.fps, args.windows, args.pixels)
             except Exception as e:  # whatever decoders make of a damaged file concerns that file alone
-                folder.skipped.append(f"{video.name} ({getattr(e, 'strerror', None) or e or type(e).__name__})")
+                folder.skipped.append(f"{video.name} ({reason_of(e)})")
                 found = []
             for window in found:
-                file = f"{name}-{window.number}of{window.taken}.safetensors"
+                file = clip_file(name, window.number, window.taken)
                 if file not in have:
-                    asked = list(CUES) if args.all else present
-                    yield [(file, shown(window, video.name, asked, cfg.fps, vlm.merged, args.sample))]
+                    names = list(CUES) if args.all else present
+                    yield [(file, clip_for_vlm(window, video.name, names, args.fps, vlm.merged, args.sample))]
             bar.total += max(len(found) - 1, 0)
 
     try:
-        with tqdm(total=len(todo), desc="looking", unit="clip") as bar:
+        with tqdm(total=len(missing), desc="looking", unit="clip") as bar:
             annotate(vlm, settings, store, groups(bar), tally, args.batch, folder.skipped, bar)
-        index = store.write_index(videos, names)
+        index = store.write_index(videos, lambda file, video: map_row(store, file, video.name))
     except OSError as e:
-        raise Stopped(f"{e.filename or store.out} cannot be read or written any more: {e.strerror or e}.") from None
-    skipped = f"; skipped {len(folder.skipped)}: {listed(folder.skipped)}" if folder.skipped else ""
+        raise Stopped(f"{e.filename or store.folder} cannot be read or written any more: {e.strerror or e}.") from None
+    skipped = folder.skipped_sentence()
     if not index["clips"]:
         raise UserError(f"No map could be made from {args.videos}{skipped or '; the annotations name no video'}.")
-    print(f"{tally.made} maps made, {len(have)} were there; {store.out} holds {len(index['clips'])} of {index['done']} "
-          f"of {index['videos']} videos{tally}{skipped}{folder.strangers()}")
+    print(f"{tally.made} maps made, {len(have)} were there; {store.folder} holds {len(index['clips'])} of {index['done']} "
+          f"of {index['videos']} videos{tally}{skipped}{folder.unknown_labels()}")
 
 
 # ----------------------------------------------------------------------------------------------------- the tiny teacher
@@ -138,12 +141,12 @@ GROUP = 32  # clips of the world that are looked at together
 
 
 # ------------------------------------------------------------------------------------------------ the world's own clips
-def of_world(pool: data.Pool, row: int, merged: int) -> Shown:
+def of_world(pool: data.Pool, row: int, merged: int) -> VLMClip:
     """A clip of the pool, all of its frames."""
     name, _, size, crop = pool.sources[row]
     video, F_ = np.asarray(pool.video[row]), pool.video.shape[1]
-    times = (np.pad(np.arange(F_), (0, -F_ % merged), mode="edge").reshape(-1, merged).mean(1) / F_).tolist()
-    return Shown(name, video, F_, times, tuple(size), tuple(crop), [CATEGORIES[c] for c in pool.categories[row]])
+    times = (row_middles(np.arange(F_), merged) / F_).tolist()
+    return VLMClip(name, video, F_, times, tuple(size), tuple(crop), [CATEGORIES[c] for c in pool.categories[row]])
 
 
 def annotate_world(args, cfg: Config, vlm: VLM | None, settings: Settings | None) -> None:
@@ -157,18 +160,16 @@ def annotate_world(args, cfg: Config, vlm: VLM | None, settings: Settings | None
     if args.kind == "shuffled":
         other = Maps(world_maps(cfg, pool, args.maps))
         asked["of"] = other.key
-    (first, shards), tally = shard_of(args.shard), Tally()
-    store = Store(world_maps(cfg, pool, args.annotate), asked, f"{first + 1}of{shards}")
-    rows = [Video(source[0], Path(), caption, categories)
-            for source, caption, categories in zip(pool.sources, pool.captions, pool.categories)]
-    names, there = [store.name(video) for video in rows], store.there()
-    have = {name for name in names if name in there}
-    todo = [row for row in range(first, len(rows), shards) if names[row] not in have]
+    shard, tally = shard_of(args.shard), Tally()
+    store = Store.create(world_maps(cfg, pool, args.annotate), MAPS, asked, shard)
+    rows = {store.name([name, categories]): row for row, (name, categories) in enumerate(zip(pool.names, pool.categories))}
+    missing, have = store.missing(list(rows)[shard[0]::shard[1]])
+    todo = {rows[name]: clip_file(name, 0, 1) for name in missing}
     skipped = []
     try:
         with tqdm(total=len(todo), desc=f"maps by {args.kind}", unit="clip") as bar:
-            groups = ([(f"{names[row]}-0of1.safetensors", of_world(pool, row, vlm.merged if vlm else 2))
-                       for row in todo[at:at + GROUP]] for at in range(0, len(todo), GROUP))
+            groups = ([(todo[row], of_world(pool, row, vlm.merged if vlm else 2)) for row in list(todo)[at:at + GROUP]]
+                      for at in range(0, len(todo), GROUP))
             if args.kind == "vlm":
                 annotate(vlm, settings, store, groups, tally, args.batch, skipped, bar)
             elif args.kind == "saliency":
@@ -176,36 +177,36 @@ def annotate_world(args, cfg: Config, vlm: VLM | None, settings: Settings | None
                     for file, clip in group:
                         change = saliency(clip.frames, len(clip.times))
                         look, even = (Look("", m[None, None], False) for m in (change, torch.ones_like(change)))
-                        write_map(store, file, clip, [(name, look) for name in clip.names], even, Settings(), tally)
+                        looks = [look] * len(clip.names) + [even]
+                        write_map(store, file, clip, map_answers(clip, looks, Settings(), tally))
+                        tally.made += 1
                     bar.update(len(group))
             else:
-                shuffle(pool, rows, names, todo, other, store, tally, bar)
-        index = store.write_index(rows, names)
+                shuffle(pool, todo, other, store, tally, bar)
+        index = store.write_index(rows, lambda file, row: map_row(store, file, pool.names[row]))
     except OSError as e:
-        raise Stopped(f"{e.filename or store.out} cannot be read or written any more: {e.strerror or e}.") from None
+        raise Stopped(f"{e.filename or store.folder} cannot be read or written any more: {e.strerror or e}.") from None
     if not index["clips"]:
-        raise UserError(f"No map could be made{': ' + listed(skipped) if skipped else ''}.")
-    print(f"{tally.made} maps made, {len(have)} were there; {store.out} holds {index['done']} of {len(rows)}{tally}"
-          + (f"; skipped {len(skipped)}: {listed(skipped)}" if skipped else ""))
+        raise UserError(f"No map could be made{': ' + join_some(skipped) if skipped else ''}.")
+    print(f"{tally.made} maps made, {len(have)} were there; {store.folder} holds {index['done']} of {len(rows)}{tally}"
+          + (f"; skipped {len(skipped)}: {join_some(skipped)}" if skipped else ""))
 
 
-def shuffle(pool: data.Pool, rows: list, names: list[str], todo: list[int], other: Maps, store: Store,
-            tally: Tally, bar: tqdm) -> None:
-    """Copy maps from clip to clip of the same phenomena: right of the kind, wrong of the clip."""
+def shuffle(pool: data.Pool, todo: dict[int, str], other: Maps, store: Store, tally: Tally, bar: tqdm) -> None:
+    """Copy maps from clip to clip of the same phenomena: right of the kind, wrong of the clip. todo: {row: its file}."""
     alike = {}
-    for row, video in enumerate(rows):
-        alike.setdefault(tuple(video.categories), []).append(row)
+    for row, categories in enumerate(pool.categories):
+        alike.setdefault(tuple(categories), []).append(row)
     swap = {}
     for members in alike.values():
         order = stream(len(members), "shuffle").permutation(len(members))
         swap.update({members[a]: members[b] for a, b in zip(order, np.roll(order, 1))})
-    for row in todo:
-        found = other.of.get(rows[swap[row]].name)
-        read = other.read(found[0][2]) if found else None
+    for row, file in todo.items():
+        found = other.of.get(pool.names[swap[row]])
+        read = other.store.read(found[0][2]) if found else None
         if read:
             tensors, about = read
-            about = {**about, "key": store.key, "file": rows[row].name}
-            write_tensors(store.clips / f"{names[row]}-0of1.safetensors", tensors, about, store.tag)
+            store.write(store.clips / file, tensors, {**about, "file": pool.names[row]})
             tally.made += 1
         bar.update()
 
@@ -329,7 +330,7 @@ def check(args, rest: list[str]) -> None:
 def main(argv: list[str]) -> None:
     """Check everything, load the VLM once, do what was asked for. Raises UserError and Stopped."""
     args, cfg = parse(argv)
-    torch.set_num_threads(cores(cfg))
+    torch.set_num_threads(cores(cfg.threads))
     device = pick_device(cfg.device)
     if args.benchmark:
         if device == "cpu":
@@ -347,8 +348,7 @@ def main(argv: list[str]) -> None:
     if not Path(args.vlm).is_dir():
         raise UserError(f"There is no VLM in {args.vlm}: give --vlm DIR, or make a tiny one with --train_tiny.")
     if args.videos:  # read before a VLM is, which may take minutes
-        folder = Folder(config.preset("small", data_dir=args.videos, annotations=args.annotations,
-                                           frames=args.frames, fps=args.fps, windows=args.windows))
+        folder = Folder(args.videos, args.annotations)
     vlm = VLM(args.vlm, device, dtype)
     settings = vlm.settings(**{f.name: getattr(args, f.name) for f in dataclasses.fields(Settings)})
     if args.videos:
@@ -358,13 +358,16 @@ def main(argv: list[str]) -> None:
     if not (args.report or args.preview):
         return
     if args.truth:
-        film = dataclasses.replace(cfg, frames=args.frames, fps=args.fps, windows=1)
-        clips = of_json(Path(args.truth), vlm, film, args.pixels)
-        shape = lambda truth: shown(Window(truth.video, 0, 1, 0.0, truth.video.shape[1:3], ()), "", [], truth.fps,
-                                    vlm.merged, args.sample)
+        clips = of_json(Path(args.truth), vlm, args.frames, args.fps, args.pixels)
+
+        def shape(truth):
+            frames, fps = frames_for_vlm(len(truth.video), truth.fps, vlm.merged, args.sample)
+            return truth.video[frames], fps
     else:
         clips = of_clips(cfg, args.clips)
-        shape = lambda truth: Shown("", truth.video, truth.fps, [], (), (), [])
+
+        def shape(truth):
+            return truth.video, truth.fps
     if args.report:
         print_report(vlm, settings, clips, args, shape)
     if args.preview:

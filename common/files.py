@@ -1,29 +1,43 @@
-"""Plain files: written whole or not at all, read with one sentence when they are broken, one writer at a time. No torch.
+"""Plain files, and many items at once. Nothing here imports torch.
 
-Whoever looks at a path finds the old file or the new one, never half of one, also after a power cut: `whole_file` is
-the only place where this project gives a file its name.
+A file is written whole or not at all: whoever looks at a path finds the old file or the new one,
+never half of one, also after a power cut. `whole_file` and `whole_folder` are the only places
+where this project gives a file or a folder its final name. What cannot be read is one sentence.
+
+Many items are worked on by threads or by other processes, in order and a few at a time.
 """
 import collections
 import concurrent.futures
 import contextlib
 import hashlib
 import json
+import multiprocessing
 import os
 import re
-from collections.abc import Iterable, Iterator
+import secrets
+import shutil
+import signal
+import sys
+import threading
+import types
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from tqdm import tqdm
+from config import UserError
 
-from config import Config, UserError
+try:
+    import fcntl
+except ImportError:  # Windows has none
+    fcntl = None
 
 
+# --- files and folders, whole or absent ---------------------------------------------------------
 @contextlib.contextmanager
 def whole_file(path, tag: str = "") -> Iterator[Path]:
-    """A path beside `path` to write to. It becomes `path` when the block ends without an error, and goes otherwise.
+    """A path beside `path` to write to. It becomes `path` if the block ends without an error.
 
-    tag: ends the temporary name, NAME.TAG.part (this process's number if empty), so that a writer knows its own
-    leftovers after it was killed.
+    tag: ends the temporary name, NAME.TAG.part (this process's number if empty), so that a writer
+    knows its own leftovers after it was killed.
     """
     path = Path(path)
     part = path.with_name(f"{path.name}.{tag or os.getpid()}.part")
@@ -43,66 +57,74 @@ def write_text(path, text: str, tag: str = "") -> None:
 
 
 @contextlib.contextmanager
-def only_one(folder: Path) -> Iterator[bool]:
-    """One process at a time builds in `folder`; a killed one's lock vanishes with it. False where locks are unknown."""
-    handle, locked = None, False
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder beside `path` to fill. It replaces `path` if the block ends without an error.
+
+    Its name is PATH.SOMETHING until then. Whoever fills it brings its files to the disk (fsync).
+    """
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
     try:
-        import fcntl
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"Another run is building clips in {folder}; waiting for it.", flush=True)
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        locked = True
-    except (ImportError, OSError):  # Windows, some network drives: builds have folders of their own, so work is doubled
-        pass
-    try:
-        yield locked
+        part.mkdir()
+        yield part
+        shutil.rmtree(path, ignore_errors=True)
+        part.rename(path)
     finally:
-        if handle is not None:
-            os.close(handle)
+        shutil.rmtree(part, ignore_errors=True)
 
 
-def digest(value) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[bool]:
+    """One process at a time builds in `folder`; a second one says so and waits.
+
+    The lock of a killed process vanishes with it, and no file is left behind. Yields False on a
+    system or a network drive without locks: there both build, in folders of their own, and the
+    work is only done twice.
+    """
+    if not fcntl:
+        yield False
+        return
+    with contextlib.ExitStack() as opened:
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+            opened.callback(os.close, handle)  # closing it ends the lock
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"Another run is building clips in {folder}; waiting for it.", flush=True)
+                fcntl.flock(handle, fcntl.LOCK_EX)
+            locked = True
+        except OSError:
+            locked = False
+        yield locked
 
 
-def cores(cfg: Config) -> int:
-    return cfg.threads or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-
-
-def bar(items: Iterable, what: str, total: int, unit: str, progress: bool) -> Iterable:
-    return tqdm(items, what, total, unit=unit, disable=not progress, leave=False)
-
-
-def ahead(executor: concurrent.futures.Executor, function, items: list, group: int, chunksize: int = 1) -> Iterator:
-    """executor.map in order, but never more than two groups under way: undelivered clips would fill the memory."""
-    waiting = collections.deque()
-    for start in range(0, len(items), group):
-        waiting.append(executor.map(function, items[start:start + group], chunksize=chunksize))
-        if len(waiting) == 2:
-            yield from waiting.popleft()
-    for results in waiting:
-        yield from results
-
-
-def listed(items: Iterable[str], most: int = 8) -> str:
-    items = [item.encode("utf-8", "replace").decode() for item in items]  # JSON may hold what no terminal prints
-    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
-
-
+# --- what is in them ----------------------------------------------------------------------------
 def read_json(path: Path) -> dict:
+    """The JSON object in a file. Raises UserError with one sentence."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"There is no {path}: a folder in diffusers' layout is expected, with tokenizer, text_encoder "
-                        "and vae in it.") from None
+        raise UserError(f"There is no {path}: a folder in diffusers' layout is expected, with "
+                        "tokenizer, text_encoder and vae in it.") from None
     except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path} cannot be read ({getattr(e, 'strerror', None) or 'it is not JSON'}).") from None
+        reason = getattr(e, "strerror", None) or "it is not JSON"
+        raise UserError(f"{path} cannot be read ({reason}).") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} is not a JSON object.")
     return value
+
+
+def digest(value) -> str:
+    """A hash of a value that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def join_some(items: Iterable[str], most: int = 8) -> str:
+    """The first items in one line, and how many more there are."""
+    # JSON may hold half a character, which no terminal prints.
+    items = [item.encode("utf-8", "replace").decode() for item in items]
+    more = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + more
 
 
 def shard_of(text: str) -> tuple[int, int]:
@@ -113,6 +135,68 @@ def shard_of(text: str) -> tuple[int, int]:
     return int(shard[1]) - 1, int(shard[2])
 
 
-def complete(files: list[str]) -> bool:
-    """Do the names of a video's clips say that none is missing?"""
-    return bool(files) and len(files) == int(re.search(r"of(\d+)\.", files[0])[1])
+# --- many items at once -------------------------------------------------------------------------
+def cores(threads: int) -> int:
+    """How many threads to use: as many as asked for, or with 0 every core this process may use."""
+    if threads:
+        return threads
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def bounded_map(executor: concurrent.futures.Executor, function: Callable, items: list, group: int,
+                chunksize: int = 1) -> Iterator:
+    """executor.map, in order, with at most two groups of items under way.
+
+    executor.map alone would start on all items at once, and clips that wait to be taken would fill
+    the memory.
+    """
+    waiting = collections.deque()
+    for start in range(0, len(items), group):
+        waiting.append(executor.map(function, items[start:start + group], chunksize=chunksize))
+        if len(waiting) == 2:
+            yield from waiting.popleft()
+    for results in waiting:
+        yield from results
+
+
+def map_in_processes(function: Callable, items: list, workers: int, chunk: int) -> Iterator:
+    """function of each item, in order, computed by other processes, `chunk` items a message.
+
+    The processes are new ones ("spawn"), because a copy of a process with torch's threads may hang.
+    They import the module of `function` and nothing else of ours. Raises BrokenExecutor when one
+    dies.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, spawn, follow_parent) as executor:
+        with without_main_script():
+            for _ in range(workers):  # each call that finds no idle process starts one
+                executor.submit(int)
+        group = 4 * chunk * workers
+        yield from bounded_map(executor, function, items, group, chunksize=chunk)
+
+
+def follow_parent() -> None:
+    """At the start of a worker: end when the parent ends, and leave Ctrl-C to the parent."""
+    def wait_for_parent():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=wait_for_parent, daemon=True).start()
+
+
+@contextlib.contextmanager
+def without_main_script() -> Iterator[None]:
+    """Processes that are spawned inside do not import the script that this process runs.
+
+    Python imports it in each of them in case a function is defined there. Ours are not, and
+    train.py would import torch, which takes seconds.
+    """
+    script = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = script

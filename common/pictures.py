@@ -1,4 +1,8 @@
-"""Pictures: text, heat maps, sheets of clips, GIF and MP4."""
+"""Pictures: text, heat maps, cells of a clip with what belongs to it, sheets of cells, GIF and MP4. No torch.
+
+Frames are uint8 (F, H, W, 3) everywhere, F frames of a moving picture. Pillow is imported where letters are drawn:
+training needs none before its first preview.
+"""
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,38 +11,20 @@ import numpy as np
 
 from common.files import whole_file
 from config import Stopped
-from physics.phenomena import NIGHT
 
-
-def enlarge(frames, scale):
-    """uint8 (F, H, W, 3) -> (F, H scale, W scale, 3): every pixel becomes a square of `scale` pixels."""
-    return frames.repeat(scale, 1).repeat(scale, 2)
-
-
-def tint(frames, mask, colour=(255, 255, 255), alpha=.5):
-    """Lay a colour (0..255) over uint8 frames (F, H, W, 3) where mask (F, H, W), bool or weights in 0..1, says so."""
-    weight = alpha * np.asarray(mask, np.float32)[..., None]
-    return (frames + weight * (np.asarray(colour, np.float32) - frames) + .5).astype(np.uint8)
-
-
-def annotate(frames, text, lines=1):
-    """Add a strip of wrapped text, at least `lines` high, below: uint8 (F, H, W, 3) -> (F, H + strip, W, 3)."""
-    from PIL import Image, ImageDraw, ImageFont
-    font, wrapped, room = ImageFont.load_default(), [""], frames.shape[2] - 8
-    for word in text.split():
-        longer = f"{wrapped[-1]} {word}".strip()
-        wrapped = wrapped[:-1] + [longer] if font.getlength(longer) <= room or not wrapped[-1] else wrapped + [word]
-    strip = Image.new("RGB", (frames.shape[2], 13 * max(len(wrapped), lines) + 6), tuple(int(255 * c) for c in NIGHT))
-    ImageDraw.Draw(strip).multiline_text((4, 2), "\n".join(wrapped), fill=(205, 210, 222), font=font, spacing=2)
-    strip = np.broadcast_to(np.asarray(strip), (len(frames), strip.height, strip.width, 3))
-    return np.concatenate([frames, strip], 1)
-
-
-def save_gif(path, frames, fps):
-    """Write uint8 (F, H, W, 3) as a GIF that loops for ever; whoever looks finds the whole file or none."""
-    import imageio.v3 as iio
-    with whole_file(path) as part:
-        iio.imwrite(part, frames, extension=".gif", plugin="pillow", duration=1000 / fps, loop=0)
+PAPER = (17, 19, 25)  # colours of a sheet: its ground,
+PLATE = (29, 32, 41)  # a plate on it,
+BLUE = (92, 160, 255)  # a bar,
+INK = (232, 234, 240)  # text,
+FAINT = (136, 142, 156)  # and text that matters less
+STRIP = (11, 14, 24)  # the strip of text under a frame
+STRIP_INK = (205, 210, 222)
+GAP = 8  # pixels between things
+LINE = 17  # pixels of a line of text
+COLUMNS = 4  # heat maps a row
+MOST_PIXELS = 2**28  # of all frames of a sheet: 0.8 GB in memory, more than a viewer opens
+HEAT = np.stack([np.interp(np.linspace(0, 1, 256), (0, .25, .5, .75, 1), levels)  # violet to pale yellow, ever brighter
+                 for levels in ((50, 150, 235, 255, 255), (20, 35, 85, 170, 245), (120, 165, 90, 45, 170))], axis=-1)
 
 
 @dataclass
@@ -49,58 +35,21 @@ class ClipRouting:
     semantic: np.ndarray | None  # rho_s, float32 (E_s,)
     t: float
 
-PAPER, PLATE, BLUE, INK, FAINT = (17, 19, 25), (29, 32, 41), (92, 160, 255), (232, 234, 240), (136, 142, 156)
-MOST_PIXELS = 2**28  # of all frames of a sheet: 0.8 GB in memory, more than a viewer opens
-GAP, LINE, COLUMNS = 8, 17, 4  # pixels between things; of a line of text; heat maps a row
-HEAT = np.stack([np.interp(np.linspace(0, 1, 256), (0, .25, .5, .75, 1), levels)  # violet to pale yellow, ever brighter
-                 for levels in ((50, 150, 235, 255, 255), (20, 35, 85, 170, 245), (120, 165, 90, 45, 170))], axis=-1)
+
+# --- frames -----------------------------------------------------------------------------------------------------------
+def enlarge(frames, scale):
+    """(F, H, W, 3) -> (F, H scale, W scale, 3): every pixel becomes a square of `scale` pixels."""
+    return frames.repeat(scale, 1).repeat(scale, 2)
 
 
-def font(size: int):
-    """Pillow's own font, `size` pixels high."""
-    from PIL import (
-        ImageFont,  # lazily: training needs no letters before its first preview
-    )
-    return ImageFont.load_default(size)
-
-
-def wrap(text: str, room: int) -> list[str]:
-    """Lines of at most `room` pixels; a wider word stands alone."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        lines = lines[:-1] + [longer] if font(13).getlength(longer) <= room or not lines[-1] else [*lines, word]
-    return lines
-
-
-class Panel:
-    """A still picture with moving tiles on it."""
-
-    def __init__(self, width: int, height: int):
-        from PIL import Image, ImageDraw
-        self.image = Image.new("RGB", (width, height), PAPER)
-        self.draw, self.tiles = ImageDraw.Draw(self.image), []
-
-    def write(self, x: int, y: int, text: str, colour=INK, size: int = 13, room: float = math.inf, anchor="la") -> None:
-        """One line; where there is no room the letters shrink."""
-        while size > 7 and font(size).getlength(text) > room:
-            size -= 1
-        self.draw.text((x, y), text, fill=colour, font=font(size), anchor=anchor)
-
-    def place(self, x: int, y: int, frames: np.ndarray) -> None:
-        """Put uint8 frames (F, h, w, 3), with their upper left corner at (x, y)."""
-        self.tiles.append((x, y, frames))
-
-    def frames(self) -> np.ndarray:
-        """uint8 (F, H, W, 3)."""
-        out = np.repeat(np.asarray(self.image)[None], max(len(tile) for _, _, tile in self.tiles), axis=0)
-        for x, y, tile in self.tiles:
-            out[:, y : y + tile.shape[1], x : x + tile.shape[2]] = tile
-        return out
+def tint(frames, mask, colour=(255, 255, 255), alpha=.5):
+    """Lay a colour over frames where mask (F, H, W), bool or weights in 0..1, says so."""
+    weight = alpha * np.asarray(mask, np.float32)[..., None]
+    return (frames + weight * (np.asarray(colour, np.float32) - frames) + .5).astype(np.uint8)
 
 
 def overlay(clip: np.ndarray, heat: np.ndarray, scale: int) -> np.ndarray:
-    """A map (T', h, w) glowing over the darkened grey clip uint8 (F, H, W, 3) -> (F, H scale, W scale, 3).
+    """A map (T', h, w) glows over the darkened grey clip (F, H, W, 3) -> (F, H scale, W scale, 3).
 
     Colour and opacity both say the value, on one scale 0..1 for all maps; a square is a token.
     Values come in tenths and greys in sixteenths: a GIF has 256 colours a frame, and the clip needs most of them.
@@ -113,23 +62,85 @@ def overlay(clip: np.ndarray, heat: np.ndarray, scale: int) -> np.ndarray:
     return (grey + opacity * (HEAT[(255 * value).astype(np.uint8)] - grey)).astype(np.uint8)
 
 
+# --- text -------------------------------------------------------------------------------------------------------------
+def font(size: int | None = None):
+    """Pillow's own font, `size` pixels high; None is its smallest."""
+    from PIL import ImageFont
+    return ImageFont.load_default() if size is None else ImageFont.load_default(size)
+
+
+def wrap(text: str, room: int, letters=None) -> list[str]:
+    """Lines of at most `room` pixels in these letters (a font); a wider word stands alone."""
+    letters = letters or font(13)
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if letters.getlength(longer) <= room or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def annotate(frames, text, lines=1):
+    """Add a strip of wrapped text, at least `lines` high, below: (F, H, W, 3) -> (F, H + strip, W, 3)."""
+    from PIL import Image, ImageDraw
+    wrapped = wrap(text, frames.shape[2] - 8, font())
+    strip = Image.new("RGB", (frames.shape[2], 13 * max(len(wrapped), lines) + 6), STRIP)
+    ImageDraw.Draw(strip).multiline_text((4, 2), "\n".join(wrapped), fill=STRIP_INK, font=font(), spacing=2)
+    strip = np.broadcast_to(np.asarray(strip), (len(frames), strip.height, strip.width, 3))
+    return np.concatenate([frames, strip], 1)
+
+
+# --- cells and sheets -------------------------------------------------------------------------------------------------
+class Panel:
+    """A still picture with moving tiles on it."""
+
+    def __init__(self, width: int, height: int):
+        from PIL import Image, ImageDraw
+        self.image = Image.new("RGB", (width, height), PAPER)
+        self.draw = ImageDraw.Draw(self.image)
+        self.tiles = []
+
+    def write(self, x: int, y: int, text: str, colour=INK, size: int = 13, room: float = math.inf, anchor="la") -> None:
+        """One line; where there is no room the letters shrink."""
+        while size > 7 and font(size).getlength(text) > room:
+            size -= 1
+        self.draw.text((x, y), text, fill=colour, font=font(size), anchor=anchor)
+
+    def place(self, x: int, y: int, frames: np.ndarray) -> None:
+        """Put frames (F, h, w, 3), with their upper left corner at (x, y)."""
+        self.tiles.append((x, y, frames))
+
+    def frames(self) -> np.ndarray:
+        """The moving picture (F, H, W, 3)."""
+        longest = max(len(tile) for _, _, tile in self.tiles)
+        out = np.repeat(np.asarray(self.image)[None], longest, axis=0)
+        for x, y, tile in self.tiles:
+            out[:, y:y + tile.shape[1], x:x + tile.shape[2]] = tile
+        return out
+
+
 def bars(panel: Panel, x: int, y: int, width: int, height: int, rho: np.ndarray) -> None:
     """Semantic weights rho_s (E_s,) as bars from 0 to 1, beside the experts' numbers."""
     panel.draw.rounded_rectangle((x, y, x + width - 1, y + height - 1), 6, fill=PLATE)
     panel.write(x + 10, y + 8, "semantic router rho_s, bars 0 to 1", FAINT, 12, width - 20)
-    pitch, left, room = (height - 36) / len(rho), x + 34, width - 84
-    size, half = int(min(13, max(7, pitch - 4))), max(1, int(pitch * 0.28))
-    for e, weight in enumerate(rho.tolist()):
-        middle = int(y + 30 + (e + 0.5) * pitch)
-        panel.write(x + 26, middle, str(e + 1), FAINT, size, anchor="rm")
+    pitch = (height - 36) / len(rho)  # from bar to bar
+    size = int(min(13, max(7, pitch - 4)))
+    half = max(1, int(pitch * 0.28))
+    for expert, weight in enumerate(rho.tolist()):
+        middle = int(y + 30 + (expert + 0.5) * pitch)
+        panel.write(x + 26, middle, str(expert + 1), FAINT, size, anchor="rm")
         for share, colour in ((1, PAPER), (weight, BLUE)):
-            panel.draw.rectangle((left, middle - half, left + round(room * share), middle + half), fill=colour)
+            end = x + 34 + round((width - 84) * share)
+            panel.draw.rectangle((x + 34, middle - half, end, middle + half), fill=colour)
         panel.write(x + width - 8, middle, f"{weight:.2f}", INK, size, anchor="rm")
 
 
 def plain_cell(clip, text: str, label: str, scale: int, beside: tuple[str, np.ndarray] | None = None) -> np.ndarray:
     """A clip (F, H, W, 3), beside it one named heat map if there is any, below it the caption."""
-    (h, w), top = (side * scale for side in clip.shape[1:3]), LINE + 2 if label or beside else 0
+    h, w = (side * scale for side in clip.shape[1:3])
+    top = LINE + 2 if label or beside else 0
     width = 2 * w + GAP if beside else w
     lines = wrap(text, width)
     panel = Panel(width, top + h + 6 + LINE * len(lines))
@@ -143,28 +154,36 @@ def plain_cell(clip, text: str, label: str, scale: int, beside: tuple[str, np.nd
 
 def routing_cell(clip, text: str, label: str, scale: int, routing: ClipRouting, names: dict[int, str]) -> np.ndarray:
     """Clip and semantic weights; below, half as large, a heat map for each phenomenon of names {index: name}."""
-    small, top = max(1, scale // 2), LINE + 2
-    (h, w), (h_map, w_map) = ((clip.shape[1] * s, clip.shape[2] * s) for s in (scale, small))
-    width = max(COLUMNS * (w_map + GAP) - GAP, 2 * w + GAP)
-    lines, maps = wrap(text, width), names if routing.lift is not None else {}
+    # Sizes: the clip at its scale, its maps at half of it, `COLUMNS` of them in a row.
+    small = max(1, scale // 2)
+    top = LINE + 2
+    h, w = clip.shape[1] * scale, clip.shape[2] * scale
+    h_map, w_map = clip.shape[1] * small, clip.shape[2] * small
+    width = max(COLUMNS * (w_map + GAP) - GAP, 2 * w + GAP, w + GAP + 120)  # bars need some room at any scale
+    lines = wrap(text, width)
+    maps = names if routing.lift is not None else {}
     y_maps = top + h + 10 + LINE * (len(lines) + 2 * bool(maps))
     panel = Panel(width, y_maps + math.ceil(len(maps) / COLUMNS) * (h_map + LINE + GAP))
+
+    # The clip, the weights of the semantic experts beside it, the caption below both.
     panel.write(0, 0, label or "clip", FAINT)
     panel.place(0, top, enlarge(clip, scale))
     if routing.semantic is not None:
         bars(panel, w + GAP, top, width - w - GAP, h, routing.semantic)
     for i, line in enumerate(lines):
         panel.write(0, top + h + 6 + i * LINE, line)
+
+    # The maps, under a legend of their colours.
     if maps:
         legend = y_maps - LINE - 6
-        heading = f"where: P'_r at t = {routing.t:.2f}"
-        panel.write(0, legend, heading, FAINT, 12, width - 116)
+        panel.write(0, legend, f"where: P'_r at t = {routing.t:.2f}", FAINT, 12, width - 116)
         panel.write(width - 98, legend, "0", FAINT, 12, anchor="ra")
         ramp = overlay(np.full((1, 9, 80, 3), 100, np.uint8), np.linspace(0, 1, 80)[None, None], 1)
         panel.place(width - 94, legend + 3, ramp)
         panel.write(width - 1, legend, "1", FAINT, 12, anchor="ra")
     for i, (category, name) in enumerate(maps.items()):
-        x, y = i % COLUMNS * (w_map + GAP), y_maps + i // COLUMNS * (h_map + LINE + GAP)
+        x = i % COLUMNS * (w_map + GAP)
+        y = y_maps + i // COLUMNS * (h_map + LINE + GAP)
         panel.write(x, y, name, FAINT, 12, w_map)
         panel.place(x, y + LINE, overlay(clip, routing.lift[..., category], small))
     return panel.frames()
@@ -175,23 +194,35 @@ def sheet(cells: list[np.ndarray], pair: int = 1, group: int = 1) -> np.ndarray:
 
     `pair` neighbours stay in one row, and rows hold whole groups or whole parts of one, so that prompts stay apart.
     """
-    n, h, w = len(cells), max(c.shape[1] for c in cells) + 2 * GAP, max(c.shape[2] for c in cells) + 2 * GAP
+    n = len(cells)
+    h = max(cell.shape[1] for cell in cells) + 2 * GAP
+    w = max(cell.shape[2] for cell in cells) + 2 * GAP
     options = [c for c in range(pair, n + 1, pair) if group % c == 0 or c % group == 0]
     columns = min(options, key=lambda c: abs(math.log(c * w / (-(-n // c) * h) / 1.6)))
     out = np.empty((len(cells[0]), -(-n // columns) * h, columns * w, 3), np.uint8)
     out[:] = PAPER
     for i, cell in enumerate(cells):
-        y, x = GAP + i // columns * h, GAP + i % columns * w
-        out[:, y : y + cell.shape[1], x : x + cell.shape[2]] = cell
+        y = GAP + i // columns * h
+        x = GAP + i % columns * w
+        out[:, y:y + cell.shape[1], x:x + cell.shape[2]] = cell
     return out
 
 
+# --- files ------------------------------------------------------------------------------------------------------------
 def save(path: Path, frames: np.ndarray, fps: float) -> None:
-    """uint8 (F, H, W, 3) -> GIF or MP4 by suffix, the whole file or none. Raises Stopped when it cannot be written."""
+    """(F, H, W, 3) -> GIF or MP4 by suffix, the whole file or none. Raises Stopped when it cannot be written."""
+    write = save_mp4 if path.suffix.lower() == ".mp4" else save_gif
     try:
-        (save_mp4 if path.suffix.lower() == ".mp4" else save_gif)(path, frames, fps)
+        write(path, frames, fps)
     except OSError as e:
         raise Stopped(f"{path} could not be written ({e.strerror or e}).") from None
+
+
+def save_gif(path, frames, fps):
+    """A GIF that loops for ever."""
+    import imageio.v3 as iio
+    with whole_file(path) as part:
+        iio.imwrite(part, frames, extension=".gif", plugin="pillow", duration=1000 / fps, loop=0)
 
 
 def save_mp4(path: Path, frames: np.ndarray, fps: float) -> None:

@@ -110,9 +110,9 @@ def open_run(cfg: Config) -> Path:
     run = cfg.run_dir
     if cfg.resume:
         stored = config.load(run / "config.json")
-        fixed = [f.name for f in dataclasses.fields(cfg) if f.name not in config.MAY_CHANGE]
-        changed = [f"--{name}" for name in fixed
-                   if getattr(cfg, name) not in (getattr(stored, name), "auto")]
+        may_change = config.marked(config.MAY_CHANGE)
+        changed = [f"--{name}" for name, value in dataclasses.asdict(cfg).items()
+                   if name not in may_change and value not in (getattr(stored, name), "auto")]
         if changed:
             raise UserError(f"--resume cannot change {', '.join(changed)}: {run} was started with "
                             "another value.")
@@ -234,15 +234,27 @@ def load_newest(folder: Path, device: torch.device) -> dict:
                     "another --out_dir.")
 
 
+def same_architecture(source: str, theirs: Config, ours: Config, *marks: str) -> None:
+    """Raises UserError where the backbone of `source`, such as "--weights DIR", has another value
+    than this run in a field with one of the marks."""
+    def as_built(cfg: Config, name: str):
+        if name == "ffn":
+            return cfg.ffn or 4 * cfg.dim
+        if name == "time_dim" and cfg.lineage == "wan":
+            return None  # a Wan has no such layer
+        return getattr(cfg, name)
+
+    for name in (name for mark in marks for name in config.marked(mark)):
+        if as_built(theirs, name) != as_built(ours, name):
+            raise UserError(f"{source} has --{name} {getattr(theirs, name)}, this run "
+                            f"{getattr(ours, name)}.")
+
+
 def averaged_base(cfg: Config, device: torch.device) -> dict[str, torch.Tensor]:
     """--init_from: the averaged backbone of another run of the same shape. Raises UserError."""
     other = Path(cfg.init_from)
     theirs = config.load(other / "config.json")
-    for name in ("lineage", "dim", "depth", "heads", "patch_t", "patch", "positions", "text_len",
-                 "text_depth", "time_dim", "process", "predict"):
-        has, wanted = getattr(theirs, name), getattr(cfg, name)
-        if has != wanted:
-            raise UserError(f"--init_from {other} has --{name} {has}, this run {wanted}.")
+    same_architecture(f"--init_from {other}", theirs, cfg, config.NETWORK, config.INIT)
     path = other / "checkpoints" / "base.pt"
     try:
         return torch.load(path, map_location=device, weights_only=True)["ema"]

@@ -1,22 +1,38 @@
-"""Files on disk: written whole or not at all, checked when read, one writer at a time."""
-import contextlib
-import importlib
+"""A folder of safetensors files that one command writes, a file a clip, and another one reads.
+
+    MANIFEST.json                    all settings that shape the files, and a hash of them, the key
+    clips/NAME-NofM.safetensors      clip N of the M clips that one item gave
+    index.json                       what a reader lists, so that it opens no clip
+
+An item is what clips are made of: a video, or a clip of the physics world. NAME is a hash of the
+key and of all that identifies the item. So a file that is there is the right one: a run that was
+killed is started again and makes what is missing, and several processes can share the work.
+
+Every file is written whole or not at all, and holds the key and a checksum. A reader leaves a
+damaged file out, which is said once, and refuses a *stale* one, whose key is another.
+"""
 import json
 import os
 import re
+import sys
 import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from common.files import digest, read_json, whole_file, write_text
 from config import UserError
 
 
+# --- one file -----------------------------------------------------------------------------------
 def checksum(tensors: dict[str, Tensor]) -> int:
-    """Of the tensors' bytes: safetensors notices a file cut short, but not a block that came back as zeros."""
+    """Of the tensors' bytes. safetensors itself notices a file that is cut short, but not a block
+    that a bad disk gives back as zeros."""
     total = 0
     for name in sorted(tensors):
         total = zlib.crc32(tensors[name].contiguous().flatten().view(torch.uint8).numpy(), total)
@@ -24,26 +40,28 @@ def checksum(tensors: dict[str, Tensor]) -> int:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict, tag: str) -> None:
-    """A safetensors file with `about` in its header: whole or absent, and the same bytes for the same contents. Until
-    it is whole its name ends in tag.part."""
+    """A safetensors file with `about` in its header: whole or absent, and the same bytes for the
+    same contents. Until it is whole its name ends in TAG.part. Raises OSError."""
     header = json.dumps({**about, "checksum": checksum(tensors)}, sort_keys=True)
     with whole_file(path, tag) as part:
         part.write_bytes(safetensors.torch.save(tensors, {"about": header}))
 
 
 def read_about(path: Path) -> dict:
-    """What the header says. Raises ValueError with the reason for a damaged or missing file, OSError without a disk."""
+    """What the header says. Raises ValueError with the reason where the file is missing or damaged,
+    OSError where the disk cannot be read."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             return json.loads((file.metadata() or {})["about"])
     except FileNotFoundError:
         raise ValueError("missing") from None
     except (safetensors.SafetensorError, KeyError, ValueError) as e:
-        raise ValueError("cut short" if "ncomplete" in str(e) else "no safetensors file of encode.py") from None
+        reason = "cut short" if "ncomplete" in str(e) else "no safetensors file of encode.py"
+        raise ValueError(reason) from None
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
-    """What write_tensors wrote, checked. Raises as read_about."""
+    """What write_tensors wrote: the tensors, checked, and `about`. Raises as read_about."""
     about = read_about(path)
     with safetensors.safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -52,94 +70,177 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     return tensors, about
 
 
-def library(name: str):
-    """The module of an extra package, or UserError with what to install."""
-    try:
-        module = importlib.import_module(name)
-    except ImportError as e:
-        raise UserError(f"Official weights need {name}, which cannot be imported ({e}): pip install -r "
-                        "requirements-extra.txt.") from None
-    if name in ("transformers", "diffusers"):  # their remarks and bars are not ours; their errors stay
-        logging = importlib.import_module(f"{name}.utils.logging")
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-    return module
-
-
-@contextlib.contextmanager
-def one_sentence(folder: Path):
-    """Whatever a library raises over the files in a folder, as a UserError."""
-    try:
-        yield
-    except Exception as e:
-        said = " ".join((str(e) or type(e).__name__).split())
-        raise UserError(f"{folder} cannot be loaded: {said[:300].rstrip('.!')}.") from None
+# --- a folder of them ---------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Kind:
+    """What tells one kind of store from another."""
+    manifest: str  # name of the file with the settings
+    command: str  # who writes it
+    holds: str  # what a file holds, in a word
+    row: type  # NamedTuple of what index.json says of a file, which is its first field
 
 
 class Store:
-    """The cache's folder, as one shard writes it."""
-    manifest = "cache.json"
+    """One folder, opened by `create` to write to it or by `open` to read from it."""
 
-    def __init__(self, out: Path, settings: dict, tag: str):
-        """Makes the folder; UserError where it is of other settings. tag: ends the names of the shard's unfinished
-        files."""
-        self.out, self.clips, self.key, self.tag = out, out / "clips", digest(settings), tag
+    def __init__(self, folder: Path, kind: Kind, settings: dict, tag: str = ""):
+        self.folder = folder
+        self.clips = folder / "clips"
+        self.kind = kind
+        self.settings = settings
+        self.key = digest(settings)
+        self.tag = tag  # ends the names of this shard's unfinished files
+        self.rows: list = []  # of index.json, once it is read: a `kind.row` a file
+        self.total = self.done = 0  # items, and how many of them have a file
+        self.damaged: set[Path] = set()  # files that were left out
+
+    # --- writing
+    @classmethod
+    def create(cls, folder, kind: Kind, settings: dict, shard: tuple[int, int] = (0, 1)) -> "Store":
+        """Makes the folder, or goes on with it. Raises UserError where it is of other settings."""
+        first, shards = shard
+        store = cls(Path(folder), kind, settings, f"{first + 1}of{shards}")
+        manifest = store.folder / kind.manifest
         try:
-            self.clips.mkdir(parents=True, exist_ok=True)
-            for folder in (self.out, self.clips):
-                for leftover in folder.glob(f"*.{tag}.part"):  # of this shard's run that was killed
+            store.clips.mkdir(parents=True, exist_ok=True)
+            for place in (store.folder, store.clips):
+                for leftover in place.glob(f"*.{store.tag}.part"):  # of this shard's killed run
                     leftover.unlink()
-            if (out / self.manifest).exists() and any(self.clips.iterdir()):
-                self.compare(read_json(out / self.manifest).get("settings") or {}, settings)
+            if manifest.exists() and any(store.clips.iterdir()):
+                store.compare(read_json(manifest).get("settings") or {})
             else:
-                self.write_json(self.manifest, {"key": self.key, "settings": settings})
+                store.write_json(kind.manifest, {"key": store.key, "settings": settings})
         except OSError as e:
-            raise UserError(f"--out {out} cannot hold a cache: {e.strerror or e}.") from None
+            raise UserError(f"--out {folder} cannot hold a cache: {e.strerror or e}.") from None
+        return store
 
-    def compare(self, old: dict, new: dict) -> None:
-        other = [f"{field} {old.get(field)!r}, now {new[field]!r}" for field in new if old.get(field) != new[field]]
-        if other:
-            raise UserError(f"{self.out} holds clips of other settings ({'; '.join(other)}): give another --out.")
+    def compare(self, old: dict) -> None:
+        """Raises UserError with every setting that is not as it was."""
+        changed = [f"{field} {old.get(field)!r}, now {value!r}"
+                   for field, value in self.settings.items() if old.get(field) != value]
+        if changed:
+            raise UserError(f"{self.folder} holds clips of other settings ({'; '.join(changed)}): "
+                            "give another --out.")
 
     def write_json(self, name: str, value) -> None:
-        write_text(self.out / name, json.dumps(value), self.tag)
+        write_text(self.folder / name, json.dumps(value), self.tag)
 
-    def name(self, video) -> str:
-        """What the files of a video's clips begin with."""
-        stat = os.stat(video.path)
-        return digest([self.key, video.name, stat.st_size, stat.st_mtime_ns, video.caption, video.categories])[:24]
+    def write(self, path: Path, tensors: dict[str, Tensor], about: dict) -> None:
+        """One file of this store; the key joins what its header says. Raises OSError."""
+        write_tensors(path, tensors, {**about, "key": self.key}, self.tag)
 
-    def there(self) -> dict[str, list[str]]:
-        """{name of a video: its clips' files, in order}, from the names alone."""
-        found = {}
+    def name(self, identity: list) -> str:
+        """NAME of an item: what its files begin with. identity: what tells it from all others."""
+        return digest([self.key, *identity])[:24]
+
+    def files_there(self) -> dict[str, list[str]]:
+        """{NAME: its files, in order}, from the names of the files alone."""
+        found: dict[str, list] = {}
         for file in os.listdir(self.clips):
-            if match := re.fullmatch(r"([0-9a-f]{24})-(\d+)of(\d+)\.safetensors", file):
+            match = re.fullmatch(r"([0-9a-f]{24})-(\d+)of\d+\.safetensors", file)
+            if match:
                 found.setdefault(match[1], []).append((int(match[2]), file))
         return {name: [file for _, file in sorted(files)] for name, files in found.items()}
 
-    def sound(self, path: Path) -> bool:
-        """Is there a whole file of these settings?"""
+    def is_sound(self, path: Path) -> bool:
+        """Is there a whole file of these settings? Its tensors are not read."""
         try:
             return read_about(path)["key"] == self.key
         except (OSError, ValueError, KeyError):
             return False
 
-    def row(self, file: str, video) -> tuple:
-        """What index.json says of a clip's file."""
-        return file, video.name, video.caption, video.categories
+    def missing(self, names: list[str]) -> tuple[list[str], set[str]]:
+        """Which of these NAMEs lack a file, and which of their files are there and sound."""
+        there = self.files_there()
+        sound = {name: [file for file in there.get(name, ()) if self.is_sound(self.clips / file)]
+                 for name in names}
+        lacking = [name for name, files in sound.items() if not is_complete(files)]
+        return lacking, {file for files in sound.values() for file in files}
 
-    def write_index(self, videos: list, names: list[str]) -> dict:
-        """index.json over all shards' clips that are there. Shards that end together: the one that writes last looks
-        again afterwards, so nothing that was there by then is missing from what stays."""
-        def look():
-            there = self.there()
-            rows = [self.row(file, video) for video, name in zip(videos, names) for file in there.get(name, ())]
-            done = sum(name in there for name in names)
-            return {"key": self.key, "videos": len(videos), "done": done, "clips": rows}
+    def write_index(self, items: dict[str, object], row: Callable) -> dict:
+        """Write index.json over the clips of all shards that are there, and return it.
 
+        items: {NAME: item} of all shards. row(file, item): what is listed of a file.
+        """
         index = None
-        while index != (index := look()):
+        while True:
+            before = index
+            there = self.files_there()
+            rows = [row(file, item) for name, item in items.items() for file in there.get(name, ())]
+            done = sum(name in there for name in items)
+            index = {"key": self.key, "videos": len(items), "done": done, "clips": rows}
+            # Several shards may end together. The one that writes last looks again afterwards, so
+            # what stays lacks nothing that was there by then.
+            if index == before:
+                return index
             self.write_json("index.json", index)
-        return index
+
+    # --- reading
+    @classmethod
+    def open(cls, folder, kind: Kind) -> "Store":
+        """A store that its command has gone through, with its rows. Opens no clip.
+
+        Raises UserError where files are missing, damaged, or of other settings.
+        """
+        folder = Path(folder)
+        try:
+            stored = json.loads((folder / kind.manifest).read_text(encoding="utf-8"))
+            index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+            store = cls(folder, kind, stored["settings"])
+            store.rows = [kind.row(*row) for row in index["clips"]]
+            store.total = index.get("videos", 0)
+            store.done = index.get("done", 0)
+            stale = index["key"] != store.key
+            if stored["key"] != store.key or not all(map(fits, store.rows)):
+                raise ValueError
+        except FileNotFoundError as e:
+            raise UserError(f"There is no {e.filename}: {kind.command} makes it, once it has gone "
+                            "through.") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise UserError(f"{folder} is not what {kind.command} left there: its {kind.manifest} "
+                            "or index.json is damaged.") from None
+        if stale:
+            raise UserError(f"{folder} is stale: its index.json is of other settings than its "
+                            f"{kind.manifest}; run {kind.command} again.")
+        return store
+
+    def load(self, path: Path) -> tuple[dict[str, Tensor], dict]:
+        """The tensors of a file and what its header says.
+
+        Raises ValueError or OSError where it is damaged, UserError where it is stale.
+        """
+        tensors, about = read_tensors(path)
+        if about["key"] != self.key:
+            raise UserError(f"{path} is stale, made with other settings than {self.kind.manifest} "
+                            f"beside it says: delete it and run {self.kind.command} again.")
+        return tensors, about
+
+    def read(self, file: str) -> tuple[dict[str, Tensor], dict] | None:
+        """As `load`, of a clip's file; None where it is damaged, which is said once."""
+        path = self.clips / file
+        if path in self.damaged:
+            return None
+        try:
+            return self.load(path)
+        except (OSError, ValueError) as e:
+            self.damaged.add(path)
+            reason = getattr(e, "strerror", None) or e
+            tqdm.write(f"{path} is left out ({reason}); delete it and run {self.kind.command} "
+                       "again to mend it.", file=sys.stderr)
+            return None
 
 
+def clip_file(name: str, number: int, taken: int) -> str:
+    """The name of the file of an item's clip `number` of `taken`."""
+    return f"{name}-{number}of{taken}.safetensors"
+
+
+def is_complete(files: list[str]) -> bool:
+    """Do the names of an item's files say that none is missing?"""
+    return bool(files) and len(files) == int(re.search(r"of(\d+)\.", files[0])[1])
+
+
+def fits(row) -> bool:
+    """Has every field of a NamedTuple the type that its class promises?"""
+    kinds = type(row).__annotations__.values()
+    return all(isinstance(value, kind) for value, kind in zip(row, kinds))

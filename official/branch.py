@@ -10,9 +10,9 @@ from torch import Tensor
 
 import config
 import data
-from common.files import listed, write_text
+from common.files import join_some, write_text
 from common.store import checksum, write_tensors
-from config import Config, UserError
+from config import BRANCH, NETWORK, Config, UserError, marked
 from experts import ProPhy
 from model import build_backbone
 from official.folder import FLOATS, fingerprint, network_folder
@@ -20,13 +20,6 @@ from official.weights import read_config
 
 
 BRANCH_FORMAT = 1  # of branch.safetensors
-BRANCH_FIELDS = (  # what shapes a branch, and the clips that set the grid of its basis maps
-    "physical_blocks", "semantic", "refinement", "injection", "semantic_experts", "refinement_experts", "top_k",
-    "map_rank", "residual", "renormalise", "categories", "lora_rank", "lora_alpha", "lora_targets", "frames", "height",
-    "width", "fps")
-FITS = (  # what a backbone must share with the one that a branch was trained beside
-    "lineage", "dim", "depth", "heads", "ffn", "time_dim", "text_dim", "text_len", "channels", "patch_t", "patch",
-    "positions")
 
 
 def read_branch(path: Path, weights: Path) -> tuple[Config, dict[str, Tensor]]:
@@ -59,13 +52,13 @@ def read_branch(path: Path, weights: Path) -> tuple[Config, dict[str, Tensor]]:
         raise UserError(f"{path} describes no branch ({type(e).__name__}: {e}).") from None
     odd = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
     if odd:
-        raise UserError(f"{path} holds another branch than its header describes: {listed(odd, 3)}.")
+        raise UserError(f"{path} holds another branch than its header describes: {join_some(odd, 3)}.")
     with safetensors.safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in found}
     if checksum(tensors) != about.get("checksum"):
         raise UserError(f"{path} is damaged: its checksum is another.")
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise UserError(f"{path} holds numbers that are not finite: {listed(bad, 3)}.")
+        raise UserError(f"{path} holds numbers that are not finite: {join_some(bad, 3)}.")
     if about.get("weights") != fingerprint(network_folder(weights)):
         print(f"Warning: {path} was trained beside other files than those in {weights}; that is right only if they "
               "hold the same weights, stored in another way.", file=sys.stderr)
@@ -75,11 +68,11 @@ def read_branch(path: Path, weights: Path) -> tuple[Config, dict[str, Tensor]]:
 def branch_config(about: dict, theirs: Config) -> Config:
     """What a branch's header describes, beside a backbone of `theirs`. Raises UserError where that is another one, and
     KeyError, TypeError or ValueError for a header that describes nothing."""
-    for name in FITS:
+    for name in marked(NETWORK):
         if about["fits"][name] != getattr(theirs, name):
             raise UserError(f"it was trained beside a model of --{name} {about['fits'][name]}, not "
                             f"{getattr(theirs, name)}.")
-    fields = {f.name: f.type(about["branch"][f.name]) for f in dataclasses.fields(Config) if f.name in BRANCH_FIELDS}
+    fields = config.stored_fields({name: about["branch"][name] for name in marked(BRANCH)})
     return config.check(dataclasses.replace(theirs, base_steps=0, dry_run=True, **fields))
 
 
@@ -95,21 +88,29 @@ def attach_branch(backbone, cfg: Config, tensors: dict[str, Tensor]) -> ProPhy:
 
 
 def publish(state, run: Path, held_out: float, present: list[int]) -> None:
+    """What a run beside frozen official weights gives to others: branch.safetensors, and README.md, its model card."""
+    write_branch(run, state.cfg, state.model.backbone.cfg, state.ema, state.fingerprint, step=state.step,
+                 held_out=held_out, categories_present=present)
+
+
+def write_branch(folder: Path, cfg: Config, theirs: Config, averages: dict[str, Tensor], weights: str, **about) -> None:
     """branch.safetensors: the averaged weights of branch and LoRA, and in its header all that sample.py needs to attach
     them; beside it README.md, the model card.
 
-    A run in fp32 is stored to the bit. One in bf16 rounded its matrices to bf16 in every product: they are stored so,
-    in half the room; norms, biases and Wan's tables of modulation stay float32.
+    theirs: the backbone's Config. weights: the fingerprint of the backbone's files. about: step, held_out,
+    categories_present. A run in fp32 is stored to the bit. One in bf16 rounded its matrices to bf16 in every product:
+    they are stored so, in half the room; norms, biases and Wan's tables of modulation stay float32.
     """
-    cfg, theirs, tensors = state.cfg, state.model.backbone.cfg, {}
-    for name, average in state.ema.items():
+    tensors = {}
+    for name, average in averages.items():
         half = cfg.precision == "bf16" and average.ndim > 1 and not name.endswith("table")
         tensors[name] = average.to("cpu", torch.bfloat16 if half else torch.float32)
-    about = dict(branch_format=BRANCH_FORMAT, weights=state.fingerprint, step=state.step, held_out=held_out,
-                 categories_present=present, branch={name: getattr(cfg, name) for name in BRANCH_FIELDS},
-                 fits={name: getattr(theirs, name) for name in FITS})
-    write_tensors(run / "branch.safetensors", tensors, about, "export")
-    write_text(run / "README.md", model_card(cfg, about))
+    about = dict(branch_format=BRANCH_FORMAT, weights=weights, **about,
+                 branch={name: getattr(cfg, name) for name in marked(BRANCH)},
+                 fits={name: getattr(theirs, name) for name in marked(NETWORK)})
+    write_tensors(folder / "branch.safetensors", tensors, about, "export")
+    write_text(folder / "README.md", model_card(cfg, about))
+
 
 APACHE = ("license: apache-2.0",
           "the Apache License 2.0: pass its text on with this file, and say that the weights were changed.")
@@ -169,16 +170,20 @@ Where `DIR` was somebody's changed version of them, name that version, and its l
 
 def model_card(cfg: Config, about: dict) -> str:
     """README.md beside a branch, as Hugging Face reads it; about: the header of branch.safetensors."""
-    fits, same = about["fits"], ("lineage", "dim", "depth", "heads", "patch_t", "positions")
+    # The official weights that the backbone's shape belongs to, if it belongs to any.
+    fits = about["fits"]
+    same = ("lineage", "dim", "depth", "heads", "patch_t", "positions")
     preset = next((name for name in UPSTREAM if all(getattr(config.preset(name), f) == fits[f] for f in same)), None)
     base, (front, licence) = UPSTREAM.get(preset, ("", UNKNOWN))
     if base:
         front += f"\nbase_model: {base}\nbase_model_relation: adapter"
+
+    # What was trained, and how.
     what = ["Physical branch"] * bool(cfg.physical_at) + [f"LoRA of rank {cfg.lora_rank}"] * bool(cfg.lora_rank)
     names = data.category_names(cfg)
-    settings = (*BRANCH_FIELDS, "seed", "precision", "batch_size", "optimizer", "physics_lr", "schedule",
-                "warmup", "weight_decay", "clip", "ema", "caption_dropout", "coarse_weight", "fine_weight",
-                "balance_weight", "coarse_loss", "reduction", "negatives", "teacher", "background")
+    settings = (*marked(BRANCH), "seed", "precision", "batch_size", "optimizer", "physics_lr", "schedule", "warmup",
+                "weight_decay", "clip", "ema", "caption_dropout", "coarse_weight", "fine_weight", "balance_weight",
+                "coarse_loss", "reduction", "negatives", "teacher", "background")
     return CARD.format(
         front=front, licence=licence, what=" and ".join(what), weights=about["weights"], step=about["step"],
         upstream=base or f"a {fits['lineage']} transformer of width {fits['dim']}", physics_steps=cfg.physics_steps,

@@ -38,8 +38,8 @@ def load_official(weights, device: str = "cpu", dtype: torch.dtype = torch.float
     except (OSError, ValueError, TypeError, AttributeError) as e:
         raise UserError(f"{path} cannot be read ({type(e).__name__}).") from None
     cfg = dataclasses.replace(
-        model.cfg, fps=lineage.fps, predict="v", process="vpred" if lineage.name == "cogvideox" else "flow",
-        snr_shift=snr_shift, shift=shift,
+        model.cfg, fps=lineage.fps, guidance=lineage.guidance, snr_shift=snr_shift, shift=shift,
+        predict="v", process="vpred" if lineage.name == "cogvideox" else "flow",
         **{name: sizes.get(name) or getattr(lineage, name) for name in ("frames", "height", "width")})
     config.check_latent_size(cfg)
     process = diffusion.build(cfg)

@@ -1,4 +1,12 @@
-"""Text encoders and VAEs of official models, as the official pipelines use them."""
+"""Text encoders and VAEs of official models, as the official pipelines use them.
+
+    captions --TextEncoder--> embeddings (B, L, D_text) and lengths (B,)
+    video    --VAE.encode-->  latents in the network's own scale    --VAE.decode--> video
+
+The two lineages differ in small things that raise no error when they are mixed up, only worse clips: whether padding is
+masked, whether text is cleaned, how latents are scaled. Each is written where it happens, and a test holds it against
+the pipeline of diffusers.
+"""
 import contextlib
 import html
 import re
@@ -8,77 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from common.files import read_json
-from common.store import library, one_sentence
+from common.libraries import library, library_error_as_sentence
 from config import Stopped, UserError
 from official.folder import lineage_of, load
 
 
-def clean(text: str) -> str:
-    """Wan's cleaning: broken encodings mended, HTML entities resolved twice, white space collapsed."""
-    text = html.unescape(html.unescape(library("ftfy").fix_text(text)))
-    return re.sub(r"\s+", " ", text.strip()).strip()
-
-
-class TextEncoder:
-    """T5-v1.1 (CogVideoX) or umT5 (Wan) with its tokenizer. Stays on the CPU but for the time of a call."""
-
-    def __init__(self, weights: Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
-        """weights: the folder with tokenizer/ and text_encoder/. Raises UserError."""
-        weights, transformers = Path(weights), library("transformers")
-        self.lineage, self.device = lineage_of(weights), torch.device(device)
-        kind = read_json(weights / "text_encoder" / "config.json").get("model_type")
-        if kind != self.lineage.reader:
-            raise UserError(f"{weights / 'text_encoder'} is of {kind!r}; {self.lineage.name} has a "
-                            f"{self.lineage.reader!r}.")
-        self.model = load(getattr(transformers, self.lineage.text), weights / "text_encoder", dtype=dtype,
-                          ignore_mismatched_sizes=True)  # load() says which; transformers would not
-        folder = weights / "tokenizer"
-        read_json(folder / "tokenizer_config.json")
-        if not (folder / "tokenizer.json").exists():  # CogVideoX has spiece.model alone, which these read
-            library("sentencepiece")
-            library("google.protobuf")
-        with one_sentence(folder):
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-
-    @property
-    def dim(self) -> int:
-        """D_text."""
-        return self.model.config.d_model
-
-    def prepare(self, prompt: str) -> str:
-        prompt = prompt.encode("utf-8", "replace").decode()  # JSON may hold halves of a letter
-        return clean(prompt) if self.lineage.name == "wan" else prompt
-
-    def too_long(self, prompts: list[str]) -> int:
-        """How many have more tokens than the model reads, so that their ends are cut."""
-        ids = self.tokenizer([self.prepare(prompt) for prompt in prompts]).input_ids
-        return sum(len(row) > self.lineage.text_len for row in ids)
-
-    @torch.no_grad()
-    def __call__(self, prompts: list[str], batch: int = 8) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, L, D_text) in the model's dtype and lengths (B,) int64, on the CPU, as the official pipelines
-        make them (diffusers, `_get_t5_prompt_embeds`). A length counts the tokens that are not padding; 0 for an empty
-        prompt, as everywhere in data.py, though its end-of-text token is embedded."""
-        embeddings, lengths = [], []
-        with memory("a smaller --text_batch needs less"), on(self.model, self.device):
-            for at in range(0, len(prompts), batch):
-                texts = [self.prepare(prompt) for prompt in prompts[at:at + batch]]
-                tokens = self.tokenizer(texts, padding="max_length", max_length=self.lineage.text_len, truncation=True,
-                                        return_tensors="pt")
-                ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)  # (B, L)
-                if self.lineage.name == "wan":
-                    embedding = self.model(ids, attention_mask=mask).last_hidden_state
-                    embedding = embedding.masked_fill(mask[..., None] == 0, 0)
-                else:  # no mask on purpose
-                    embedding = self.model(ids).last_hidden_state
-                embeddings.append(embedding.to("cpu", self.model.dtype))
-                empty = torch.tensor([not text.strip() for text in texts])
-                lengths.append(tokens.attention_mask.sum(1).masked_fill(empty, 0))
-        return torch.cat(embeddings), torch.cat(lengths)
-
-
 @contextlib.contextmanager
-def on(model: nn.Module, device: torch.device):
+def on_device(model: nn.Module, device: torch.device):
     """The model is on the device inside, and on the CPU again afterwards."""
     model.to(device)
     try:
@@ -90,14 +34,92 @@ def on(model: nn.Module, device: torch.device):
 
 
 @contextlib.contextmanager
-def memory(hint: str):
-    """Running out of the device's memory is one sentence."""
+def memory_as_sentence(hint: str):
+    """Running out of the device's memory becomes Stopped, with what helps."""
     try:
         yield
     except torch.OutOfMemoryError:
         raise Stopped(f"The device's memory is full: {hint}.") from None
 
 
+# --- text -------------------------------------------------------------------------------------------------------------
+def clean(text: str) -> str:
+    """Wan's cleaning: broken encodings mended, HTML entities resolved twice, white space collapsed."""
+    text = html.unescape(html.unescape(library("ftfy").fix_text(text)))
+    return re.sub(r"\s+", " ", text.strip()).strip()
+
+
+class TextEncoder:
+    """T5-v1.1 (CogVideoX) or umT5 (Wan) with its tokenizer. It stays on the CPU but for the time of a call."""
+
+    def __init__(self, weights: Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
+        """weights: the folder with tokenizer/ and text_encoder/. Raises UserError."""
+        weights = Path(weights)
+        transformers = library("transformers")
+        self.lineage = lineage_of(weights)
+        self.device = torch.device(device)
+        kind = read_json(weights / "text_encoder" / "config.json").get("model_type")
+        if kind != self.lineage.reader:
+            raise UserError(f"{weights / 'text_encoder'} is of {kind!r}; {self.lineage.name} has a "
+                            f"{self.lineage.reader!r}.")
+        # A tensor of another shape is named by load(); transformers alone would not say which one it is.
+        self.model = load(getattr(transformers, self.lineage.text), weights / "text_encoder", dtype=dtype,
+                          ignore_mismatched_sizes=True)
+
+        folder = weights / "tokenizer"
+        read_json(folder / "tokenizer_config.json")
+        if not (folder / "tokenizer.json").exists():  # CogVideoX has spiece.model alone, which these two read
+            library("sentencepiece")
+            library("google.protobuf")
+        with library_error_as_sentence(folder):
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+
+    @property
+    def dim(self) -> int:
+        """D_text."""
+        return self.model.config.d_model
+
+    def prepare(self, prompt: str) -> str:
+        """The text as the tokenizer gets it."""
+        prompt = prompt.encode("utf-8", "replace").decode()  # JSON may hold halves of a letter
+        return clean(prompt) if self.lineage.name == "wan" else prompt
+
+    def too_long(self, prompts: list[str]) -> int:
+        """How many have more tokens than the model reads, so that their ends are cut."""
+        rows = self.tokenizer([self.prepare(prompt) for prompt in prompts]).input_ids
+        return sum(len(row) > self.lineage.text_len for row in rows)
+
+    @torch.no_grad()
+    def __call__(self, prompts: list[str], batch: int = 8) -> tuple[Tensor, Tensor]:
+        """Embeddings (B, L, D_text) in the model's dtype and lengths (B,) int64, on the CPU, as `encode_prompt` of the
+        pipelines in diffusers makes them.
+
+        A length counts the tokens that are not padding. It is 0 for an empty prompt, as everywhere in data.py, though
+        its end-of-text token is embedded.
+        """
+        embeddings, lengths = [], []
+        with memory_as_sentence("a smaller --text_batch needs less"), on_device(self.model, self.device):
+            for first in range(0, len(prompts), batch):
+                texts = [self.prepare(prompt) for prompt in prompts[first:first + batch]]
+                tokens = self.tokenizer(texts, padding="max_length", max_length=self.lineage.text_len,
+                                        truncation=True, return_tensors="pt")
+                embeddings.append(self.embed(tokens.input_ids, tokens.attention_mask))
+                empty = torch.tensor([not text.strip() for text in texts])
+                lengths.append(tokens.attention_mask.sum(1).masked_fill(empty, 0))
+        return torch.cat(embeddings), torch.cat(lengths)
+
+    def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Token ids (B, L) and the mask (B, L) of those that are not padding -> (B, L, D_text) on the CPU."""
+        ids, mask = ids.to(self.device), mask.to(self.device)
+        if self.lineage.name == "wan":
+            embedding = self.model(ids, attention_mask=mask).last_hidden_state
+            embedding = embedding.masked_fill(mask[..., None] == 0, 0)
+        else:  # CogVideoX was trained on embeddings of unmasked padding
+            embedding = self.model(ids).last_hidden_state
+        return embedding.to("cpu", self.model.dtype)
+
+
+# --- VAE --------------------------------------------------------------------------------------------------------------
 class VAE:
     """AutoencoderKLCogVideoX or AutoencoderKLWan of diffusers, with its chunks over time as diffusers has them.
 
@@ -109,37 +131,43 @@ class VAE:
     def __init__(self, weights: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, tiled: bool = False):
         """weights: the folder with vae/. tiled: in overlapping tiles that are blended, as diffusers does: less memory,
         slightly other numbers. Raises UserError."""
-        self.lineage, self.device, diffusers = lineage_of(weights), torch.device(device), library("diffusers")
+        diffusers = library("diffusers")
+        self.lineage = lineage_of(weights)
+        self.device = torch.device(device)
         dtype = torch.float32 if self.lineage.name == "wan" else dtype  # as it was trained and is run
-        folder = Path(weights) / "vae"
-        self.model = load(getattr(diffusers, self.lineage.vae), folder, torch_dtype=dtype).to(self.device)
+        self.model = load(getattr(diffusers, self.lineage.vae), Path(weights) / "vae", torch_dtype=dtype)
+        self.model.to(self.device)
         if self.lineage.name == "wan":
-            mean, std = self.model.config.latents_mean, self.model.config.latents_std
+            mean = self.model.config.latents_mean
+            std = self.model.config.latents_std
         else:  # `invert_scale_latents` and the like concern image conditions only
-            mean, std = [0.0], [1 / self.model.config.scaling_factor]
-        self.mean, self.std = (torch.tensor(v, device=self.device).view(1, -1, 1, 1, 1) for v in (mean, std))
+            mean = [0.0]
+            std = [1 / self.model.config.scaling_factor]
+        self.mean = torch.tensor(mean, device=self.device).view(1, -1, 1, 1, 1)
+        self.std = torch.tensor(std, device=self.device).view(1, -1, 1, 1, 1)
         if tiled:
             self.model.enable_tiling()
 
     @property
     def channels(self) -> int:
+        """C of a latent."""
         return self.model.config.z_dim if self.lineage.name == "wan" else self.model.config.latent_channels
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> dict[str, Tensor]:
         """video (B, 3, F, H, W) in [-1, 1] -> {"mean", and for CogVideoX "std"}: each (B, C, f, h, w) float32 on the
         VAE's device, in the network's scale. CogVideoX trains on mean + std * noise, Wan on the mean."""
-        with memory("--tiled needs less"):
+        with memory_as_sentence("--tiled needs less"):
             found = [self.model.encode(clip.to(self.device, self.model.dtype)).latent_dist for clip in video.split(1)]
-        latent = {"mean": (torch.cat([d.mean for d in found]).float() - self.mean) / self.std}
+        latent = {"mean": (torch.cat([one.mean for one in found]).float() - self.mean) / self.std}
         if self.lineage.name == "cogvideox":
-            latent["std"] = torch.cat([d.std for d in found]).float() / self.std
+            latent["std"] = torch.cat([one.std for one in found]).float() / self.std
         return latent
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
         """latent (B, C, f, h, w) in the network's scale -> (B, 3, F, H, W) float32 in [-1, 1], on the VAE's device."""
         latent = latent.to(self.device, torch.float32) * self.std + self.mean
-        with memory("--tiled needs less"):
-            found = [self.model.decode(z.to(self.model.dtype)).sample for z in latent.split(1)]
+        with memory_as_sentence("--tiled needs less"):
+            found = [self.model.decode(clip.to(self.model.dtype)).sample for clip in latent.split(1)]
         return torch.cat(found).float().clamp(-1, 1)

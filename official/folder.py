@@ -1,13 +1,14 @@
 """A folder of official weights: which lineage it is, whether its files are whole, what tells it from another."""
 import hashlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors
 from torch import nn
 
-from common.files import listed, read_json
-from common.store import one_sentence
+import config
+from common.files import join_some, read_json
+from common.libraries import library_error_as_sentence
 from config import UserError
 
 
@@ -21,9 +22,16 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 SUFFIXES = (".json", ".model", ".safetensors", ".txt")  # of the files that a model is
 
 
+LINEAGES = {  # VAE's class in diffusers, text encoder's in transformers, its model_type, a preset
+    "cogvideox": ("AutoencoderKLCogVideoX", "T5EncoderModel", "t5", "cogvideox-5b"),
+    "wan": ("AutoencoderKLWan", "UMT5EncoderModel", "umt5", "wan-1.3b"),
+}
+
+
 @dataclass(frozen=True)
 class Lineage:
-    """What differs between the families of models, and the size of clip that each was trained on."""
+    """What differs between the families of models: classes of the libraries, and what their presets
+    say of the captions and the clips that they were trained on."""
     name: str
     vae: str  # class in diffusers
     text: str  # class in transformers
@@ -33,52 +41,61 @@ class Lineage:
     fps: float
     height: int
     width: int
-
-LINEAGES = (
-    Lineage("cogvideox", "AutoencoderKLCogVideoX", "T5EncoderModel", "t5", 226, 49, 8.0, 480, 720),
-    Lineage("wan", "AutoencoderKLWan", "UMT5EncoderModel", "umt5", 512, 81, 16.0, 480, 832),
-)
-COG_15 = dict(frames=81, fps=16.0, height=768, width=1360)  # told by its transformer's patch over time
+    guidance: float
 
 
 def lineage_of(weights: Path) -> Lineage:
-    """The lineage of a folder of weights, from its VAE's config; the transformer's, where there is one, must agree and
-    tells CogVideoX 1.5 from 1.0. Raises UserError."""
+    """The lineage of a folder of weights, from its VAE's config; the transformer's, where there is
+    one, must agree and tells CogVideoX 1.5 from 1.0. Raises UserError."""
     weights = Path(weights)
     kind = read_json(weights / "vae" / "config.json").get("_class_name")
-    lineage = next((known for known in LINEAGES if known.vae == kind), None)
-    if lineage is None:
-        names = " or ".join(known.vae for known in LINEAGES)
+    name = next((name for name, (vae, *_) in LINEAGES.items() if vae == kind), None)
+    if name is None:
+        names = " or ".join(vae for vae, *_ in LINEAGES.values())
         raise UserError(f"{weights / 'vae' / 'config.json'} is of {kind!r}; {names} is expected.")
+    vae, text, reader, preset = LINEAGES[name]
     if (weights / "transformer" / "config.json").exists():
         transformer = read_json(weights / "transformer" / "config.json")
-        if lineage.name not in str(transformer.get("_class_name")).lower():
+        if name not in str(transformer.get("_class_name")).lower():
             raise UserError(f"{weights} mixes a {kind} with a {transformer.get('_class_name')}.")
-        if lineage.name == "cogvideox" and transformer.get("patch_size_t"):
-            lineage = replace(lineage, **COG_15)
-    return lineage
+        if name == "cogvideox" and transformer.get("patch_size_t"):
+            preset = "cogvideox1.5-5b"
+    own = config.preset(preset)
+    return Lineage(name, vae, text, reader, own.text_len, own.frames, own.fps, own.height, own.width,
+                   own.guidance)
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """{tensor: its file} of all .safetensors files in a folder, or of those that its index names; their headers are
+    read. Raises UserError with one sentence for what is missing, damaged or pickled."""
+    files = sorted(folder.glob("*.safetensors"))
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict):
+            raise UserError(f"{index} cannot be read: it names no files.")
+        files = [folder / str(name) for name in sorted(set(named.values()))]
+        missing = [path.name for path in files if not path.is_file()]
+        if missing:
+            raise UserError(f"{folder} lacks {join_some(missing)}, which its {index.name} names.")
+    if not files:
+        raise UserError(f"{folder} holds no .safetensors file; pickled weights (.bin, .pt) are not opened.")
+    found = {}
+    for path in files:
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                found |= dict.fromkeys(file.keys(), path)
+        except (safetensors.SafetensorError, OSError, ValueError) as e:
+            raise UserError(f"{path} is damaged or no safetensors file ({e}).") from None
+    return found
 
 
 def check_weights(folder: Path) -> None:
     """Raises UserError with one sentence unless the folder's safetensors files are all there, whole, and of floats."""
-    files = sorted(folder.glob("*.safetensors"))
-    for index in folder.glob("*.safetensors.index.json"):
-        named = read_json(index).get("weight_map")
-        if not isinstance(named, dict):
-            raise UserError(f"{index} names no files.")
-        files = [folder / str(name) for name in sorted(set(named.values()))]
-    if not files:
-        raise UserError(f"{folder} holds no .safetensors file; pickled weights (.bin, .pt) are not opened.")
-    for path in files:
-        try:
-            with safetensors.safe_open(path, "pt") as file:
-                odd = [name for name in file.keys() if file.get_slice(name).get_dtype() not in FLOATS]
-        except FileNotFoundError:
-            raise UserError(f"{folder} lacks {path.name}, which its index names.") from None
-        except (safetensors.SafetensorError, OSError) as e:
-            raise UserError(f"{path} is damaged or no safetensors file ({e}).") from None
-        if odd:
-            raise UserError(f"{odd[0]} in {path} is not stored as floating point numbers.")
+    for path in set(tensor_files(folder).values()):
+        with safetensors.safe_open(path, "pt") as file:
+            for name in file.keys():
+                if file.get_slice(name).get_dtype() not in FLOATS:
+                    raise UserError(f"{name} in {path} is not stored as floating point numbers.")
 
 
 def load(kind, folder: Path, **how) -> nn.Module:
@@ -86,12 +103,12 @@ def load(kind, folder: Path, **how) -> nn.Module:
     missing, damaged, pickled, of another shape, or not finite."""
     read_json(folder / "config.json")
     check_weights(folder)
-    with one_sentence(folder):
+    with library_error_as_sentence(folder):
         model, info = kind.from_pretrained(str(folder), use_safetensors=True, local_files_only=True,
                                            output_loading_info=True, **how)
     for what, key in (("lacks", "missing_keys"), ("does not fit its config in", "mismatched_keys")):
         if info.get(key):  # the libraries would fill these with random numbers
-            raise UserError(f"{folder} {what} {listed(map(str, info[key]), 3)}.")
+            raise UserError(f"{folder} {what} {join_some(map(str, info[key]), 3)}.")
     for name, parameter in model.named_parameters():
         if not parameter.isfinite().all():
             raise UserError(f"{name} in {folder} holds numbers that are not finite.")

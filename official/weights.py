@@ -1,42 +1,159 @@
-"""Names in and out: somebody else's weights of a video transformer, as ours, and back."""
+"""Names in and out: the weights of somebody else's video transformer as ours, and ours as theirs.
+
+    config.json        --read_config-->  Config and the naming of the tensors
+    *.safetensors      --load_pretrained-->  a Backbone, filled tensor by tensor
+    Backbone           --save_backbone-->  a folder that diffusers reads
+
+Three layouts are known: diffusers' of CogVideoX, diffusers' of Wan, and Wan's original one (read only). A naming is a
+list of regular expressions, each with an example beside it; the checkpoint's names are published and do not change.
+"""
 import json
 import re
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import config
-from common.files import write_text
+from common.files import join_some, read_json, whole_file, write_text
 from config import Config, Stopped, UserError
 from model import MODELS, Backbone
+from official.folder import FLOATS, network_folder, tensor_files
 
-
-COG_NAMES = (  # our name -> that of the diffusers checkpoint, as regular expressions
-    (r"^blocks\.", "transformer_blocks."), (r"\.to_out\.", ".to_out.0."), (r"\.ff\.0\.", ".ff.net.0.proj."),
-    (r"\.ff\.2\.", ".ff.net.2."), (r"^time_embedding\.0\.", "time_embedding.linear_1."),
-    (r"^time_embedding\.2\.", "time_embedding.linear_2."), (r"^patch_proj\.", "patch_embed.proj."),
-    (r"^text_proj\.", "patch_embed.text_proj."), (r"^norm_out\.", "norm_out.norm."),
-    (r"^modulate_out\.", "norm_out.linear."))
+# Our name -> the checkpoint's, as regular expressions.
+COG_NAMES = (
+    (r"^blocks\.", "transformer_blocks."),  # blocks.3.norm1 ...
+    (r"\.to_out\.", ".to_out.0."),
+    (r"\.ff\.0\.", ".ff.net.0.proj."),
+    (r"\.ff\.2\.", ".ff.net.2."),
+    (r"^time_embedding\.0\.", "time_embedding.linear_1."),
+    (r"^time_embedding\.2\.", "time_embedding.linear_2."),
+    (r"^patch_proj\.", "patch_embed.proj."),
+    (r"^text_proj\.", "patch_embed.text_proj."),
+    (r"^norm_out\.", "norm_out.norm."),
+    (r"^modulate_out\.", "norm_out.linear."),
+)
 WAN_NAMES = (
-    (r"\.to_out\.", ".to_out.0."), (r"\.ff\.0\.", ".ffn.net.0.proj."), (r"\.ff\.2\.", ".ffn.net.2."),
-    (r"(^|\.)table$", r"\1scale_shift_table"), (r"^patch_proj\.", "patch_embedding."),
+    (r"\.to_out\.", ".to_out.0."),
+    (r"\.ff\.0\.", ".ffn.net.0.proj."),
+    (r"\.ff\.2\.", ".ffn.net.2."),
+    (r"(^|\.)table$", r"\1scale_shift_table"),  # of each block, and of the head
+    (r"^patch_proj\.", "patch_embedding."),
     (r"^text_proj\.0\.", "condition_embedder.text_embedder.linear_1."),
     (r"^text_proj\.2\.", "condition_embedder.text_embedder.linear_2."),
     (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
     (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
-    (r"^time_proj\.", "condition_embedder.time_proj."))
-WAN_ORIGINAL_NAMES = (  # our norm2, which stands before cross-attention, is the original's norm3
-    (r"^table$", "head.modulation"), (r"\.table$", ".modulation"), (r"^proj_out\.", "head.head."),
-    (r"^patch_proj\.", "patch_embedding."), (r"^text_proj\.", "text_embedding."),
-    (r"^time_proj\.", "time_projection.1."), (r"\.ff\.", ".ffn."), (r"\.norm2\.", ".norm3."),
-    (r"\.attn1\.", ".self_attn."), (r"\.attn2\.", ".cross_attn."), (r"\.to_out\.", ".o."), (r"\.to_([qkv])\.", r".\1."))
+    (r"^time_proj\.", "condition_embedder.time_proj."),
+)
+WAN_ORIGINAL_NAMES = (
+    (r"^table$", "head.modulation"),
+    (r"\.table$", ".modulation"),
+    (r"^proj_out\.", "head.head."),
+    (r"^patch_proj\.", "patch_embedding."),
+    (r"^text_proj\.", "text_embedding."),
+    (r"^time_proj\.", "time_projection.1."),
+    (r"\.ff\.", ".ffn."),
+    (r"\.norm2\.", ".norm3."),  # our norm2 stands before cross-attention
+    (r"\.attn1\.", ".self_attn."),
+    (r"\.attn2\.", ".cross_attn."),
+    (r"\.to_out\.", ".o."),
+    (r"\.to_([qkv])\.", r".\1."),  # to_q -> q
+)
+
+# What model.py takes for granted, in the words of their config.json.
+COG_FIXED = dict(
+    flip_sin_to_cos=True, freq_shift=0, ofs_embed_dim=None, attention_bias=True, activation_fn="gelu-approximate",
+    timestep_activation_fn="silu", norm_elementwise_affine=True, norm_eps=1e-5, spatial_interpolation_scale=1.875,
+    temporal_interpolation_scale=1.0, use_learned_positional_embeddings=False, dropout=0.0)
+WAN_FIXED = dict(
+    cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6, image_dim=None, added_kv_proj_dim=None)
+WAN_ORIGINAL_FIXED = dict(model_type="t2v", eps=1e-6)
 
 
+# --- their config -----------------------------------------------------------------------------------------------------
+def cog_fields(theirs: dict) -> dict:
+    """Our fields of a CogVideoX. Rotary positions with patches over time are those of 1.5."""
+    patch, rotary, patch_t = theirs["patch_size"], theirs["use_rotary_positional_embeddings"], theirs.get("patch_size_t")
+    dim = theirs["num_attention_heads"] * theirs["attention_head_dim"]
+    return dict(lineage="cogvideox", dim=dim, heads=theirs["num_attention_heads"], depth=theirs["num_layers"],
+                ffn=4 * dim, time_dim=theirs["time_embed_dim"], text_dim=theirs["text_embed_dim"], patch=patch,
+                text_len=theirs["max_text_seq_length"], channels=theirs["in_channels"], patch_t=patch_t or 1,
+                positions="integer" if rotary and patch_t else "fitted" if rotary else "sincos",
+                fit_height=theirs["sample_height"] // patch, fit_width=theirs["sample_width"] // patch)
+
+
+def wan_fields(theirs: dict) -> dict:
+    """Our fields of a Wan in diffusers' layout."""
+    patch_t, patch, patch_width = theirs["patch_size"]
+    if patch != patch_width:
+        raise ValueError("patches that are not square")
+    heads = theirs["num_attention_heads"]
+    return dict(lineage="wan", dim=heads * theirs["attention_head_dim"], heads=heads, depth=theirs["num_layers"],
+                ffn=theirs["ffn_dim"], freq_dim=theirs["freq_dim"], text_dim=theirs["text_dim"], text_len=512,
+                patch_t=patch_t, patch=patch, channels=theirs["in_channels"], positions="integer")
+
+
+def wan_original_fields(theirs: dict) -> dict:
+    """Our fields of a Wan in its original layout."""
+    return dict(lineage="wan", dim=theirs["dim"], heads=theirs["num_heads"], depth=theirs["num_layers"],
+                ffn=theirs["ffn_dim"], freq_dim=theirs["freq_dim"], text_dim=theirs.get("text_dim", 4096),
+                text_len=theirs["text_len"], patch_t=1, patch=2, channels=theirs["in_dim"], positions="integer")
+
+
+LAYOUTS = {  # _class_name: what must be as we take it for granted, our fields, names
+    "CogVideoXTransformer3DModel": (COG_FIXED, cog_fields, COG_NAMES),
+    "WanTransformer3DModel": (WAN_FIXED, wan_fields, WAN_NAMES),
+    "WanModel": (WAN_ORIGINAL_FIXED, wan_original_fields, WAN_ORIGINAL_NAMES),
+}
+
+
+def read_config(folder: Path) -> tuple[Config, tuple]:
+    """config.json of a transformer's folder -> our fields, and the naming of its tensors. Raises UserError."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise UserError(f"{folder} holds no weights: it has no config.json.")
+    theirs = read_json(path)
+    kind = theirs.get("_class_name")
+    if kind not in LAYOUTS:
+        raise UserError(f"{path} describes a {kind}; known are {', '.join(LAYOUTS)}.")
+    fixed, fields_of, names = LAYOUTS[kind]
+    for field, value in fixed.items():
+        if theirs.get(field, value) != value:
+            raise UserError(f"{path} has {field} = {theirs[field]!r}; only {value!r} is known here.")
+    try:
+        fields = fields_of(theirs)
+        if any(type(value) is int and not 0 <= value < 2**20 for value in fields.values()):
+            raise ValueError("impossible sizes")
+        if fields["dim"] % fields["heads"]:
+            raise ValueError("heads that do not divide the width")
+    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
+        raise UserError(f"{path} is not the config of a video transformer ({type(e).__name__}: {e}).") from None
+    if theirs.get("out_channels", theirs.get("out_dim")) not in (None, fields["channels"]):
+        raise UserError(f"{path} has another number of channels out than in.")
+    return replace(config.preset("small"), latent=True, **fields), names
+
+
+def their_config(cfg: Config) -> dict:
+    """The config.json that diffusers reads."""
+    shared = dict(num_attention_heads=cfg.heads, attention_head_dim=cfg.dim // cfg.heads, num_layers=cfg.depth,
+                  in_channels=cfg.channels, out_channels=cfg.channels)
+    if cfg.lineage == "wan":
+        return dict(_class_name="WanTransformer3DModel", **shared, **WAN_FIXED, text_dim=cfg.text_dim, ffn_dim=cfg.ffn,
+                    freq_dim=cfg.freq_dim, patch_size=[cfg.patch_t, cfg.patch, cfg.patch], rope_max_seq_len=1024)
+    return dict(_class_name="CogVideoXTransformer3DModel", **shared, **COG_FIXED, time_embed_dim=cfg.time_dim,
+                text_embed_dim=cfg.text_dim, max_text_seq_length=cfg.text_len, patch_size=cfg.patch,
+                patch_size_t=cfg.patch_t if cfg.positions == "integer" else None, sample_frames=49,
+                sample_height=cfg.fit_height * cfg.patch, sample_width=cfg.fit_width * cfg.patch,
+                use_rotary_positional_embeddings=cfg.positions != "sincos")
+
+
+# --- their tensors ----------------------------------------------------------------------------------------------------
 def renamed(name: str, rules) -> str:
+    """Our name of a tensor in the checkpoint's naming."""
     for ours, theirs in rules:
         name = re.sub(ours, theirs, name)
     return name
@@ -70,107 +187,15 @@ def to_stored(name: str, tensor: Tensor, cfg: Config) -> Tensor:
         return tensor.unflatten(0, (cfg.channels, cfg.patch_t, p, p)).movedim(0, 3).flatten(0, 3).contiguous()
     return tensor
 
-COG_FIXED = dict(  # what this file takes for granted of a CogVideoX
-    flip_sin_to_cos=True, freq_shift=0, ofs_embed_dim=None, attention_bias=True, activation_fn="gelu-approximate",
-    timestep_activation_fn="silu", norm_elementwise_affine=True, norm_eps=1e-5, spatial_interpolation_scale=1.875,
-    temporal_interpolation_scale=1.0, use_learned_positional_embeddings=False, dropout=0.0)
-WAN_FIXED = dict(
-    cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6, image_dim=None, added_kv_proj_dim=None)
-WAN_ORIGINAL_FIXED = dict(model_type="t2v", eps=1e-6)
+
+def check_names(folder: Path, wanted: set[str], found: set[str]) -> None:
+    """Raises UserError that names missing or extra tensors, three of each."""
+    for what, names in (("lacks", wanted - found), ("has unknown", found - wanted)):
+        if names:
+            raise UserError(f"{folder} {what} {join_some(sorted(names), 3)}.")
 
 
-def read_config(folder: Path) -> tuple[Config, tuple]:
-    """config.json of a transformer folder -> our fields, and the naming of its tensors. Raises UserError."""
-    path = folder / "config.json"
-    try:
-        theirs = json.loads(path.read_text())
-        kind = theirs["_class_name"]
-        rules = {"CogVideoXTransformer3DModel": (COG_FIXED, COG_NAMES), "WanTransformer3DModel": (WAN_FIXED, WAN_NAMES),
-                 "WanModel": (WAN_ORIGINAL_FIXED, WAN_ORIGINAL_NAMES)}
-        if kind not in rules:
-            raise UserError(f"{path} describes a {kind}; known are {', '.join(rules)}.")
-        fixed, names = rules[kind]
-        for field, value in fixed.items():
-            if theirs.get(field, value) != value:
-                raise UserError(f"{path} has {field} = {theirs[field]!r}; only {value!r} is known here.")
-        fields = {"CogVideoXTransformer3DModel": cog_fields, "WanTransformer3DModel": wan_fields,
-                  "WanModel": wan_original_fields}[kind](theirs)
-        if theirs.get("out_channels", theirs.get("out_dim")) not in (None, fields["channels"]):
-            raise UserError(f"{path} has another number of channels out than in.")
-        if any(type(v) is int and not 0 <= v < 2**20 for v in fields.values()) or fields["dim"] % fields["heads"]:
-            raise ValueError("impossible sizes")
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no weights: it has no config.json.") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
-        raise UserError(f"{path} is not the config of a video transformer ({type(e).__name__}: {e}).") from None
-    return replace(config.preset("small"), latent=True, **fields), names
-
-
-def cog_fields(theirs: dict) -> dict:
-    dim, p = theirs["num_attention_heads"] * theirs["attention_head_dim"], theirs["patch_size"]
-    rotary, pt = theirs["use_rotary_positional_embeddings"], theirs.get("patch_size_t")
-    return dict(lineage="cogvideox", dim=dim, heads=theirs["num_attention_heads"], depth=theirs["num_layers"],
-                ffn=4 * dim, time_dim=theirs["time_embed_dim"], text_dim=theirs["text_embed_dim"], patch=p,
-                text_len=theirs["max_text_seq_length"], channels=theirs["in_channels"], patch_t=pt or 1,
-                positions="integer" if rotary and pt else "fitted" if rotary else "sincos",
-                fit_height=theirs["sample_height"] // p, fit_width=theirs["sample_width"] // p)
-
-
-def wan_fields(theirs: dict) -> dict:
-    (pt, p, q), heads = theirs["patch_size"], theirs["num_attention_heads"]
-    if p != q:
-        raise ValueError("patches that are not square")
-    return dict(lineage="wan", dim=heads * theirs["attention_head_dim"], heads=heads, depth=theirs["num_layers"],
-                ffn=theirs["ffn_dim"], freq_dim=theirs["freq_dim"], text_dim=theirs["text_dim"], text_len=512,
-                patch_t=pt, patch=p, channels=theirs["in_channels"], positions="integer")
-
-
-def wan_original_fields(theirs: dict) -> dict:
-    return dict(lineage="wan", dim=theirs["dim"], heads=theirs["num_heads"], depth=theirs["num_layers"],
-                ffn=theirs["ffn_dim"], freq_dim=theirs["freq_dim"], text_dim=theirs.get("text_dim", 4096),
-                text_len=theirs["text_len"], patch_t=1, patch=2, channels=theirs["in_dim"], positions="integer")
-
-
-def their_config(cfg: Config) -> dict:
-    """The config.json that diffusers reads."""
-    heads = dict(num_attention_heads=cfg.heads, attention_head_dim=cfg.dim // cfg.heads, num_layers=cfg.depth,
-                 in_channels=cfg.channels, out_channels=cfg.channels)
-    if cfg.lineage == "wan":
-        return dict(_class_name="WanTransformer3DModel", **heads, **WAN_FIXED, text_dim=cfg.text_dim, ffn_dim=cfg.ffn,
-                    freq_dim=cfg.freq_dim, patch_size=[cfg.patch_t, cfg.patch, cfg.patch], rope_max_seq_len=1024)
-    return dict(_class_name="CogVideoXTransformer3DModel", **heads, **COG_FIXED, time_embed_dim=cfg.time_dim,
-                text_embed_dim=cfg.text_dim, max_text_seq_length=cfg.text_len, patch_size=cfg.patch,
-                patch_size_t=cfg.patch_t if cfg.positions == "integer" else None, sample_frames=49,
-                sample_height=cfg.fit_height * cfg.patch, sample_width=cfg.fit_width * cfg.patch,
-                use_rotary_positional_embeddings=cfg.positions != "sincos")
-
-
-def shards_of(folder: Path) -> dict[str, Path]:
-    """{tensor: its file} of one or many .safetensors files. Raises UserError."""
-    found = sorted(folder.glob("*.safetensors"))
-    where = {}
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        try:
-            wanted = set(json.loads(index.read_text())["weight_map"].values())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-            raise UserError(f"{index} cannot be read ({type(e).__name__}).") from None
-        missing = sorted(str(name) for name in wanted if folder / str(name) not in found)
-        if missing:
-            raise UserError(f"{folder} lacks {', '.join(missing)}, which its {index.name} names.")
-        found = [folder / name for name in sorted(wanted)]
-    if not found:
-        pickled = any(folder.glob("*.bin")) or any(folder.glob("*.pt*"))
-        why = ", only pickled weights, which are not opened: convert them first" if pickled else ""
-        raise UserError(f"{folder} holds no .safetensors file{why}.")
-    for path in found:
-        try:
-            with safe_open(path, framework="pt") as shard:
-                where.update(dict.fromkeys(shard.keys(), path))
-        except (SafetensorError, OSError, ValueError) as e:
-            raise UserError(f"{path} is damaged or no safetensors file ({e}).") from None
-    return where
-
-
+# --- in ---------------------------------------------------------------------------------------------------------------
 def load_pretrained(folder, device="cpu", dtype: torch.dtype | None = None) -> Backbone:
     """An official checkpoint, in diffusers' or (Wan) the original layout, as our model, in eval mode.
 
@@ -179,68 +204,57 @@ def load_pretrained(folder, device="cpu", dtype: torch.dtype | None = None) -> B
     meta device and filled tensor by tensor from mapped files: memory holds the weights once, plus one tensor. Raises
     UserError with one sentence, before anything large is read, where names or shapes do not fit.
     """
-    folder = Path(folder)
-    folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    folder = network_folder(folder)
     cfg, names = read_config(folder)
-    where = shards_of(folder)
+    files = tensor_files(folder)
     with torch.device("meta"):
         model = MODELS[cfg.lineage](cfg)
-    ours = {renamed(name, names): name for name in model.state_dict()}
-    shapes = {name: stored_shape(name, tensor.shape, cfg) for name, tensor in model.state_dict().items()}
-    check_names(folder, set(ours), set(where))
-    for path in sorted(set(where.values())):
-        with safe_open(path, framework="pt") as shard:
-            for theirs in shard.keys():
-                name, part = ours[theirs], shard.get_slice(theirs)
-                if part.get_shape() != shapes[name]:
-                    raise UserError(f"{theirs} in {path} has the shape {part.get_shape()}, not {shapes[name]}.")
-                if part.get_dtype() not in ("F32", "F16", "BF16", "F64"):
-                    raise UserError(f"{theirs} in {path} is stored as {part.get_dtype()}; floating point is needed.")
-                tensor = shard.get_tensor(theirs)
+    layout = model.state_dict()
+    ours = {renamed(name, names): name for name in layout}
+    check_names(folder, set(ours), set(files))
+
+    # Each tensor is looked at before it is taken: its shape and type from the header, its numbers once it is read.
+    for path in sorted(set(files.values())):
+        with safe_open(path, framework="pt") as file:
+            for theirs in file.keys():
+                name, header = ours[theirs], file.get_slice(theirs)
+                shape = stored_shape(name, layout[name].shape, cfg)
+                if header.get_shape() != shape:
+                    raise UserError(f"{theirs} in {path} has the shape {header.get_shape()}, not {shape}.")
+                if header.get_dtype() not in FLOATS:
+                    raise UserError(f"{theirs} in {path} is stored as {header.get_dtype()}; floating point is needed.")
+                tensor = file.get_tensor(theirs)
                 if not tensor.isfinite().all():
                     raise UserError(f"{theirs} in {path} holds numbers that are not finite.")
-                keep = cfg.lineage == "wan" and re.search(r"table$|^time_embedding|\.norm2\.", name)
-                tensor = from_stored(name, tensor, cfg).to(device, torch.float32 if keep and dtype else dtype)
-                owner, leaf = model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]
-                setattr(owner, leaf, nn.Parameter(tensor.clone() if tensor.is_cpu else tensor))  # no tie to the file
+                in_float32 = cfg.lineage == "wan" and re.search(r"table$|^time_embedding|\.norm2\.", name)
+                tensor = from_stored(name, tensor, cfg).to(device, torch.float32 if in_float32 and dtype else dtype)
+                tensor = tensor.clone() if tensor.is_cpu else tensor  # no tie to the mapped file
+                owner, _, leaf = name.rpartition(".")
+                setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
     return model.eval()
 
 
-def check_names(folder: Path, wanted: set[str], found: set[str]) -> None:
-    """Raises UserError that names missing or extra tensors, three of each."""
-    for what, names in (("lacks", wanted - found), ("has unknown", found - wanted)):
-        if names:
-            some = ", ".join(sorted(names)[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-            raise UserError(f"{folder} {what} {some}.")
-
-
+# --- out --------------------------------------------------------------------------------------------------------------
 def save_pretrained(model: Backbone, folder, shard_bytes: int = 5 * 2**30) -> None:
     """Write a backbone in the layout that diffusers reads: config.json, safetensors, and an index if there are several.
-    Raises UserError for a model with learned words, which diffusers has no place for; Stopped when the disk is full."""
+
+    Raises UserError for a model with learned words, which diffusers has no place for; Stopped when the disk is full.
+    """
     cfg, folder = model.cfg, Path(folder)
     if not cfg.text_dim or cfg.positions == "both":
         raise UserError("A backbone that learned its own words or positions has no place in diffusers' layout.")
-    names, shards, size = WAN_NAMES if cfg.lineage == "wan" else COG_NAMES, [[]], 0
-    state = model.state_dict()
-    for name, tensor in state.items():
-        size += tensor.nbytes
-        if shards[-1] and size > shard_bytes:
-            shards.append([])
-            size = tensor.nbytes
-        shards[-1].append(name)
-    stem, weight_map = "diffusion_pytorch_model", {}
+    names = WAN_NAMES if cfg.lineage == "wan" else COG_NAMES
+    state = {renamed(name, names): to_stored(name, tensor, cfg) for name, tensor in model.state_dict().items()}
+    plan = split_torch_state_dict_into_shards(
+        state, filename_pattern="diffusion_pytorch_model{suffix}.safetensors", max_shard_size=shard_bytes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for i, shard in enumerate(shards):
-            file = f"{stem}.safetensors" if len(shards) == 1 else f"{stem}-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-            tensors = {renamed(name, names): to_stored(name, state[name], cfg).cpu() for name in shard}
-            save_file(tensors, folder / (file + ".tmp"), metadata={"format": "pt"})
-            (folder / (file + ".tmp")).replace(folder / file)
-            weight_map.update(dict.fromkeys(tensors, file))
-        if len(shards) > 1:
-            total = sum(tensor.nbytes for tensor in state.values())
-            index = dict(metadata=dict(total_size=total), weight_map=weight_map)
-            write_text(folder / f"{stem}.safetensors.index.json", json.dumps(index, indent=2))
+        for file, tensors in plan.filename_to_tensors.items():
+            with whole_file(folder / file) as part:
+                save_file({name: state[name].cpu() for name in tensors}, part, metadata={"format": "pt"})
+        if plan.is_sharded:
+            index = dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename)
+            write_text(folder / "diffusion_pytorch_model.safetensors.index.json", json.dumps(index, indent=2))
         write_text(folder / "config.json", json.dumps(their_config(cfg), indent=2))
     except (OSError, SafetensorError) as e:
         raise Stopped(f"The weights could not be written to {folder} ({e}).") from None

@@ -6,12 +6,13 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 import config
-from config import Config, Stopped, UserError
+from config import Config, Stopped, UserError, flag, marked
 from helpers import ROOT
 
 pytestmark = pytest.mark.quick
@@ -76,8 +77,9 @@ def attributes(node) -> set[str]:
 
 
 def test_every_field_is_read_outside_config():
-    read = set().union(*(attributes(ast.parse(p.read_text()))
-                         for p in ROOT.glob("*.py") if p.name != "config.py"))
+    files = [p for p in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py"))
+             if p.name != "config.py" and p.parent.name != "tests"]
+    read = set().union(*(attributes(ast.parse(p.read_text())) for p in files))
     tree = ast.parse((ROOT / "config.py").read_text())
     cls = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config")
     # grid, run_dir ... read for others
@@ -86,11 +88,26 @@ def test_every_field_is_read_outside_config():
     assert set(FIELDS) - read == set()
 
 
-def test_tables_name_real_fields_and_hold_the_defaults():
-    assert config.MAY_CHANGE <= set(FIELDS) and config.MAY_BE_ZERO <= set(NUMBERS)
-    assert set(config.CHOICES) <= set(FIELDS)
+def test_marks_fit_their_fields_and_choices_hold_the_defaults():
+    every = {mark for name in FIELDS for mark in FIELDS[name].metadata.get("marks", ())}
+    of_numbers = {config.MAY_BE_ZERO, config.SHARE, config.SIGNED}
+    assert every == {config.NETWORK, config.INIT, config.BRANCH, config.CACHE, config.MAY_CHANGE} | of_numbers
+    assert all(name in NUMBERS for mark in of_numbers for name in marked(mark))
     assert all(FIELDS[name].default in choices for name, choices in config.CHOICES.items())
     assert all(set(values) <= set(FIELDS) for values in config.PRESETS.values())
+
+
+def test_what_must_agree_is_listed_in_a_fixed_order():
+    """Messages name the first field that differs, so the one that explains the others comes first; a branch's card keeps its rows."""
+    assert marked(config.NETWORK) == ("lineage", "dim", "depth", "heads", "ffn", "time_dim", "text_dim", "text_len", "channels", "patch_t", "patch", "positions")
+    assert marked(config.BRANCH) == (
+        "physical_blocks", "semantic", "refinement", "injection", "semantic_experts", "refinement_experts", "top_k", "map_rank", "residual", "renormalise",
+        "categories", "lora_rank", "lora_alpha", "lora_targets", "frames", "height", "width", "fps")
+    assert marked(config.CACHE) == ("lineage", "text_dim", "text_len", "channels", "frames", "height", "width")
+    assert marked(config.INIT) == ("text_depth", "process", "predict")
+    assert set(marked(config.MAY_CHANGE)) == {
+        "out_dir", "resume", "dry_run", "stop_at", "log_every", "eval_every", "save_every", "preview_every", "preview_steps", "guidance", "base_steps",
+        "physics_steps", "pool_dir"}
 
 
 # --- presets
@@ -126,9 +143,10 @@ def test_unknown_flags_and_wrong_types_are_refused(argv, says):
 
 @pytest.mark.parametrize("name", NUMBERS)
 def test_numbers_out_of_range_are_refused(name):
-    bad = ["nan", "inf", "-inf"] if FIELDS[name].type is float else [2**64, 10**400]
-    bad += [] if name == "time_mean" else [-1]  # the one number that may be negative
-    bad += [] if name in config.MAY_BE_ZERO else [0]
+    bad = ["nan", "inf", "-inf"] if FIELDS[name].type is float else []
+    bad += [] if name in marked(config.SIGNED) else [-1]
+    zero = FIELDS[name].default == 0 or name in marked(config.MAY_BE_ZERO) + marked(config.SHARE)
+    bad += [1.01] if name in marked(config.SHARE) else [] if zero else [0]
     for value in bad:
         assert f"--{name}" in refused(f"--{name}={value}")
 
@@ -170,6 +188,117 @@ def test_their_possible_neighbours_are_not(argv):
     parse(*argv.split())
 
 
+# --- the flags of other commands
+@dataclass(frozen=True)
+class Flags:
+    """As a command has them."""
+    videos: str  # folder of videos
+    out: str = flag("clip.gif", name="to")  # file to write: 100 % of it
+    n: int | None = None  # clips a prompt; None = 4
+    rate: float = 8.0  # frames a second
+    scale: int = 0  # screen pixels a pixel; 0 = so that a clip is large
+    tiled: bool = False  # in tiles
+    whole: bool = True  # all of it
+    dtype: str = flag("auto", choices=("auto", "bf16"))  # auto = bf16 on cuda
+    only: str | None = flag(None, choices=("laws", "where"))  # one table; None = both
+    prompt: list[str] = flag([])  # what the clip shows; may be given several times
+
+    def check(self):
+        if self.tiled and self.out.endswith(".mp4"):
+            raise UserError("--tiled and --to *.mp4 exclude each other.")
+
+
+@dataclass(frozen=True)
+class Runs:
+    run: list[str]  # run folder
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Flags beside those of Config, of which one name is Config's and one field is."""
+    seed: int = 3  # of the noise
+    frames: int = flag(49, name="frames_shown")  # frames of a video
+
+
+def flags(*argv, cls=Flags):
+    return config.parse_flags(cls, [str(a) for a in argv], "A command.")
+
+
+def refused_flags(*argv, cls=Flags) -> str:
+    with pytest.raises(UserError) as e:
+        flags(*argv, cls=cls)
+    sentence = str(e.value)
+    assert "\n" not in sentence and sentence.endswith("."), sentence
+    return sentence
+
+
+def test_a_command_has_the_flags_of_its_dataclass():
+    assert flags("--videos", "v") == Flags("v")
+    given = flags("--videos", "v", "--to", "a.mp4", "--n", 3, "--rate", 12, "--scale", 2, "--dtype", "bf16", "--only", "laws", "--prompt", "a ball",
+                  "--prompt", "smoke")
+    assert given == Flags("v", "a.mp4", 3, 12.0, 2, dtype="bf16", only="laws", prompt=["a ball", "smoke"]) and type(given.rate) is float
+    assert flags("--run", "a", "--run", "b", cls=Runs) == Runs(["a", "b"])
+    assert flags("--videos", "v").prompt is not flags("--videos", "v").prompt
+
+
+@pytest.mark.parametrize("argv, value", [(["--tiled"], True), (["--tiled", "true"], True), (["--tiled", "False"], False), (["--tiled=false"], False), ([], False)])
+def test_a_boolean_flag_may_say_its_value(argv, value):
+    assert flags("--videos", "v", *argv).tiled is value and flags("--videos", "v", "--whole", str(value)).whole is value
+
+
+@pytest.mark.parametrize("argv, says", [
+    ([], "--videos"), (["--videos"], "--videos"), (["--out", "x"], "--out"), (["--n", "1.5"], "--n"), (["--n", "None"], "--n"), (["--rate", "fast"], "--rate"),
+    (["--rate", "0"], "--rate must be more than zero, not 0.0."), (["--rate", "nan"], "--rate must be more than zero"), (["--rate=inf"], "--rate"),
+    (["--scale", "-1"], "--scale must be 0 or more, not -1."), (["--n", "-1"], "--n must be 0 or more"), (["--tiled", "maybe"], "--tiled"),
+    (["--dtype", "fp8"], "--dtype must be one of auto, bf16, not 'fp8'."), (["--only", "all"], "--only must be one of laws, where, not 'all'."),
+    (["--prompt"], "--prompt"), (["stray"], "stray"), (["--tiled", "--to", "a.mp4"], "exclude each other"), (["--vid", "v"], "--vid"), (["--lr", "1"], "--lr"),
+])
+def test_a_command_refuses_with_one_sentence(argv, says):
+    assert says in refused_flags(*(["--videos", "v"] * (argv not in ([], ["--videos"]))), *argv)
+    assert "--run" in refused_flags(cls=Runs)
+
+
+def test_help_has_one_style_in_every_command(capsys):
+    with pytest.raises(SystemExit) as e:
+        flags("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    assert e.value.code == 0 and text.startswith("usage: ") and "[flags] A command." in text
+    for line in ("--videos STR folder of videos [required]", "--to STR file to write: 100 % of it [clip.gif]", "--n INT clips a prompt; None = 4 [None]",
+                 "--rate FLOAT frames a second [8.0]", "--tiled [true|false] in tiles [False]", "--dtype auto|bf16 auto = bf16 on cuda [auto]",
+                 "--only laws|where one table; None = both [None]", "--prompt STR what the clip shows; may be given several times []"):
+        assert line in text, line
+    with pytest.raises(SystemExit):
+        config.parse_with(Beside, ["--help"], "A command.")
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--ood speed|radius|gravity" in text and "--device auto|cuda|mps|cpu" in text and "--frames_shown INT frames of a video [49]" in text
+    assert all(name in text.split("Presets for --config:")[1] for name in config.PRESETS) and text.count("--seed INT") == 1
+
+
+def test_a_command_may_have_flags_beside_those_of_config():
+    own, cfg = config.parse_with(Beside, ["--seed", "5", "--frames", "24", "--frames_shown", "9", "--config", "debug"], "A command.")
+    assert own == Beside(5, 9) and cfg == config.preset("debug", frames=24) and cfg.seed == 0
+    own, cfg = config.parse_with(Beside, [], "A command.")
+    assert own == Beside() and cfg == config.preset()
+    with pytest.raises(UserError, match="--frames_shown must be 1 or more, not 0"):
+        config.parse_with(Beside, ["--frames_shown", "0"], "A command.")
+    with pytest.raises(UserError, match="--dim / --heads"):
+        config.parse_with(Beside, ["--dim", "100"], "A command.")
+
+
+def test_meanings_are_found_on_either_line_and_inside_a_function():
+    @dataclass(frozen=True)
+    class Inner:
+        a: int = flag(  # on the first of two lines
+            1, choices=(1, 2))
+        b: str = "x  y"  # with # inside
+        c: str  = ""  # last
+
+        def method(self):
+            d: int = 1  # no field
+            return d
+    assert config.meanings(Inner) == {"a": "on the first of two lines", "b": "with # inside", "c": "last"}
+
+
 # --- run folders
 def stored_run(folder: Path, **fields) -> Config:
     cfg = config.preset("debug", out_dir=str(folder), **fields)
@@ -196,22 +325,43 @@ def test_resume_takes_stored_values_and_only_given_flags_override_them(tmp_path,
     assert "no run folder" in refused("--out_dir", tmp_path / "none", "--resume")
 
 
-@pytest.mark.parametrize("content",
-                         [b"", b"{", b"[]", b"null", b"{}", b'"text"', b"\xff\xfe\x00", "lr=fast", "lr=null",
-                          "seed=Infinity", "seed=missing"])
-def test_load_refuses_a_broken_config(tmp_path, content):
-    stored_run(tmp_path)
+def change_stored(folder: Path, **fields) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+    return path
+
+
+def test_a_field_that_a_run_lacks_has_its_default(tmp_path):
+    """The field was added to this program after the run was started."""
+    cfg = stored_run(tmp_path, seed=7, lr=0.5)
     path = tmp_path / "config.json"
-    if isinstance(content, str):  # one field of a good file broken
-        name, value = content.split("=")
-        stored = json.loads(path.read_text())
-        stored[name] = {"fast": "fast", "null": None, "Infinity": float("inf")}.get(value)
-        if value == "missing":
-            del stored[name]
-        content = json.dumps(stored).encode()
+    stored = json.loads(path.read_text())
+    del stored["seed"]
+    path.write_text(json.dumps(stored))
+    assert config.load(path) == dataclasses.replace(cfg, seed=0)
+
+
+def test_a_whole_number_is_a_float_too(tmp_path):
+    stored_run(tmp_path)
+    assert config.load(change_stored(tmp_path, lr=1)).lr == 1.0
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'"text"', b"\xff\xfe\x00", b"[" * 100_000])
+def test_load_refuses_what_is_no_config(tmp_path, content):
+    path = tmp_path / "config.json"
     path.write_bytes(content)
-    with pytest.raises(UserError, match="config.json"):
+    with pytest.raises(UserError, match=r"config.json is not a config of this version: .*[^.]\.$"):
         config.load(path)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("lr", "fast"), ("lr", None), ("lr", True), ("lr", -1.0), ("lr", float("nan")), ("seed", float("inf")), ("seed", 1.5), ("seed", True), ("seed", "7"),
+    ("semantic", "false"), ("semantic", 1), ("teacher", 3), ("teacher", ["maps"]), ("optimizer", "sgd"), ("categories", 18), ("decoys", 1.5), ("dim", 0),
+])
+def test_load_names_the_field_that_has_a_wrong_value(tmp_path, name, value):
+    stored_run(tmp_path)
+    with pytest.raises(UserError, match=rf"^{re.escape(str(tmp_path))}/config.json is not a config of this version: --{name} must be [^\n]*[^.]\.$"):
+        config.load(change_stored(tmp_path, **{name: value}))
 
 
 # --- as a program

@@ -6,7 +6,9 @@ import re
 import numpy as np
 import pytest
 
+import physics.canvas
 import physics.phenomena
+import config
 import world
 from scenes import BALLISTIC, SEEDS, alone
 
@@ -152,7 +154,7 @@ def test_decoys_are_mentioned():
     spoken = [p for one in physics.phenomena.PHENOMENA.values() for p in one.decoy_phrases]
     for index, two in itertools.product(range(150), (0, 1)):
         caption = world.make_clip(12, index, frames=2, height=16, width=16, decoys=1, two=two).caption
-        assert any(p.format(c=c) in caption for p in spoken for c in physics.phenomena.COLOURS), caption
+        assert any(p.format(c=c) in caption for p in spoken for c in physics.canvas.COLOURS), caption
 
 
 # ----------------------------------------------------------------------------------------- errors and helpers
@@ -186,7 +188,7 @@ def test_preview_is_a_gif_of_everything(tmp_path, capsys):
 def test_wrong_arguments_are_one_sentence(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
-        world.main(arguments)
+        config.entry(world.main, arguments)
     said = capsys.readouterr()
     assert caught.value.code == 2 and not said.out and len(said.err.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())

@@ -1,51 +1,44 @@
-"""Map files: what of a clip a VLM is shown, how its attention is stored, and how a clip finds its tokens in it."""
-import dataclasses
-import json
+"""Map files: where a VLM looked, as it is stored, and how a clip finds its own tokens in it.
+
+    video --clip_for_vlm--> VLMClip --VLM--> answers and attention --write_map--> MapFolder on disk
+    clip of any size --Maps.on_tokens--> attention maps on the tokens of that clip
+
+A file holds maps (R, t, h, w) of R phenomena and background (t, h, w), float16 densities (uniform
+attention = 1) on the VLM's own grid, the times of its t rows in seconds of the video, and the
+rectangle of the video that it covers. So one file serves any clip of the same video, whatever its
+length, size, rate and crop.
+
+Letters: R phenomena with a map, t h w a VLM's grid, s y x a clip's own grid, N = s y x its tokens.
+"""
 import math
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
-import data
 from common.files import digest
-from common.store import Store as store_Store
-from common.store import read_about, read_tensors, write_tensors
-from common.video import TOLERANCE, Video, Window, timeline, upright, windows_of
+from common.store import Kind, Store, read_about
+from common.video import TOLERANCE, Cut, Window, timeline, upright_size, windows_of
 from config import Config, UserError
-from data import Pool
-from physics.phenomena import CATEGORIES
+from data import Pool, latent_frames
+from physics import CATEGORIES
 from vlm.qwen import VLM, Look, Settings, VLMError
 
-
 DENIAL = re.compile(r"\b(no|not|cannot|none|nowhere)\b|n't\b", re.IGNORECASE)
-LITTLE = 0.02  # of all attention on the video: less in every layer suggests a broken prompt (a guess, not calibrated)
-ALIKE = 0.95  # cosine of map and background above which the difference is mostly noise (likewise)
+# Two guesses, which are not calibrated:
+LITTLE = 0.02  # of all attention on the video: less in every layer suggests a broken prompt
+ALIKE = 0.95  # cosine of map and background above which their difference is mostly noise
 
 
-def aligned_frames(n: int) -> np.ndarray:
-    """Of n = 1 + 4 m frames those that make VLM token row j show what latent j of a causal VAE shows: (0, 0), (2, 3),
-    (6, 7) ... Latent j has the frames 4 j - 3 .. 4 j; the pair has the same middle. Raises VLMError."""
-    if n < 1 or n % 4 != 1:
-        raise VLMError(f"A causal VAE with temporal stride 4 takes 1 + 4 m frames (e.g. 49 or 81), not {n}.")
-    pairs = 4 * np.arange((n + 3) // 4)[:, None] - [2, 1]
-    return pairs.clip(min=0).flatten()
-
-
-def uniform_frames(n: int, k: int) -> np.ndarray:
-    """k of n frames, evenly spread over all of them."""
-    return ((np.arange(k) + .5) * n / k).astype(int)
-
-
+# --- what the VLM is shown ----------------------------------------------------------------------
 @dataclass
-class Shown:
+class VLMClip:
     """A clip as the VLM sees it, and where it is from."""
     source: str  # name of its file
     frames: np.ndarray  # (F, H, W, 3) uint8
@@ -56,34 +49,93 @@ class Shown:
     names: list[str]  # phenomena to ask for
 
 
-def shown(window: Window, source: str, names: list[str], fps: float, merged: int, uniform: int = 0) -> Shown:
-    """What of a window the VLM is shown: the frames that latents stand for, or, with `uniform`, that many."""
-    n = len(window.video)
-    frames = uniform_frames(n, uniform) if uniform else aligned_frames(n)
-    if not uniform and merged != 2:
-        raise VLMError(f"Time axes do not fit: this VLM merges {merged} frames, aligned sampling makes pairs; give "
-                       "--sample N.")
-    rows = np.pad(frames, (0, -len(frames) % merged), mode="edge").reshape(-1, merged).mean(1)
-    rate = uniform * fps / n if uniform else fps / 2  # pairs, four frames apart
-    return Shown(source, window.video[frames], rate, (window.start + rows / fps).tolist(), window.size, window.crop,
-                 names)
+def aligned_frames(n: int) -> np.ndarray:
+    """Of n = 1 + 4 m frames two for each latent of a causal VAE: (0, 0), (2, 3), (6, 7) ...
+
+    They are the middle ones of the four that a latent shows. A VLM that makes one row of tokens of
+    two frames then has a row for each latent, with the same mean time. Raises VLMError.
+    """
+    if n < 1 or n % 4 != 1:
+        raise VLMError("A causal VAE with temporal stride 4 takes 1 + 4 m frames (e.g. 49 or 81), "
+                       f"not {n}.")
+    return latent_frames(n)[:, 1:3].flatten()
 
 
-class Store(store_Store):
-    """A folder of maps, as one shard writes it."""
-    manifest = "maps.json"
+def uniform_frames(n: int, k: int) -> np.ndarray:
+    """k of n frames, evenly spread over all of them."""
+    return ((np.arange(k) + .5) * n / k).astype(int)
 
-    def name(self, video: Video) -> str:
-        if video.path.name:
-            return super().name(video)
-        return digest([self.key, video.name, video.categories])[:24]  # a clip of the world is no file
 
-    def row(self, file: str, video: Video) -> tuple:
-        try:
-            times = read_about(self.clips / file)["times"]
-        except ValueError:  # of another shard, which makes it again: who reads it until then is told
-            times = [0.0]
-        return file, video.name, times[0], times[-1]
+def row_middles(frames: np.ndarray, merged: int) -> np.ndarray:
+    """The mean number of the frames of each row of tokens, where a VLM merges so many frames. The
+    last frame stands in for those that are missing."""
+    padded = np.pad(frames, (0, -len(frames) % merged), mode="edge")
+    return padded.reshape(-1, merged).mean(1)
+
+
+def frames_for_vlm(n: int, fps: float, merged: int, uniform: int = 0) -> tuple[np.ndarray, float]:
+    """Which of n frames the VLM is shown, and how many a second these are.
+
+    Those that latents stand for, or, with `uniform`, that many, evenly spread. Raises VLMError.
+    """
+    if uniform:
+        return uniform_frames(n, uniform), uniform * fps / n
+    frames = aligned_frames(n)
+    if merged != 2:
+        raise VLMError(f"Time axes do not fit: this VLM merges {merged} frames, aligned sampling "
+                       "makes pairs; give --sample N.")
+    return frames, fps / 2  # pairs, four frames apart
+
+
+def clip_for_vlm(window: Window, source: str, names: list[str], fps: float, merged: int,
+                 uniform: int = 0) -> VLMClip:
+    """What of a window the VLM is shown. Raises VLMError."""
+    frames, rate = frames_for_vlm(len(window.video), fps, merged, uniform)
+    times = window.start + row_middles(frames, merged) / fps
+    return VLMClip(source, window.video[frames], rate, times.tolist(), window.size, window.crop,
+                   names)
+
+
+def full_frame(path: Path, vlm: VLM, most: int) -> tuple[int, int]:
+    """Height and width at which the VLM sees a video, uncropped but for the rest of a patch."""
+    with av.open(str(path)) as container:
+        return vlm.size_for(*upright_size(next(container.decode(video=0))), most)
+
+
+def windows_for_vlm(path: Path, vlm: VLM, frames: int, fps: float, most_windows: int,
+                    most_pixels: int) -> list[Window]:
+    """The windows of a video at the VLM's size; of a short one the most frames 1 + 4 m that it has.
+
+    Raises ValueError with the reason when there are none, or what the decoder raises.
+    """
+    times, end = timeline(path)
+    has = math.ceil((end - times[0] - TOLERANCE) * fps)
+    frames = min(frames, 1 + 4 * ((has - 1) // 4))
+    if frames < 5:
+        raise ValueError(f"too short, {end - times[0]:.2g} s")
+    height, width = full_frame(path, vlm, most_pixels)
+    return windows_of(path, Cut(frames, fps, most_windows, height, width))
+
+
+# --- writing ------------------------------------------------------------------------------------
+class MapRow(NamedTuple):
+    """What index.json says of a map file."""
+    file: str
+    video: str
+    start: float  # when its first and last row of tokens are, in seconds of the video
+    end: float
+
+
+MAPS = Kind("maps.json", "teacher.py", "map", MapRow)
+
+
+def map_row(store: Store, file: str, video: str) -> MapRow:
+    """What index.json says of a file of maps of a video."""
+    try:
+        times = read_about(store.clips / file)["times"]
+    except ValueError:  # another shard's damaged file, which that shard makes again
+        times = [0.0]
+    return MapRow(file, video, times[0], times[-1])
 
 
 @dataclass
@@ -96,163 +148,189 @@ class Tally:
     alike: int = 0  # maps that are nearly the background's
 
     def __str__(self) -> str:
-        said = {"denied": "answers deny the phenomenon, so that their maps are left out",
-                "empty": "answers hold nothing but special tokens, likewise",
-                "little": f"maps have under {LITTLE:.0%} of the attention on the video (a broken prompt?)",
-                "alike": f"maps are nearly the background's (cosine above {ALIKE})"}
-        return "".join(f"; {getattr(self, name)} {what}" for name, what in said.items() if getattr(self, name))
+        said = {
+            "denied": "answers deny the phenomenon, so that their maps are left out",
+            "empty": "answers hold nothing but special tokens, likewise",
+            "little": f"maps have under {LITTLE:.0%} of the attention on the video "
+                      "(a broken prompt?)",
+            "alike": f"maps are nearly the background's (cosine above {ALIKE})"}
+        counts = {name: getattr(self, name) for name in said}
+        return "".join(f"; {counts[name]} {what}" for name, what in said.items() if counts[name])
 
 
-def write_map(store: Store, file: str, clip: Shown, asked: list[tuple[str, Look]], background: Look,
-              settings: Settings, tally: Tally) -> None:
-    """One clip's maps of the phenomena that were found, beside the background's. Raises VLMError where the background
-    has no answer."""
+class Answer(NamedTuple):
+    """One answer of the VLM, and its map."""
+    name: str  # the phenomenon that was asked for
+    text: str
+    density: Tensor  # (t, h, w), mean 1
+
+
+def map_answers(clip: VLMClip, looks: list[Look], settings: Settings, tally: Tally) -> list[Answer]:
+    """The answers that found their phenomenon, and behind them the one to the background question.
+
+    looks: of each of clip.names, then of the background. Raises VLMError where that one is empty.
+    """
+    *looks, background = looks
     if background.empty:
         raise VLMError("the model answered the background question with nothing but special tokens")
-    behind, kept = background.density(sinks=settings.sinks), []
-    for name, look in asked:
-        tally.empty, tally.denied = tally.empty + look.empty, tally.denied + bool(DENIAL.search(look.answer))
-        if look.empty or DENIAL.search(look.answer):
+    behind = background.density(sinks=settings.sinks)
+    kept = []
+    for name, look in zip(clip.names, looks):
+        denied = bool(DENIAL.search(look.answer))
+        tally.empty += look.empty
+        tally.denied += denied
+        if look.empty or denied:
             continue
         density = look.density(sinks=settings.sinks)
+        cosine = F.cosine_similarity(density.flatten(), behind.flatten(), dim=0).item()
         tally.little += bool((look.mass() < LITTLE).all())
-        tally.alike += F.cosine_similarity(density.flatten(), behind.flatten(), dim=0).item() > ALIKE
-        kept.append((name, look.answer, density))
-    tensors = {"maps": torch.stack([density for *_, density in kept] or [behind])[:len(kept)].half(),
-               "background": behind.half()}
-    about = {"key": store.key, "file": clip.source, "times": clip.times, "size": clip.size, "crop": clip.crop,
-             "categories": [CATEGORIES.index(name) for name, *_ in kept],
-             "answers": {name: answer for name, answer, _ in kept}, "background": background.answer}
-    write_tensors(store.clips / file, tensors, about, store.tag)
-    tally.made += 1
+        tally.alike += cosine > ALIKE
+        kept.append(Answer(name, look.answer, density))
+    return [*kept, Answer("background", background.answer, behind)]
 
 
-def full_frame(path: Path, vlm: VLM, most: int) -> tuple[int, int]:
-    """Height and width at which the VLM sees a video, uncropped but for a patch's rest."""
-    with av.open(str(path)) as container:
-        return vlm.size_for(*upright(next(container.decode(video=0))), most)
+def write_map(store: Store, file: str, clip: VLMClip, answers: list[Answer]) -> None:
+    """One clip's maps, the background's last. Raises OSError."""
+    *found, background = answers
+    maps = torch.zeros(0, *background.density.shape)
+    if found:
+        maps = torch.stack([answer.density for answer in found])  # (R, t, h, w)
+    tensors = {"maps": maps.half(), "background": background.density.half()}
+    about = {"file": clip.source, "times": clip.times, "size": clip.size, "crop": clip.crop,
+             "categories": [CATEGORIES.index(answer.name) for answer in found],
+             "answers": {answer.name: answer.text for answer in found},
+             "background": background.text}
+    store.write(store.clips / file, tensors, about)
 
 
-def windows(video: Video, vlm: VLM, cfg: Config, most: int) -> list[Window]:
-    """The windows of a video at the VLM's size; of a short one the largest 1 + 4 m frames that it has. Raises
-    ValueError with the reason when there are none, or what the decoder raises."""
-    times, end = timeline(video.path)
-    has = math.ceil((end - times[0] - TOLERANCE) * cfg.fps)
-    frames = min(cfg.frames, 1 + 4 * ((has - 1) // 4))
-    if frames < 5:
-        raise ValueError(f"too short, {end - times[0]:.2g} s")
-    height, width = full_frame(video.path, vlm, most)
-    return windows_of(video.path, dataclasses.replace(cfg, frames=frames, height=height, width=width))
+# --- reading: onto the tokens of a clip ---------------------------------------------------------
+def axis_weights(have: np.ndarray, want: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How values of n cells, whose n + 1 edges are `have`, come to m cells with the edges `want`.
 
-
-def axis_weights(have: np.ndarray, want: np.ndarray) -> np.ndarray:
-    """(m, n) weights that bring values of n cells, whose n + 1 edges are `have`, to m cells with the edges `want`: the
-    average over a wanted cell's area, or, where those are finer, linear interpolation between middles. NaN where the
-    middle of a wanted cell lies outside."""
-    at, middles = (want[1:] + want[:-1]) / 2, (have[1:] + have[:-1]) / 2
+    -> weights (m, n): the average over a wanted cell's area, or, where the wanted cells are finer,
+    linear interpolation between middles; and seen (m,) bool: lies a wanted cell's middle inside?
+    """
+    middles = (have[1:] + have[:-1]) / 2
+    wanted_middles = (want[1:] + want[:-1]) / 2
+    seen = (wanted_middles >= have[0]) & (wanted_middles <= have[-1])
     if want[1] - want[0] < have[1] - have[0]:
-        weights = np.stack([np.interp(at, middles, one) for one in np.eye(len(middles))], axis=1)
-    else:
-        overlap = np.minimum(want[1:, None], have[None, 1:]) - np.maximum(want[:-1, None], have[None, :-1])
-        weights = overlap.clip(min=0) / overlap.clip(min=0).sum(1, keepdims=True).clip(min=1e-9)
-    weights[(at < have[0]) | (at > have[-1])] = np.nan
-    return weights
+        return interpolation(middles, wanted_middles), seen
+    right = np.minimum(want[1:, None], have[None, 1:])
+    left = np.maximum(want[:-1, None], have[None, :-1])
+    overlap = (right - left).clip(min=0)  # (m, n)
+    return overlap / overlap.sum(1, keepdims=True).clip(min=1e-9), seen
 
 
-def time_weights(have: np.ndarray, want: np.ndarray) -> np.ndarray:
-    """(m, n) weights of linear interpolation in time, from the n rising times of a map to the m times of tokens. NaN
-    where a token lies further outside than half a step of the map."""
-    before, after = (np.diff(have) / 2)[[0, -1]] if len(have) > 1 else (math.inf, math.inf)
-    weights = np.stack([np.interp(want, have, one) for one in np.eye(len(have))], axis=1)
-    weights[(want < have[0] - before - TOLERANCE) | (want > have[-1] + after + TOLERANCE)] = np.nan
-    return weights
+def time_weights(have: np.ndarray, want: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How values at the n rising times of a map come to the m times of tokens.
+
+    -> weights (m, n) of linear interpolation; and seen (m,) bool: lies a token at most half a step
+    of the map outside?
+    """
+    before = after = math.inf  # a map of one moment stands for all of the video
+    if len(have) > 1:
+        before, after = (np.diff(have) / 2)[[0, -1]]
+    seen = (want >= have[0] - before - TOLERANCE) & (want <= have[-1] + after + TOLERANCE)
+    return interpolation(have, want), seen
+
+
+def interpolation(have: np.ndarray, want: np.ndarray) -> np.ndarray:
+    """(m, n) weights of linear interpolation from values at n rising points to m points."""
+    return np.stack([np.interp(want, have, one) for one in np.eye(len(have))], axis=1)
+
+
+def weigh(maps: Tensor, time: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Maps (R, t, h, w) -> (R, s, y, x), one axis after the other, by weights (s, t), (y, h) and
+    (x, w)."""
+    maps = torch.einsum("rthw,st->rshw", maps, time)
+    maps = torch.einsum("rshw,yh->rsyw", maps, rows)
+    return torch.einsum("rsyw,xw->rsyx", maps, columns)
 
 
 class Maps:
-    """What teacher.py left in a folder: maps.json (settings, and a hash of them), index.json (which file's seconds each
-    map is of), clips/*.safetensors. A map is read when its clip is asked for.
-
-    A map file holds maps (R, t, h, w) of R categories and background (t, h, w), float16 densities on the teacher's own
-    grid, the times of its t rows in seconds of the video, and the rectangle of the video that it covers: any clip of
-    the same video finds its tokens in it, whatever its size, rate and crop.
-    """
+    """A folder of maps that teacher.py made. A map is read when its clip is asked for."""
 
     def __init__(self, folder: Path):
         """Opens no map. Raises UserError."""
-        self.folder, self.damaged = Path(folder), {}
-        try:
-            settings = json.loads((self.folder / "maps.json").read_text(encoding="utf-8"))
-            index = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
-            self.made_with, self.of = settings["key"], {}
-            for file, source, start, end in index["clips"]:
-                self.of.setdefault(source, []).append((float(start), float(end), str(file)))
-        except FileNotFoundError as e:
-            raise UserError(f"There is no {e.filename}: teacher.py makes it, once it has gone through.") from None
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"{self.folder} is not what teacher.py left there: its maps.json or index.json is "
-                            "damaged.") from None
-        if not self.of:
-            raise UserError(f"There is no map in {self.folder}: teacher.py made none.")
-        self.key = digest([self.made_with, sorted(self.of.items())])  # of settings and of what is there
-        if index.get("key") != self.made_with:
-            raise UserError(f"{self.folder} is stale: its index.json is of other settings than its maps.json; run "
-                            "teacher.py again.")
+        self.store = Store.open(folder, MAPS)
+        self.folder = self.store.folder
+        if not self.store.rows:
+            raise UserError(f"There is no map in {folder}: teacher.py made none.")
+        self.of: dict[str, list] = {}  # {video: (start, end, file) of each of its maps}
+        for row in self.store.rows:
+            self.of.setdefault(row.video, []).append((row.start, row.end, row.file))
+        # The key is of the settings and of what is there.
+        self.key = digest([self.store.key, sorted(self.of.items())])
 
-    def read(self, file: str) -> tuple[dict[str, Tensor], dict] | None:
-        """A map file; None where it is damaged, which is said once. UserError where it is of other settings."""
-        if file in self.damaged:
-            return None
-        try:
-            tensors, about = read_tensors(self.folder / "clips" / file)
-        except (OSError, ValueError) as e:
-            self.damaged[file] = str(getattr(e, "strerror", None) or e)
-            tqdm.write(f"{self.folder / 'clips' / file} is left out ({self.damaged[file]}); delete it and run "
-                       "teacher.py again to mend it.", file=sys.stderr)
-            return None
-        if about["key"] != self.made_with:
-            raise UserError(f"{self.folder / 'clips' / file} is stale, made with other settings than maps.json beside "
-                            "it says: delete it and run teacher.py again.")
-        return tensors, about
+    def overlaps(self, video: str, when: np.ndarray) -> list[tuple[float, str]]:
+        """(seconds in common, file) of each map of this video with a clip whose tokens are at
+        `when`; negative where they are apart."""
+        return [(min(end, when[-1]) - max(start, when[0]), file)
+                for start, end, file in self.of.get(video, ())]
+
+    def covers(self, video: str, when: np.ndarray | None = None) -> bool:
+        """Is there a map of this video, and of some of these seconds?"""
+        if when is None:
+            return video in self.of
+        return any(seconds >= 0 for seconds, _ in self.overlaps(video, when))
 
     def on_tokens(self, source: list, times: np.ndarray, grid: tuple[int, int, int],
                   n_categories: int) -> tuple[Tensor, Tensor] | None:
-        """Maps (N, E_cat) and background (N,) on the tokens of a clip: `source` says where it is from (Pool.sources),
-        `times` (T',) when its tokens are. None without a map. NaN outside what the teacher saw and for categories that
-        it was not asked for.
+        """Maps (N, E_cat) and background (N,) on the tokens of a clip, float32; None without a map.
+
+        source: where the clip is from, as in a PoolClip. times (s,): when its tokens are, in
+        seconds from its start. NaN outside of what the teacher saw, and for categories that it was
+        not asked for. Raises UserError for a stale map.
         """
-        name, start, _, (left, top, right, bottom) = source
+        video, start, _, (left, top, right, bottom) = source
         when = start + times
-        shared = [(min(end, when[-1]) - max(begin, when[0]), file) for begin, end, file in self.of.get(name, ())]
-        found = self.read(max(shared)[1]) if shared else None
+        overlaps = self.overlaps(video, when)
+        found = self.store.read(max(overlaps)[1]) if overlaps else None  # most seconds in common
         if found is None:
             return None
         tensors, about = found
-        maps = torch.cat([tensors["maps"], tensors["background"][None]]).double()  # (R + 1, t, h, w)
+        maps = torch.cat([tensors["maps"], tensors["background"][None]])
+        maps = maps.double()  # (R + 1, t, h, w)
+
+        # Weights from the map's cells to the clip's tokens, along time, height and width.
+        _, _, h, w = maps.shape
+        _, y, x = grid
         x0, y0, x1, y1 = about["crop"]
-        rows = axis_weights(np.linspace(y0, y1, maps.shape[2] + 1), np.linspace(top, bottom, grid[1] + 1))
-        columns = axis_weights(np.linspace(x0, x1, maps.shape[3] + 1), np.linspace(left, right, grid[2] + 1))
-        weights = map(torch.from_numpy, (time_weights(np.asarray(about["times"]), when), rows, columns))
-        on_grid = torch.einsum("rthw,Tt,Yh,Xw->rTYX", maps, *weights).flatten(1).float()  # (R + 1, N)
-        filled = torch.full((on_grid.shape[1], n_categories), math.nan)
-        for category, values in zip(about["categories"], on_grid):
+        axes = [time_weights(np.asarray(about["times"]), when),
+                axis_weights(np.linspace(y0, y1, h + 1), np.linspace(top, bottom, y + 1)),
+                axis_weights(np.linspace(x0, x1, w + 1), np.linspace(left, right, x + 1))]
+        maps = weigh(maps, *(torch.from_numpy(weights) for weights, _ in axes))  # (R + 1, s, y, x)
+
+        # A token is seen when it is along all three axes.
+        in_time, in_height, in_width = (torch.from_numpy(seen) for _, seen in axes)
+        seen = in_time[:, None, None] & in_height[:, None] & in_width  # (s, y, x)
+        maps[:, ~seen] = math.nan
+        *maps, background = maps.flatten(1).float()  # R + 1 times (N,)
+
+        on_tokens = torch.full((len(background), n_categories), math.nan)
+        for category, values in zip(about["categories"], maps):
             if category < n_categories:
-                filled[:, category] = values
-        return filled, on_grid[-1]
+                on_tokens[:, category] = values
+        return on_tokens, background
 
 
 def world_maps(cfg: Config, pool: Pool, name: str) -> Path:
-    """Where the maps of this name of the world's clips are kept."""
+    """Where the attention maps of this name of the synthetic clips are kept."""
     return Path(cfg.pool_dir) / f"{pool.key}-{name}"
 
 
 def open_maps(cfg: Config, pool) -> Maps | None:
-    """The maps that --teacher names: a folder, or a name of maps of the world. None for exact masks. Raises
-    UserError."""
+    """The maps that --teacher names: a folder, or a name of maps of the synthetic clips. None for
+    exact masks. Raises UserError."""
     if not cfg.teacher:
         return None
+    folder = Path(cfg.teacher)
     named = re.fullmatch(r"\w+", cfg.teacher) and not (cfg.data_dir or cfg.latent)
-    folder = world_maps(cfg, pool, cfg.teacher) if named and not Path(cfg.teacher).is_dir() else Path(cfg.teacher)
+    if named and not folder.is_dir():
+        folder = world_maps(cfg, pool, cfg.teacher)
     if not folder.is_dir():
-        how = f"`python teacher.py --annotate {cfg.teacher}` makes them" if named else "teacher.py --out makes one"
+        how = "teacher.py --out makes one"
+        if named:
+            how = f"`python teacher.py --annotate {cfg.teacher}` makes them"
         raise UserError(f"There are no maps in {folder}: {how}.")
     return Maps(folder)

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.files import listed, read_json
-from common.store import library, one_sentence
+from common.files import join_some, read_json
+from common.libraries import library, library_error_as_sentence
 from config import Stopped, UserError
 from official.folder import load
 
@@ -230,7 +230,7 @@ class VLM:
         transformers = library("transformers")
         model = load(transformers.AutoModelForImageTextToText, self.folder, dtype=dtype,
                             attn_implementation="sdpa", ignore_mismatched_sizes=True)
-        with one_sentence(self.folder):
+        with library_error_as_sentence(self.folder):
             tokenizer = transformers.AutoTokenizer.from_pretrained(str(self.folder), local_files_only=True)
         self.wear(model, tokenizer)
 
@@ -296,7 +296,7 @@ class VLM:
         kinds = {f.name: f.type for f in dataclasses.fields(Settings)}
         odd = [name for name, value in own.items() if type(value) is not kinds.get(name)]
         if odd:
-            raise UserError(f"{path} has settings that are unknown or of another type: {listed(sorted(odd))}.")
+            raise UserError(f"{path} has settings that are unknown or of another type: {join_some(sorted(odd))}.")
         settings = Settings(**{**own, **{name: value for name, value in given.items() if value is not None}})
         if settings.rows not in KINDS:
             raise UserError(f"--rows must be one of {', '.join(KINDS)}, not {settings.rows!r}.")

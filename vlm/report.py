@@ -17,10 +17,10 @@ import world
 from common.files import read_json
 from common.pictures import annotate, enlarge, save_gif, tint
 from common.score import auc
-from common.video import Video, windows_of
+from common.video import Cut, windows_of
 from config import Config, UserError
 from physics.phenomena import backdrop
-from vlm.maps import DENIAL, axis_weights, time_weights, windows
+from vlm.maps import DENIAL, axis_weights, time_weights, weigh, windows_for_vlm
 from vlm.qwen import CUES, KINDS, VLM, Settings, layers_of
 from vlm.tiny import write_tiny
 
@@ -47,30 +47,30 @@ def of_clips(cfg: Config, n: int, first: int = data.HELD_OUT + 500_000) -> list[
     empty = (backdrop(cfg.height, cfg.width) * 255 + .5).astype(np.uint8)  # (3, H, W)
     found = []
     for index in range(first, first + n):
-        clip = world.make_clip(cfg.world_seed, index, **data.World(cfg).drawing)
+        clip = world.make_clip(cfg.world_seed, index, **data.world_settings(cfg))
         stands = (np.abs(clip.video.astype(int) - np.moveaxis(empty, 0, -1)) > 24).any(-1)
         found.append([Truth(clip.video, cfg.frames, actor.phenomenon, actor.mask, stands | actor.mask)
                       for actor in clip.actors])
     return found
 
 
-def of_json(path: Path, vlm: VLM, cfg: Config, most: int) -> list[list[Truth]]:
+def of_json(path: Path, vlm: VLM, frames: int, fps: float, most: int) -> list[list[Truth]]:
     """Truths from a file {video: {phenomenon: [[start, end, left, top, right, bottom], ...] or "mask.mp4"}}: boxes in
     seconds and shares of the frame, or a video or picture that is bright where it happens. Videos lie beside the file.
     Raises UserError."""
     found = []
     for name, phenomena in read_json(path).items():
         try:
-            window = windows(Video(name, path.parent / name, "", []), vlm, cfg, most)[0]
+            window = windows_for_vlm(path.parent / name, vlm, frames, fps, 1, most)[0]
             if not phenomena:
                 raise ValueError("it names no phenomenon")
             F_, H, W = window.video.shape[:3]
-            when = window.start + np.arange(F_) / cfg.fps
+            when = window.start + np.arange(F_) / fps
             y, x = (np.arange(H) + .5) / H, (np.arange(W) + .5) / W
             clip = []
             for phenomenon, where in phenomena.items():
                 if isinstance(where, str):
-                    grey = windows_of(path.parent / where, dataclasses.replace(cfg, frames=F_, height=H, width=W))
+                    grey = windows_of(path.parent / where, Cut(F_, fps, 1, H, W))
                     mask = grey[0].video.mean(-1) > 127
                 else:
                     mask = np.zeros((F_, H, W), bool)
@@ -79,7 +79,7 @@ def of_json(path: Path, vlm: VLM, cfg: Config, most: int) -> list[list[Truth]]:
                                  & ((top <= y) & (y < bottom))[:, None] & ((left <= x) & (x < right)))
                 if phenomenon not in CUES:
                     raise ValueError(f"{phenomenon!r} is none of {', '.join(CUES)}")
-                clip.append(Truth(window.video, cfg.fps, phenomenon, mask, mask))
+                clip.append(Truth(window.video, fps, phenomenon, mask, mask))
             every = np.any([truth.mask for truth in clip], axis=0)
             found.append([dataclasses.replace(truth, objects=every) for truth in clip])
         except Exception as e:  # of a decoder, or of the file's shape
@@ -108,34 +108,34 @@ def bands(n: int) -> dict[str, list[int]]:
     return found
 
 
-def covered(mask: np.ndarray, grid: tuple[int, int, int], share: float = data.POSITIVE) -> np.ndarray:
+def covered(mask: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
     """(N,) tokens of which the mask covers a share."""
-    return (data.resample(torch.from_numpy(mask).float(), grid).flatten() >= share - 1e-6).numpy()
+    return data.covered(torch.from_numpy(mask), grid).numpy()
 
 
 def report(vlm: VLM, settings: Settings, clips: list[list[Truth]], untrained: VLM | None, batch: int, shape) -> dict:
     """{row: {measure: mean}}: every kind of rows, layer band and background, then the rivals that need no VLM, or an
     untrained one; and means of what else is worth a look, such as how often the VLM's own answers affirm a phenomenon
     that only other clips are known to hold (one a clip is asked for). Masks are averaged over equal parts of the clip:
-    with aligned frames of a real video that is up to a frame and a half off. shape: a Truth -> what the VLM sees of it.
+    with aligned frames of a real video that is up to a frame and a half off. shape: a Truth -> the frames that the VLM sees of it, and how many a second.
     """
     rows, order = {}, bands(vlm.n_layers)
     log = {"answers that affirm what is there": [], "what is not": [], "mass on the video": [], "overlap": []}
     prior, affirms = {}, lambda look: float(not look.empty and not DENIAL.search(look.answer))
     known = sorted({truth.name for clip in clips for truth in clip})
     for number, clip in enumerate(tqdm(clips, desc="report", unit="clip", leave=False)):
-        seen, names = shape(clip[0]), [truth.name for truth in clip]
+        (frames, fps), names = shape(clip[0]), [truth.name for truth in clip]
         absent = [name for name in known if name not in names]
         absent = [absent[number % len(absent)]] if absent else []
         every = dict(kinds=KINDS, layers=list(range(vlm.n_layers)), batch=batch)
-        *mine, behind = vlm.look_for([seen.frames], seen.fps, [names + absent], settings, **every)[0]
+        *mine, behind = vlm.look_for([frames], fps, [names + absent], settings, **every)[0]
         if not settings.answer:  # which would be its answer to everything
             log["answers that affirm what is there"] += map(affirms, mine[:len(names)])
             log["what is not"] += map(affirms, mine[len(names):])
         if untrained:
             questions, said = [[settings.ask(name) for name in names]], [[look.answer for look in mine[:len(names)]]]
             every["layers"] = list(range(untrained.n_layers))
-            none = untrained.look([seen.frames], seen.fps, questions, settings, answers=said, **every)[0]
+            none = untrained.look([frames], fps, questions, settings, answers=said, **every)[0]
         grid = tuple(behind.maps.shape[2:])
         for i, (truth, look) in enumerate(zip(clip, mine)):
             positive, objects = covered(truth.mask, grid), covered(truth.objects, grid)
@@ -167,11 +167,11 @@ def report(vlm: VLM, settings: Settings, clips: list[list[Truth]], untrained: VL
 
 def heat(frames: np.ndarray, values: Tensor, colour=(255, 120, 40)) -> np.ndarray:
     """Lay a map (t, h, w) >= 0 over frames (F, H, W, 3), its peak strongest."""
-    size = [torch.from_numpy(axis_weights(np.linspace(0, 1, n + 1), np.linspace(0, 1, m + 1))).float()
-            for n, m in zip(values.shape[1:], frames.shape[1:3])]
-    when = torch.from_numpy(time_weights(np.arange(len(values)) + .5, (np.arange(len(frames)) + .5)
-                                              * len(values) / len(frames)).astype(np.float32))
-    over = torch.einsum("thw,Ft,Hh,Ww->FHW", values, when, *size).clamp(min=0)
+    cells = (np.arange(len(frames)) + .5) * len(values) / len(frames)  # of the map, at each frame
+    axes = [time_weights(np.arange(len(values)) + .5, cells)]
+    for n, m in zip(values.shape[1:], frames.shape[1:3]):
+        axes.append(axis_weights(np.linspace(0, 1, n + 1), np.linspace(0, 1, m + 1)))
+    over = weigh(values[None], *(torch.from_numpy(weights).float() for weights, _ in axes))[0].clamp(min=0)
     return tint(frames, (over / over.max().clamp(min=1e-9)).numpy(), colour, .85)
 
 
@@ -186,8 +186,8 @@ def preview(path: Path, vlm: VLM, settings: Settings, clips: list[list[Truth]], 
     """A GIF: question, answer, map, background map, difference, exact mask of each clip's first phenomenon."""
     rows = []
     for clip in clips:
-        truth, seen = clip[0], shape(clip[0])
-        look, behind = vlm.look_for([seen.frames], seen.fps, [[truth.name]], settings, batch=batch)[0]
+        truth, (frames, fps) = clip[0], shape(clip[0])
+        look, behind = vlm.look_for([frames], fps, [[truth.name]], settings, batch=batch)[0]
         one, bg = look.density(sinks=settings.sinks), behind.density(sinks=settings.sinks)
         scale = max(1, 112 // truth.video.shape[1])
         panels = [("map", heat(truth.video, one)), ("background map", heat(truth.video, bg)),

@@ -15,9 +15,9 @@ from tqdm import tqdm
 import data
 import world
 from common.files import write_text
-from common.store import library
+from common.libraries import library
 from config import Config, Stopped, UserError, stream
-from physics.phenomena import PHENOMENA
+from physics import PHENOMENA
 from vlm.qwen import VLM
 
 
@@ -54,7 +54,7 @@ def lessons(clip: world.Clip, still: bool, rng: np.random.Generator) -> list[tup
 
 def photograph(cfg: Config, rng: np.random.Generator) -> world.Clip:
     """A still of the world, in any colours: colour cues and motion are missing, everything else is there."""
-    drawing = {**data.World(cfg).drawing, "decoys": 1.0, "colour_cues": False}
+    drawing = {**data.world_settings(cfg), "decoys": 1.0, "colour_cues": False}
     clip = world.make_clip(cfg.world_seed, int(rng.integers(cfg.world_clips)), **drawing)
     still = np.broadcast_to(clip.video[rng.integers(cfg.frames)], clip.video.shape)
     return dataclasses.replace(clip, video=still)
@@ -151,7 +151,7 @@ def answer_loss(vlm: VLM, cfg: Config, n: int, rng: np.random.Generator, random:
                 watcher=None) -> Tensor:
     """Cross-entropy of the answers about n clips; every other one is a photograph. watcher: of `watched_attention`."""
     # A look-alike in every scene that has room: a glass or a candle alone must not give the answer.
-    drawing = {**data.World(cfg).drawing, "decoys": 1.0}
+    drawing = {**data.world_settings(cfg), "decoys": 1.0}
     clips = [photograph(cfg, rng) if i % 2 else
              world.make_clip(cfg.world_seed, int(rng.integers(cfg.world_clips)), **drawing) for i in range(n)]
     pixels, grid = glimpses(vlm, clips, random)

@@ -60,12 +60,12 @@ def main() -> None:
             run("evaluate.py", "--run", out, "--n", args.n, "--precision", "bf16", "--checkpoint", "last")
             found[name].append(json.loads((ROOT / out / "evaluation.json").read_text()))
     levels = list(next(iter(found.values()))[0]["localisation"]["rows"]["location prior"])
-    print("\n| stage two learned from | " + " | ".join(f"AUC, {level}" for level in levels) + " | laws, seven | found |")
+    print("\n| stage two learned from | " + " | ".join(f"AUC, {level}" for level in levels) + " | laws | found |")
     print("|" + "---|" * (len(levels) + 3))
     cell = lambda values: f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if values[1:] else "")
     for name, tables in found.items():
         auc = [[table["localisation"]["rows"]["refinement maps"][level] for table in tables] for level in levels]
-        laws = [[table["laws"]["rows"]["generated"][column] for table in tables] for column in ("seven", "found")]
+        laws = [[table["laws"]["rows"]["generated"][column] for table in tables] for column in ("all", "found")]
         print(f"| {name} | " + " | ".join(map(cell, auc + laws)) + " |")
 
 

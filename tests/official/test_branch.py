@@ -231,7 +231,7 @@ def test_a_writer_that_is_killed_leaves_the_old_file(weights, published):
 def card(preset, **fields):
     cfg = config.preset(preset, **fields)
     about = dict(weights="0123abcd", step=1500, held_out=0.125, categories_present=[0, 4],
-                 fits={name: getattr(cfg, name) for name in official.branch.FITS})
+                 fits={name: getattr(cfg, name) for name in config.marked(config.NETWORK)})
     return official.branch.model_card(cfg, about)
 
 

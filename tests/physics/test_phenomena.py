@@ -4,6 +4,7 @@ import itertools
 import numpy as np
 import pytest
 
+import physics.canvas
 import physics.phenomena
 import world
 from scenes import BALLISTIC, MOVED, SEEDS, alone
@@ -11,8 +12,8 @@ from scenes import BALLISTIC, MOVED, SEEDS, alone
 
 def towards(pixels, colour):
     """How far pixels (..., 3) are on the way from the night to a colour: exact where only these two mix."""
-    way = np.array(colour) - physics.phenomena.NIGHT
-    return (pixels - physics.phenomena.NIGHT) @ way / (way @ way)
+    way = np.array(colour) - physics.canvas.NIGHT
+    return (pixels - physics.canvas.NIGHT) @ way / (way @ way)
 
 
 # ------------------------------------------------------------------------------------------ laws, true states
@@ -24,7 +25,7 @@ def test_projectile_is_a_parabola(index):
     assert np.allclose(np.diff(y[:, 0], 2), 0) and np.allclose(np.diff(y[:, 0]) / dt, a.params["vx"])
     assert np.allclose((y[1:] - y[:-1]) / dt, (a.states["velocity"][1:] + a.states["velocity"][:-1]) / 2)
     # free flight, up and down
-    assert y[:, 1].max() + a.params["radius"] < physics.phenomena.FLOOR and .1 < np.argmin(y[:, 1]) / 40 < .9
+    assert y[:, 1].max() + a.params["radius"] < physics.canvas.FLOOR and .1 < np.argmin(y[:, 1]) / 40 < .9
 
 
 @pytest.mark.parametrize("index", SEEDS)
@@ -32,11 +33,11 @@ def test_bounce_loses_energy_by_restitution(index):
     a = alone("elastic motion", index, frames=200)[1]
     y, v = a.states["position"][:, 1], a.states["velocity"][:, 1]
     turns = np.flatnonzero(np.diff(v) < 0)  # gravity only ever adds downward speed; contacts take it
-    assert len(turns) >= 1 and (y + a.params["radius"]).max() <= physics.phenomena.FLOOR + 1e-9
+    assert len(turns) >= 1 and (y + a.params["radius"]).max() <= physics.canvas.FLOOR + 1e-9
     free = np.setdiff1d(np.arange(len(v) - 1), turns)
     energy = v ** 2 / 2 - a.params["gravity"] * y
     assert np.allclose(energy[free], energy[free + 1])
-    height = a.params["gravity"] * (physics.phenomena.FLOOR - a.params["radius"])  # energies counted from the floor
+    height = a.params["gravity"] * (physics.canvas.FLOOR - a.params["radius"])  # energies counted from the floor
     for i in turns:
         assert (energy[i + 1] + height) / (energy[i] + height) == pytest.approx(.8 ** 2)
     assert np.allclose(np.diff(v)[free] * 200, 2.4)
@@ -116,16 +117,16 @@ def test_drawn_areas_are_the_true_areas():
         rim = np.pi * a.states["diameter"] / 128 / 2
         assert np.allclose(drop - rim, np.pi * a.states["diameter"] ** 2 / 4, rtol=.06)
         clip, a = alone("melting", index, height=128, width=128)
-        bright = np.abs(clip.video / 255. - physics.phenomena.COLOURS[a.colour]).max(-1) < .02
+        bright = np.abs(clip.video / 255. - physics.canvas.COLOURS[a.colour]).max(-1) < .02
         area, side = bright.sum((1, 2)) / 128 ** 2, a.states["side"]  # without the half-covered rim
         assert (area <= side ** 2).all() and (area >= (side - 2 / 128) ** 2).all()
         # a column of the tray beside the block
         beside = clip.video[:, :115, int((a.box[0] + .05) * 128)] / 255
-        share = towards(beside, .5 * np.array(physics.phenomena.COLOURS[a.colour]) + .04)
+        share = towards(beside, .5 * np.array(physics.canvas.COLOURS[a.colour]) + .04)
         assert np.allclose(share.sum(1) / 128, a.states["level"], atol=1 / 128)
         clip, a = alone("liquid motion", index)
         column = int((a.box[0] + .25) * 32) + 2  # right of the stream, inside the vessel
-        share = towards(clip.video[:, :, column] / 255, physics.phenomena.COLOURS[a.colour])
+        share = towards(clip.video[:, :, column] / 255, physics.canvas.COLOURS[a.colour])
         # the surface's highlight adds a little
         assert np.allclose(share.sum(1) / 32, a.states["level"], atol=1.6 / 32)
 
@@ -170,11 +171,11 @@ def test_masks_are_big_enough_for_tokens_and_not_the_whole_cell(name):
 def test_standing_wax_and_furniture_are_not_where_it_happens():
     a = alone("combustion")[1]
     rows = (np.arange(32) + .5) / 32
-    below = rows[None] > physics.phenomena.FLOOR - a.states["height"][:, None] + .1
+    below = rows[None] > physics.canvas.FLOOR - a.states["height"][:, None] + .1
     assert not a.mask[np.broadcast_to(below[..., None], a.mask.shape)].any()
     for name in physics.phenomena.PHENOMENA:
         if name not in ("melting", "collision"):  # these stand on or cover the floor
-            assert not alone(name)[1].mask[:, rows > physics.phenomena.FLOOR + .05].any(), name
+            assert not alone(name)[1].mask[:, rows > physics.canvas.FLOOR + .05].any(), name
 
 
 @pytest.mark.parametrize("two", [0, 1])

@@ -1,0 +1,161 @@
+"""A pool: clips of the training size on disk, as bytes that are mapped into memory.
+
+    video.u8     every clip (F, H, W, 3) uint8, one after the other
+    masks.u8     where the phenomena of synthetic clips are, as packed bits; empty for videos
+    meta.json    captions, categories, where each clip is from, and which clips are held out
+
+Reading clips costs a seventh of drawing synthetic ones or less, and training reads each often.
+A pool is a folder that is whole or absent; one that was damaged later counts as absent. Reader,
+builder and writer are here; what clips go into it is the business of a source (data.py).
+"""
+import concurrent.futures
+import json
+import math
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.files import lock, whole_folder
+from config import Stopped, UserError
+
+FORMAT = 2  # of these files
+MASKS = 2  # phenomena with a mask a clip, at most
+CATEGORIES = 29  # numbers that a label may have
+
+
+@dataclass
+class PoolClip:
+    """One clip on its way into a pool."""
+    video: np.ndarray  # (F, H, W, 3) uint8
+    caption: str
+    categories: list[int]  # of all 29
+    source: list  # file, start in seconds, [height, width], crop, as in a Window
+    masks: dict[int, np.ndarray] | None = None  # {category: (F, H, W) bool}; None = not known
+
+
+@dataclass
+class Pool:
+    """Clips on disk, opened read-only. `train` and `held` list the rows of either split."""
+    video: np.ndarray  # (n, F, H, W, 3) uint8, mapped
+    masks: np.ndarray | None  # (n, MASKS, bytes) uint8, mapped: packed bits of (F, H, W)
+    mask_category: np.ndarray  # (n, MASKS) int64, -1 = no mask
+    captions: list[str]
+    categories: list[list[int]]  # of all 29
+    train: list[int]
+    held: list[int]
+    sources: list[list]  # as in a PoolClip
+    summary: str
+    key: str  # the folder's name, with a hash of all that shapes the clips
+
+    @property
+    def names(self) -> list[str]:
+        """The file that each clip is from."""
+        return [source[0] for source in self.sources]
+
+    @classmethod
+    def open(cls, path: Path, size: tuple[int, int, int]) -> "Pool | None":
+        """The pool in folder `path` with clips of `size` (F, H, W); None where it is not whole."""
+        try:
+            meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+            n = len(meta["captions"])
+            video = np.memmap(path / "video.u8", np.uint8, "r").reshape(n, *size, 3)
+            mask_category = np.array(meta["mask_category"], np.int64).reshape(n, MASKS)
+            masks = None
+            if meta["masks"]:
+                mask_bytes = -(-math.prod(size) // 8)
+                masks = np.memmap(path / "masks.u8", np.uint8, "r").reshape(n, MASKS, mask_bytes)
+            if not is_consistent(meta):
+                return None
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            return None
+        return cls(video, masks, mask_category, meta["captions"], meta["categories"], meta["train"],
+                   meta["held"], meta["sources"], meta["summary"], path.name)
+
+
+def is_consistent(meta: dict) -> bool:
+    """Do the lists of a meta.json fit each other? Raises KeyError or TypeError if they are none."""
+    n = len(meta["captions"])
+    lists = [*meta["categories"], *meta["mask_category"]]
+    labels = {category for categories in lists for category in categories}
+    texts = [*meta["captions"], meta["summary"]]
+    return bool(len(meta["categories"]) == len(meta["sources"]) == n
+                and meta["train"] and meta["held"]
+                and set(range(n)) >= {*meta["train"], *meta["held"]}
+                and all(isinstance(text, str) for text in texts)
+                and labels <= set(range(-1, CATEGORIES)))
+
+
+def open_or_build(path: Path, size: tuple[int, int, int], source, settings: dict,
+                  progress: bool) -> Pool:
+    """The pool in folder `path`, built from a source if it is not there.
+
+    source: `clips(progress)` yields every PoolClip, `split(names)` says which rows are held out.
+    Raises UserError without a place or without clips, Stopped when building had to stop.
+    """
+    pool = Pool.open(path, size)
+    if pool is None:
+        make_writable(path.parent)
+        with lock(path.parent) as locked:
+            for leftover in path.parent.glob(f"{path.name}.*") if locked else ():
+                shutil.rmtree(leftover, ignore_errors=True)  # of builds that were killed
+            pool = Pool.open(path, size)  # another run may have built it while we waited
+            if pool is None:
+                build(path, source, settings, progress)
+                pool = Pool.open(path, size)
+    if pool is None:
+        raise Stopped(f"The clips written to {path} cannot be read back; is the disk sound?")
+    return pool
+
+
+def make_writable(folder: Path) -> None:
+    """Make the folder of all pools. Raises UserError where it cannot hold any."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(0, "it is not writable")
+    except OSError as e:
+        raise UserError(f"--pool_dir {folder} cannot hold clips: {e.strerror}.") from None
+
+
+def build(path: Path, source, settings: dict, progress: bool) -> None:
+    """Write a source's clips into the folder `path`, which is whole or absent."""
+    try:
+        with whole_folder(path) as folder:
+            write(folder, source, settings, progress)
+    except OSError as e:
+        reason = e.strerror or e
+        raise Stopped(f"The clips could not be written to {path.parent}: {reason}.") from None
+    except concurrent.futures.BrokenExecutor:
+        raise Stopped("A process drawing clips died, for want of memory perhaps: fewer --threads "
+                      "need less.") from None
+
+
+def write(folder: Path, source, settings: dict, progress: bool) -> None:
+    """The files of a pool. Raises OSError.
+
+    Plain files: writing to one that is mapped into memory kills the process when the disk is full.
+    """
+    meta = {"captions": [], "categories": [], "mask_category": [], "sources": [], "masks": False}
+    with open(folder / "video.u8", "wb") as video, open(folder / "masks.u8", "wb") as masks:
+        for clip in source.clips(progress):
+            video.write(np.ascontiguousarray(clip.video).data)
+            if clip.masks is not None:
+                nothing = np.zeros(clip.video.shape[:3], bool)
+                for mask in [*clip.masks.values(), *[nothing] * MASKS][:MASKS]:
+                    masks.write(np.packbits(mask).data)
+                meta["masks"] = True
+            meta["captions"].append(clip.caption)
+            meta["categories"].append(sorted(set(clip.categories)))
+            meta["mask_category"].append([*(clip.masks or ()), *[-1] * MASKS][:MASKS])
+            meta["sources"].append(clip.source)
+
+        # The folder's final name must not survive a power cut that its bytes do not.
+        for file in (video, masks):
+            file.flush()
+            os.fsync(file.fileno())
+    train, held, summary = source.split([name for name, *_ in meta["sources"]])
+    meta |= {"train": train, "held": held, "summary": summary, "settings": settings}
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")

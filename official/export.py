@@ -1,0 +1,82 @@
+"""A run that trained an official backbone along, as a folder that everybody's tools read.
+
+    OUT/transformer/           the averaged backbone in diffusers' layout, LoRA merged into it
+    OUT/branch.safetensors     its physical branch; `sample.py --weights OUT --branch OUT/branch.safetensors`
+    OUT/vae/, tokenizer/ ...   the other parts of the official weights, linked where the disk allows it
+
+A run beside frozen weights needs none of this: its branch.safetensors is attached to the official folder itself.
+"""
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+import config
+from common.files import whole_folder
+from config import Config, Stopped, UserError
+from experts import ProPhy, merge_lora
+from official.branch import write_branch
+from official.folder import fingerprint
+from official.weights import load_pretrained, save_pretrained
+
+PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")  # of a folder of weights, beside its transformer
+
+
+def export_run(run: Path, out: Path, checkpoint: str = "best") -> None:
+    """Write OUT whole or not at all. Raises UserError for a run without a trained official backbone, or where OUT is
+    there already; Stopped when the disk is full."""
+    cfg = config.load(run / "config.json")
+    if not cfg.weights or cfg.freeze_backbone:
+        raise UserError(f"{run} has no official backbone of its own to export: it was not trained with --weights and "
+                        "--freeze_backbone false.")
+    if out.exists():
+        raise UserError(f"{out} is there already: give another --out.")
+    path = run / "checkpoints" / f"{checkpoint}.pt"
+    model, stored = trained_model(cfg, path)
+    present = json.loads((run / "config.json").read_text()).get("categories_present", [])
+
+    # LoRA's corrections become part of the matrices they correct: nobody else's tools know of them.
+    branch = {name: p for name, p in model.branch_state().items() if not name.startswith("backbone.")}
+    merge_lora(model.backbone)
+    alone = config.check(dataclasses.replace(cfg, lora_rank=0, dry_run=True))
+    try:
+        with whole_folder(out) as folder:
+            save_pretrained(model.backbone, folder / "transformer")
+            for part in PARTS:
+                link_tree(Path(cfg.weights) / part, folder / part)
+            if branch:
+                write_branch(folder, alone, model.backbone.cfg, branch, fingerprint(folder / "transformer"),
+                             step=stored["step"], held_out=stored["best"], categories_present=present)
+    except OSError as e:
+        raise Stopped(f"{out} could not be written: {e.strerror or e}.") from None
+
+
+def trained_model(cfg: Config, path: Path) -> tuple[ProPhy, dict]:
+    """The averaged model of a checkpoint, and the checkpoint. Raises UserError."""
+    try:
+        stored = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"There is no {path}: the run has not been validated yet.") from None
+    except Exception as e:  # a damaged archive raises one of many types
+        raise UserError(f"{path} is damaged or no checkpoint ({type(e).__name__}).") from None
+    model = ProPhy(load_pretrained(cfg.weights, dtype=torch.float32), cfg)
+    try:
+        model.load_state_dict(stored["model"])
+        model.load_state_dict(stored["ema"], strict=False)  # it holds what was trained
+    except (KeyError, RuntimeError):
+        raise UserError(f"{path} does not fit the weights in {cfg.weights}.") from None
+    return model, stored
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """A folder's files under a second name, or as copies where the file system has no such links."""
+    def link(a, b):
+        try:
+            os.link(a, b)
+        except OSError:
+            shutil.copy2(a, b)
+    if source.is_dir():
+        shutil.copytree(source, target, copy_function=link)
