@@ -100,8 +100,8 @@ def training_calls(patch, what):
     held-out batches pass by."""
     plain, seen = train.losses_of, []
 
-    def losses_of(state, process, batch, t, eps):
-        losses, per_clip = plain(state, process, batch, t, eps)
+    def losses_of(state, batch, t, eps):
+        losses, per_clip = plain(state, batch, t, eps)
         if state.model.training:
             seen.append(state.step)
             losses = what(len(seen) - 1, state, batch, t, eps, losses) or losses

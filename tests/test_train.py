@@ -16,12 +16,12 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint as checkpoint_of_torch
 
 import align
 import common.run
 import config
 import data
-import diffusion
 import sample
 import train
 from config import Stopped, UserError
@@ -127,6 +127,22 @@ def test_a_switch_of_both_stages_trains(fields, six, go):
     assert differences(backbone, base["ema"]) == []
 
 
+def test_checkpointing_changes_no_bit(six, go):
+    run = go(**SIX, checkpointing=True)
+    for name in ("base.pt", "step000006.pt"):
+        assert differences(checkpoint(run, name), checkpoint(six, name)) == []
+
+
+def test_blocks_are_wrapped_once_in_either_stage(pools):
+    """The branch's blocks are copies of blocks that were wrapped for stage one."""
+    state = train.State(settings("", pools, checkpointing=True), 9)
+    state.attach_branch()
+    for block in (*state.model.backbone.blocks, *state.model.physical):
+        inner = block.forward.args[0]
+        assert block.forward.func is checkpoint_of_torch and inner.__self__ is block
+        assert inner.__func__ is type(block).forward
+
+
 # --- training trains ----------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_training_lowers_what_it_is_to_lower(tmp_path, pools):
@@ -137,7 +153,7 @@ def test_training_lowers_what_it_is_to_lower(tmp_path, pools):
     run, pool = Path(cfg.out_dir), data.open_pool(cfg, progress=False)
     tokenizer = data.Tokenizer.load(run / "tokenizer.json")
     fresh, clips = train.State(cfg, len(tokenizer)), data.Clips(cfg, pool, tokenizer)
-    untrained = train.held_out_loss(fresh, diffusion.build(cfg), clips)["diffusion"]
+    untrained = train.held_out_loss(fresh, clips)["diffusion"]
     # begun: after one step
     base, (begun, *_, done) = held_out(run, "base")[-1]["diffusion"], held_out(run, "physics")
     print("LEARN", untrained, base, begun, done)
@@ -337,14 +353,13 @@ def test_learning_rate_by_hand():
 
 @pytest.fixture(scope="module")
 def physics(pools):
-    """A state at the beginning of stage two, the process,
-    and a batch of four clips with captions and categories."""
+    """A state at the beginning of stage two, and a batch of four clips with captions and categories."""
     cfg = settings("", pools, caption_dropout=0.0)
     pool = data.open_pool(cfg, progress=False)
     tokenizer = data.Tokenizer.from_captions(pool.captions)
     state = train.State(cfg, len(tokenizer))
     state.attach_branch()
-    return state, diffusion.build(cfg), data.Clips(cfg, pool, tokenizer).batch(range(4))
+    return state, data.Clips(cfg, pool, tokenizer).batch(range(4))
 
 
 def test_muon_has_the_block_matrices_and_nothing_is_twice(physics):
@@ -399,17 +414,17 @@ def test_noise_bins():
 
 
 def coarse(physics, batch, **fields):
-    state, process, _ = physics
-    t, eps = process.draw(0, range(4), batch.video.shape[1:])
+    state = physics[0]
+    t, eps = state.process.draw(0, range(4), batch.video.shape[1:])
     kept, state.cfg = state.cfg, dataclasses.replace(state.cfg, **fields)
     try:
-        return train.losses_of(state, process, batch, t, eps)[0].get("coarse")
+        return train.losses_of(state, batch, t, eps)[0].get("coarse")
     finally:
         state.cfg = kept
 
 
 def test_a_dropped_caption_does_not_enter_the_coarse_loss(physics):
-    batch = physics[2]
+    batch = physics[1]
     assert (batch.text_length > 0).all() and (batch.categories.sum(1) > 0).all()
     assert coarse(physics, batch) is not None
     told = torch.tensor([True, False, True, True])
@@ -425,7 +440,7 @@ def test_a_dropped_caption_does_not_enter_the_coarse_loss(physics):
 
 
 def test_a_clip_without_label_does_not_enter_the_coarse_loss(physics):
-    batch = physics[2]
+    batch = physics[1]
     unlabelled = dataclasses.replace(batch, categories=batch.categories.clone())
     unlabelled.categories[1] = 0
     reworded = dataclasses.replace(unlabelled, text=batch.text.clone())
@@ -435,14 +450,14 @@ def test_a_clip_without_label_does_not_enter_the_coarse_loss(physics):
 
 @pytest.mark.parametrize("n_told, terms", [(0, set()), (1, {"bce"}), (2, {"bce", "relative"})])
 def test_how_many_clips_the_coarse_loss_needs(physics, n_told, terms):
-    batch, told = physics[2], torch.arange(4) < n_told
+    batch, told = physics[1], torch.arange(4) < n_told
     few = dataclasses.replace(batch, text=batch.text * told[:, None], text_length=batch.text_length * told)
     assert {kind
             for kind in ("relative", "bce") if coarse(physics, few, coarse_loss=kind) is not None} == terms
 
 
 def test_held_out_loss_is_the_mean_over_clips_whatever_the_batches(physics, pools):
-    state, process, _ = physics
+    state = physics[0]
     cfg = dataclasses.replace(state.cfg, semantic=True)
     pool = data.open_pool(cfg, progress=False)
     clips, kept = data.Clips(cfg, pool, data.Tokenizer.from_captions(pool.captions)), state.cfg
@@ -450,7 +465,7 @@ def test_held_out_loss_is_the_mean_over_clips_whatever_the_batches(physics, pool
     try:
         for size in (4, 3, 1):
             state.cfg = dataclasses.replace(cfg, batch_size=size)
-            found.append(train.held_out_loss(state, process, clips)["diffusion"])
+            found.append(train.held_out_loss(state, clips)["diffusion"])
     finally:
         state.cfg = kept
     assert found == pytest.approx([found[0]] * 3, rel=1e-5) and state.model.training

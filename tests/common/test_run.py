@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import platform
 import re
 import shutil
 import signal
@@ -20,7 +21,7 @@ import config
 import data
 import train
 from config import Stopped, UserError
-from helpers import ROOT
+from helpers import ROOT, json_of
 from runs import (
     TERMS, again, checkpoint, contents, differences, held_out, Interrupted, launch, lines, names, recorded,
     same_run, settings, steps, training_calls)
@@ -154,7 +155,10 @@ def test_config_json_has_every_field_and_the_reasons_also_after_resume(go):
         assert stored["resolved"]["precision"].startswith(stored["precision"] + ": ")
         assert stored["torch"] == torch.__version__ and re.fullmatch(r"[0-9a-f]{40}|", stored["git"])
         assert stored["categories_present"] == sorted(set(stored["categories_present"])) != []
-        assert stored["data"].startswith("world-")
+        assert stored["data"].startswith("world-") and stored["world_size"] == 1
+        assert stored["python"] == platform.python_version()
+        assert stored["transformers"] == common.run.version_of("transformers")
+    assert common.run.version_of("no such package") == ""
 
 
 # --- saves --------------------------------------------------------------------------------------------------
@@ -168,8 +172,11 @@ def wrapped(state, f):  # as torch reports a failing file
     raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
 
 
-def full(*_):
-    raise OSError(errno.ENOSPC, "No space left on device")
+def full(file, fsync=os.fsync):
+    """There is room for config.json and its like, but not for a checkpoint."""
+    if os.fstat(file).st_size > 100_000:
+        raise OSError(errno.ENOSPC, "No space left on device")
+    fsync(file)
 
 
 @pytest.mark.parametrize("victim, cadence",
@@ -352,8 +359,31 @@ def test_resume_of_a_half_written_run_folder(name, share, half):
 def test_resume_refuses_other_clips(half, monkeypatch):
     # as another world.py would, these clips get another key
     monkeypatch.setattr(data, "FORMAT", data.FORMAT + 1)
-    with pytest.raises(UserError, match="The clips of the world are not those"):
+    with pytest.raises(UserError, match="The clips of the world are not those") as caught:
         again(half)
+    revision = json_of(half / "config.json")["git"] or "that started the run"
+    said = str(caught.value)
+    assert f"go on with the code of revision {revision}, or start anew in another --out_dir." in said
+    (half / "checkpoints" / "base.pt").write_bytes(b"")  # stage one was finished
+    with pytest.raises(UserError, match=f"or train stage two anew by --init_from {half} and another --out_dir"):
+        again(half)
+
+
+def test_data_that_is_not_the_worlds_is_to_be_put_back(half):
+    """Clips and maps have a key each, with a plus between them."""
+    def refused(key, **fields):
+        with pytest.raises(UserError, match="put them back as they were, or start anew") as caught:
+            common.run.check_data(config.preset("debug", **fields), half, key)
+        return str(caught.value)
+    key = json_of(half / "config.json")["data"]
+    common.run.check_data(config.preset("debug"), half, key)
+    assert refused("folder-1", data_dir="films").startswith("The clips of films are not those")
+    assert refused(f"{key}+1", teacher="sal").startswith("The maps of --teacher are not those")
+    stored = json_of(half / "config.json") | {"data": f"{key}+2"}
+    (half / "config.json").write_text(json.dumps(stored))
+    common.run.check_data(config.preset("debug"), half, key)  # before the maps are opened
+    common.run.check_data(config.preset("debug"), half, f"{key}+2")
+    refused(f"{key}+1", teacher="sal")
 
 
 PIPES = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
