@@ -190,8 +190,8 @@ def save(state: State, path: Path) -> None:
     """Write a checkpoint to a temporary name, flush it to disk, rename. Raises Stopped when the disk will not take
     it."""
     try:
-        with whole_file(path) as part:
-            torch.save(state.state_dict(), part)
+        with whole_file(path) as part, open(part, "wb") as file:
+            torch.save(state.state_dict(), file)
     except (OSError, RuntimeError) as e:  # torch wraps some write errors in RuntimeError
         raise Stopped(f"The checkpoint {path} could not be written ({e}); the previous one is intact.") from None
 

@@ -200,6 +200,7 @@ def save_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
     import imageio.v3 as iio
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    film = iio.imwrite("<bytes>", frames, extension=".mp4", plugin="pyav", codec=codec, fps=float(fps),
+                       out_pixel_format="yuv420p")
     with whole_file(path) as part:
-        iio.imwrite(part, frames, extension=".mp4", plugin="pyav", codec=codec, fps=float(fps),
-                    out_pixel_format="yuv420p")
+        part.write_bytes(film)

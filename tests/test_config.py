@@ -1,4 +1,5 @@
-"""config.py: every knob once, flags made from the fields, one sentence for each mistake before any work starts."""
+"""config.py: every knob once, flags made from the fields,
+one sentence for each mistake before any work starts."""
 import ast
 import dataclasses
 import json
@@ -9,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-import common.files
 import config
 from config import Config, Stopped, UserError
+from helpers import ROOT
 
-ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.quick
 FIELDS = {f.name: f for f in dataclasses.fields(Config)}
 NUMBERS = [name for name, f in FIELDS.items() if f.type in (int, float) and name not in config.CHOICES]
 
@@ -33,7 +34,8 @@ def refused(*argv) -> str:
 
 def another(f):
     """A value of the field's type that is not its default."""
-    return {bool: not f.default, int: f.default + 1 if f.type is int else 0, float: f.default + 0.5 if f.type is float else 0}.get(f.type, f"{f.default}x")
+    return {bool: not f.default, int: f.default + 1 if f.type is int else 0,
+            float: f.default + 0.5 if f.type is float else 0}.get(f.type, f"{f.default}x")
 
 
 # --- fields and flags
@@ -45,7 +47,8 @@ def test_every_field_is_a_flag(name, monkeypatch):
 
 
 def test_a_bare_boolean_flag_means_true_and_false_can_be_said():
-    assert parse("--colour_cues").colour_cues is True and parse("--freeze_backbone", "False").freeze_backbone is False
+    assert parse("--colour_cues").colour_cues is True
+    assert parse("--freeze_backbone", "False").freeze_backbone is False
 
 
 def test_every_field_has_a_meaning_and_help_prints_it(capsys):
@@ -60,7 +63,8 @@ def test_every_field_has_a_meaning_and_help_prints_it(capsys):
 
 
 def test_the_source_is_read_once_a_command_line(monkeypatch):
-    """Reading meanings from the source takes a thirtieth of a second: for every flag anew it would be the slowest part of a typo."""
+    """Reading meanings from the source takes a thirtieth of a second:
+    for every flag anew it would be the slowest part of a typo."""
     calls, getsource = [], config.inspect.getsource
     monkeypatch.setattr(config.inspect, "getsource", lambda thing: calls.append(thing) or getsource(thing))
     parse()
@@ -71,18 +75,20 @@ def attributes(node) -> set[str]:
     return {n.attr for n in ast.walk(node) if isinstance(n, ast.Attribute)}
 
 
-@pytest.mark.skipif(not all((ROOT / f).exists() for f in ("train.py", "sample.py")), reason="the rooms that read most fields do not exist yet")
 def test_every_field_is_read_outside_config():
-    read = set().union(*(attributes(ast.parse(p.read_text())) for p in ROOT.glob("*.py") if p.name != "config.py"))
+    read = set().union(*(attributes(ast.parse(p.read_text()))
+                         for p in ROOT.glob("*.py") if p.name != "config.py"))
     tree = ast.parse((ROOT / "config.py").read_text())
     cls = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config")
-    for prop in (n for n in cls.body if isinstance(n, ast.FunctionDef) and n.name in read):  # grid, run_dir ... read for others
+    # grid, run_dir ... read for others
+    for prop in (n for n in cls.body if isinstance(n, ast.FunctionDef) and n.name in read):
         read |= attributes(prop)
     assert set(FIELDS) - read == set()
 
 
 def test_tables_name_real_fields_and_hold_the_defaults():
-    assert config.MAY_CHANGE <= set(FIELDS) and config.MAY_BE_ZERO <= set(NUMBERS) and set(config.CHOICES) <= set(FIELDS)
+    assert config.MAY_CHANGE <= set(FIELDS) and config.MAY_BE_ZERO <= set(NUMBERS)
+    assert set(config.CHOICES) <= set(FIELDS)
     assert all(FIELDS[name].default in choices for name, choices in config.CHOICES.items())
     assert all(set(values) <= set(FIELDS) for values in config.PRESETS.values())
 
@@ -93,21 +99,26 @@ def test_preset_is_sound_and_flags_override_it(name):
     own = config.PRESETS[name]
     dry = ["--dry_run"] if own.get("latent") else []  # official models need --weights and --cache, or this
     cfg = parse("--config", name, *dry)
-    assert cfg == dataclasses.replace(Config(), config=name, dry_run=bool(dry), **own) and cfg == config.check(config.preset(name, dry_run=bool(dry)))
-    assert parse("--warmup", 7, "--config", name, *dry) == dataclasses.replace(cfg, warmup=7)  # whichever comes first, the flag wins
+    assert cfg == dataclasses.replace(Config(), config=name, dry_run=bool(dry), **own)
+    assert cfg == config.check(config.preset(name, dry_run=bool(dry)))
+    # whichever comes first, the flag wins
+    assert parse("--warmup", 7, "--config", name, *dry) == dataclasses.replace(cfg, warmup=7)
     assert cfg.run_dir == Path("runs") / name
 
 
 def test_derived_sizes():
     cfg = config.preset(frames=6, patch_t=2, height=24, width=40, patch=8, physical_blocks=" 0, 2,5 ")
     assert cfg.grid == (3, 3, 5) and cfg.physical_at == (0, 2, 5)
-    assert config.preset(physical_blocks="").physical_at == () and config.preset(out_dir="a/b").run_dir == Path("a/b")
+    assert config.preset(physical_blocks="").physical_at == ()
+    assert config.preset(out_dir="a/b").run_dir == Path("a/b")
 
 
 # --- refusals
 @pytest.mark.parametrize("argv, says", [
-    (["--lrr", 1], "--lrr"), (["--batch", 4], "--batch"), (["stray"], "stray"), (["--lr"], "--lr"), (["--config", "huge"], "huge"),
-    (["--lr", "fast"], "--lr"), (["--depth", 2.5], "--depth"), (["--freeze_backbone", "maybe"], "--freeze_backbone"),
+    (["--lrr", 1], "--lrr"), (["--batch", 4], "--batch"), (["stray"], "stray"), (["--lr"], "--lr"),
+    (["--config", "huge"], "huge"),
+    (["--lr", "fast"], "--lr"), (["--depth", 2.5], "--depth"),
+    (["--freeze_backbone", "maybe"], "--freeze_backbone"),
 ])
 def test_unknown_flags_and_wrong_types_are_refused(argv, says):
     assert says in refused(*argv)
@@ -135,10 +146,14 @@ def test_choices(name, monkeypatch):
     ("--frames 5", "--patch_t"), ("--height 36", "--patch"), ("--width 20", "--patch"),
     ("--height 8", "16 to 128"), ("--width 256", "16 to 128"), ("--frames 300", "256 frames"),
     ("--dim 100", "multiple of 16"), ("--dim 96 --heads 4", "multiple of 16"), ("--time_dim 33", "even"),
-    ("--physical_blocks 1;3", "1,3,5"), ("--physical_blocks -1", "--physical_blocks"), ("--physical_blocks 1,6", "--depth"), ("--physical_blocks 3,1", "rise"),
-    ("--physical_blocks 1,1", "rise"), ("--physical_blocks=", "nothing to train"), ("--init_from runs/a --physics_steps 0", "--init_from"),
-    ("--base_steps 0", "--init_from"), ("--top_k 17", "--refinement_experts"), ("--batch_size 1", "L_coarse"), ("--ood speed --data_dir videos", "--ood"),
-    ("--decoys 1.5", "--decoys"), ("--two 2", "--two"), ("--caption_dropout 1.01", "--caption_dropout"), ("--ema 1", "--ema"),
+    ("--physical_blocks 1;3", "1,3,5"), ("--physical_blocks -1", "--physical_blocks"),
+    ("--physical_blocks 1,6", "--depth"), ("--physical_blocks 3,1", "rise"),
+    ("--physical_blocks 1,1", "rise"), ("--physical_blocks=", "nothing to train"),
+    ("--init_from runs/a --physics_steps 0", "--init_from"),
+    ("--base_steps 0", "--init_from"), ("--top_k 17", "--refinement_experts"), ("--batch_size 1", "L_coarse"),
+    ("--ood speed --data_dir videos", "--ood"),
+    ("--decoys 1.5", "--decoys"), ("--two 2", "--two"), ("--caption_dropout 1.01", "--caption_dropout"),
+    ("--ema 1", "--ema"),
     ("--process vpred --preview_steps 1001", "--preview_steps"),
 ])
 def test_impossible_combinations_are_refused(argv, says):
@@ -146,8 +161,10 @@ def test_impossible_combinations_are_refused(argv, says):
 
 
 @pytest.mark.parametrize("argv", [
-    "--physical_blocks= --physics_steps 0", "--base_steps 0 --init_from runs/a", "--batch_size 1 --coarse_loss bce", "--batch_size 1 --coarse_weight 0",
-    "--data_dir videos --height 480 --width 720", "--top_k 8", "--time_mean -0.5", "--decoys 1 --two 0", "--process vpred --preview_steps 1000",
+    "--physical_blocks= --physics_steps 0", "--base_steps 0 --init_from runs/a",
+    "--batch_size 1 --coarse_loss bce", "--batch_size 1 --coarse_weight 0",
+    "--data_dir videos --height 480 --width 720", "--top_k 8", "--time_mean -0.5", "--decoys 1 --two 0",
+    "--process vpred --preview_steps 1000",
 ])
 def test_their_possible_neighbours_are_not(argv):
     parse(*argv.split())
@@ -169,15 +186,19 @@ def test_load_is_the_inverse_of_storing(tmp_path):
 def test_resume_takes_stored_values_and_only_given_flags_override_them(tmp_path, monkeypatch):
     run = tmp_path / "run"
     cfg = stored_run(run, lr=0.123, seed=5, semantic=False)
-    assert parse("--out_dir", run, "--resume") == dataclasses.replace(cfg, resume=True)  # its preset's name too
-    assert parse("--out_dir", run, "--resume", "--base_steps", 99) == dataclasses.replace(cfg, resume=True, base_steps=99)
+    # its preset's name too
+    assert parse("--out_dir", run, "--resume") == dataclasses.replace(cfg, resume=True)
+    assert parse("--out_dir", run, "--resume", "--base_steps",
+                 99) == dataclasses.replace(cfg, resume=True, base_steps=99)
     monkeypatch.chdir(tmp_path)
     stored_run(Path("runs/debug"), lr=0.321)
     assert parse("--config", "debug", "--resume").lr == 0.321
     assert "no run folder" in refused("--out_dir", tmp_path / "none", "--resume")
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b'"text"', b"\xff\xfe\x00", "lr=fast", "lr=null", "seed=Infinity", "seed=missing"])
+@pytest.mark.parametrize("content",
+                         [b"", b"{", b"[]", b"null", b"{}", b'"text"', b"\xff\xfe\x00", "lr=fast", "lr=null",
+                          "seed=Infinity", "seed=missing"])
 def test_load_refuses_a_broken_config(tmp_path, content):
     stored_run(tmp_path)
     path = tmp_path / "config.json"
@@ -193,42 +214,10 @@ def test_load_refuses_a_broken_config(tmp_path, content):
         config.load(path)
 
 
-def test_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
-    path = tmp_path / "a.json"
-    common.files.write_text(path, "old")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-
-    def full_disk(self, text):
-        with self.open("w") as f:
-            f.write(text[:2])
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as m:
-        m.setattr(Path, "write_text", full_disk)
-        with pytest.raises(OSError, match="No space"):
-            common.files.write_text(path, "new text")
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    common.files.write_text(path, "new text")
-    assert path.read_text() == "new text" and list(tmp_path.iterdir()) == [path]
-
-
-def test_a_new_text_is_whole_before_it_takes_the_old_name(tmp_path, monkeypatch):
-    path, seen = tmp_path / "a.json", {}
-    path.write_text("old")
-    replace = Path.replace
-
-    def watch(self, target):
-        seen.update(old=path.read_text(), new=self.read_text())
-        return replace(self, target)
-
-    monkeypatch.setattr(Path, "replace", watch)
-    common.files.write_text(path, "new")
-    assert seen == {"old": "old", "new": "new"}
-
-
 # --- as a program
 def program(code: str, *argv) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-c", f"import sys, config\n{code}", *argv], cwd=ROOT, capture_output=True, text=True)
+    return subprocess.run([sys.executable, "-c", f"import sys, config\n{code}", *argv], cwd=ROOT,
+                          capture_output=True, text=True)
 
 
 def test_a_wrong_flag_ends_a_program_with_one_line_and_code_2():
@@ -238,7 +227,8 @@ def test_a_wrong_flag_ends_a_program_with_one_line_and_code_2():
 
 
 def test_a_good_command_line_needs_no_torch():
-    done = program("config.entry(lambda: print(config.parse(sys.argv[1:], 'x').lr, 'torch' in sys.modules))", "--lr", "0.25")
+    done = program("config.entry(lambda: print(config.parse(sys.argv[1:], 'x').lr, 'torch' in sys.modules))",
+                   "--lr", "0.25")
     assert (done.returncode, done.stdout, done.stderr) == (0, "0.25 False\n", "")
 
 

@@ -1,31 +1,26 @@
-"""experts.py: the untrained branch changes nothing, dispatch is its naive loop, equations 1 and 2 by hand, who touches which rows."""
+"""experts.py: the untrained branch changes nothing, dispatch is its naive loop,
+equations 1 and 2 by hand, who touches which rows."""
 import itertools
 
 import pytest
 import torch
 
 import config
-from experts import FactoredMaps, LoRA, ProPhy, RefinementExpertBlock, SemanticExpertBlock, dispatch, invert, merge_lora
-from model import build_backbone
+import experts
+import model
+from helpers import awake, close
 
+pytestmark = pytest.mark.quick
 VOCABULARY, L, N, D = 11, 24, 3 * 2 * 5, 32
 SMALL = dict(frames=3, patch_t=1, height=8, width=20, patch=4, depth=3, physical_blocks="0,2")
 
 
-def awake(module, seed: int = 0):
-    """Move every parameter off its initial value, so that nothing is zero, one or shut any more."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(torch.randn(p.shape, generator=g) * 0.2)
-    return module
-
-
-def build(**fields) -> ProPhy:
-    """A branch fresh from `init_from_backbone` beside a backbone that is no longer at its zero-initialisation."""
+def build(**fields) -> experts.ProPhy:
+    """A branch fresh from `init_from_backbone` beside a backbone
+    that is no longer at its zero-initialisation."""
     torch.manual_seed(0)
     cfg = config.preset("debug", **{**SMALL, **fields})
-    net = ProPhy(build_backbone(cfg, VOCABULARY), cfg)
+    net = experts.ProPhy(model.build_backbone(cfg, VOCABULARY), cfg)
     awake(net.backbone)
     net.init_from_backbone()
     return net
@@ -38,14 +33,13 @@ def inputs(B: int = 2, seed: int = 1):
     return torch.randn(B, 3, 3, 8, 20, generator=g), torch.linspace(100, 900, B), text, (text > 0).sum(1)
 
 
-def close(a, b, tolerance=1e-5):
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
-
-
 # --- untrained, the branch changes nothing
 PARTS = [dict(semantic=s, refinement=r, residual=a, renormalise=n, top_k=k)
-         for s, r, a, n, k in itertools.product((True, False), (True, False), (True, False), (True, False), (1, 2, 4)) if r or (a, n, k) == (True, False, 2)]
-LINEAGES = [dict(lineage="wan", **more) for more in ({}, dict(map_rank=2), dict(refinement=False), dict(semantic=False), dict(physical_blocks="1"))]
+         for s, r, a, n, k in itertools.product((True, False), (True, False), (True, False), (True, False),
+                                                (1, 2, 4)) if r or (a, n, k) == (True, False, 2)]
+LINEAGES = [dict(lineage="wan", **more)
+            for more in ({}, dict(map_rank=2), dict(refinement=False), dict(semantic=False),
+                         dict(physical_blocks="1"))]
 PLACES = [dict(physical_blocks=p) for p in ("", "0", "1", "2", "1,2", "0,1,2")]
 
 
@@ -54,7 +48,7 @@ def test_the_untrained_branch_changes_nothing_to_the_bit(fields):
     net = build(**fields)
     alone = net.backbone(*inputs())
     assert alone.std() > 0.1
-    for edit in (None, invert, lambda logits: logits + torch.tensor([0.0, 9.0, 0.0, 0.0])):
+    for edit in (None, experts.invert, lambda logits: logits + torch.tensor([0.0, 9.0, 0.0, 0.0])):
         assert torch.equal(net(*inputs(), edit=edit)[0], alone)
 
 
@@ -67,7 +61,8 @@ def test_the_zero_injection_can_learn_and_then_changes_it():
     net = build()
     prediction, _ = net(*inputs())
     (prediction - 1).square().mean().backward()
-    assert all(linear.weight.grad.abs().max() > 0 and linear.bias.grad.abs().max() > 0 for linear in net.inject)
+    assert all(linear.weight.grad.abs().max() > 0 and linear.bias.grad.abs().max() > 0
+               for linear in net.inject)
     awake(net.inject)
     assert (net(*inputs())[0] - net.backbone(*inputs())).abs().max() > 0.1
 
@@ -75,8 +70,8 @@ def test_the_zero_injection_can_learn_and_then_changes_it():
 def test_a_gradient_reaches_every_parameter_of_the_branch():
     net = awake(build())
     prediction, routing = net(*inputs())
-    loss = (prediction - 1).square().mean() + routing.semantic_lift.square().mean() + routing.refinement_lift.square().mean()
-    loss.backward()
+    outputs = prediction - 1, routing.semantic_lift, routing.refinement_lift
+    sum(output.square().mean() for output in outputs).backward()
     assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
 
 
@@ -99,15 +94,17 @@ def choices(case: str, M: int, E: int):
     return scores.topk({"k = 1": 1, "k = E_r": E}.get(case, 2)).indices
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.float64, 1e-12)],
+                         ids=["fp32", "fp64"])
 @pytest.mark.parametrize("case", ["k = 1", "k = 2", "k = E_r", "an empty expert", "one takes all"])
 def test_dispatch_is_the_naive_loop_forward_and_backward(case, dtype, tolerance):
     M, E, dim = 23, 4, 6
     g = torch.Generator().manual_seed(1)
     chosen = choices(case, M, E)
-    leaves = [torch.randn(shape, generator=g).to(dtype).requires_grad_() for shape in ((M, dim), chosen.shape, (E, dim, dim), (E, dim))]
+    leaves = [torch.randn(shape, generator=g).to(dtype).requires_grad_()
+              for shape in ((M, dim), chosen.shape, (E, dim, dim), (E, dim))]
     x, gate, weight, bias = leaves
-    ours, reference = dispatch(x, gate, chosen, weight, bias), naive(x, gate, chosen, weight, bias)
+    ours, reference = experts.dispatch(x, gate, chosen, weight, bias), naive(x, gate, chosen, weight, bias)
     assert ours.dtype == dtype
     close(ours, reference, tolerance)
     pull = torch.randn(M, dim, generator=g).to(dtype)
@@ -120,9 +117,10 @@ def test_dispatch_is_the_naive_loop_forward_and_backward(case, dtype, tolerance)
 
 
 # --- Eq. 2
-@pytest.mark.parametrize("residual, renormalise, k", list(itertools.product((True, False), (True, False), (1, 2, 4))))
+@pytest.mark.parametrize("residual, renormalise, k",
+                         list(itertools.product((True, False), (True, False), (1, 2, 4))))
 def test_eq_2(residual, renormalise, k):
-    block = awake(RefinementExpertBlock(D, 4, k, 17, residual, renormalise))
+    block = awake(experts.RefinementExpertBlock(D, 4, k, 17, residual, renormalise))
     x = torch.randn(2, 7, D)
     y, rho, chosen = block(x)
     assert chosen.shape == (2, 7, k) and rho.shape == (2, 7, 4)
@@ -141,7 +139,7 @@ def test_eq_2(residual, renormalise, k):
 # --- Eq. 1
 def test_eq_1_by_hand():
     """Two experts, two tokens of width one: X + .25 (1, 2) + .75 (10, 20)."""
-    block = SemanticExpertBlock((1, 1, 2), dim=1, text_dim=4, experts=2, categories=17)
+    block = experts.SemanticExpertBlock((1, 1, 2), dim=1, text_dim=4, experts=2, categories=17)
     with torch.no_grad():
         block.basis.maps.copy_(torch.tensor([1.0, 2.0, 10.0, 20.0]).view(2, 1, 1, 1, 2))
     x = torch.tensor([[[100.0], [200.0]], [[0.0], [0.0]]])
@@ -149,9 +147,9 @@ def test_eq_1_by_hand():
     assert out.tolist() == [[[107.75], [215.5]], [[1.0], [2.0]]]
 
 
-def semantic(experts: int = 1, grid=(3, 2, 5)) -> SemanticExpertBlock:
+def semantic(count: int = 1, grid=(3, 2, 5)) -> experts.SemanticExpertBlock:
     torch.manual_seed(0)
-    return awake(SemanticExpertBlock(grid, D, text_dim=D, experts=experts, categories=17))
+    return awake(experts.SemanticExpertBlock(grid, D, text_dim=D, experts=count, categories=17))
 
 
 def test_a_map_lies_on_the_tokens_in_their_order():
@@ -166,9 +164,11 @@ def test_maps_on_another_grid():
     block = semantic(grid=(3, 2, 4))
     x = torch.zeros(1, 6 * 4 * 8, D)
     with torch.no_grad():
-        block.basis.maps.copy_(torch.arange(D).view(1, D, 1, 1, 1).expand_as(block.basis.maps))  # constant over the grid
+        # constant over the grid
+        block.basis.maps.copy_(torch.arange(D).view(1, D, 1, 1, 1).expand_as(block.basis.maps))
         close(block(x, torch.ones(1, 1), (6, 4, 8)), torch.arange(D).float().expand_as(x))
-        block.basis.maps.copy_(torch.arange(4.0).expand_as(block.basis.maps))  # rises along the width, 1 a token; halved tokens rise by 1/2
+        # rises along the width, 1 a token; halved tokens rise by 1/2
+        block.basis.maps.copy_(torch.arange(4.0).expand_as(block.basis.maps))
         row = block(x, torch.ones(1, 1), (6, 4, 8)).view(6, 4, 8, D)
         close(row, torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])[:, None].expand_as(row))
 
@@ -183,7 +183,7 @@ def test_on_its_own_grid_a_map_is_itself():
 def test_factored_maps_are_sums_of_outer_products():
     """B_e[t, i, j, c] = sum_r time[e r, t] space[e r, i, j] width[e, r, c], mixed by rho."""
     torch.manual_seed(0)
-    maps = awake(FactoredMaps((3, 2, 5), D, experts=2, rank=3))
+    maps = awake(experts.FactoredMaps((3, 2, 5), D, experts=2, rank=3))
     rho = torch.tensor([[0.25, 0.75], [1.0, 0.0]])
     time, space = maps.time.view(2, 3, 3), maps.space.view(2, 3, 2, 5)
     by_hand = torch.einsum("be,ert,erij,erc->btijc", rho, time, space, maps.width).flatten(1, 3)
@@ -198,13 +198,15 @@ def test_factored_maps_are_sums_of_outer_products():
 @pytest.mark.parametrize("lineage", ["cogvideox", "wan"])
 def test_untrained_lora_changes_nothing_and_trained_merges_into_the_weights(lineage):
     torch.manual_seed(0)
-    cfg = config.preset("debug", **SMALL | dict(physical_blocks="", lineage=lineage, lora_rank=3, lora_alpha=6.0))
-    backbone = awake(build_backbone(cfg, VOCABULARY))
+    cfg = config.preset("debug",
+                        **SMALL | dict(physical_blocks="", lineage=lineage, lora_rank=3, lora_alpha=6.0))
+    backbone = awake(model.build_backbone(cfg, VOCABULARY))
     alone = backbone(*inputs())
-    net = ProPhy(backbone, cfg)
+    net = experts.ProPhy(backbone, cfg)
     assert torch.equal(net(*inputs())[0], alone)
     attentions = 1 if lineage == "cogvideox" else 2  # Wan's cross-attention gets them too
-    assert len(net.branch_state()) == 2 * 4 * attentions * cfg.depth and all(name.endswith((".down", ".up")) for name in net.branch_state())
+    assert len(net.branch_state()) == 2 * 4 * attentions * cfg.depth
+    assert all(name.endswith((".down", ".up")) for name in net.branch_state())
     with torch.no_grad():
         for p in net.branch_parameters():
             p.add_(0.1 * torch.randn_like(p))
@@ -212,18 +214,20 @@ def test_untrained_lora_changes_nothing_and_trained_merges_into_the_weights(line
     close(layer(torch.eye(D)) - layer.bias, (layer.weight + 2 * layer.up @ layer.down).T)
     trained = net(*inputs())[0]
     assert (trained - alone).abs().max() > 0.01
-    merge_lora(net.backbone)
-    assert not any(isinstance(m, LoRA) for m in net.modules()) and net.branch_state() == {}
+    experts.merge_lora(net.backbone)
+    assert not any(isinstance(m, experts.LoRA) for m in net.modules()) and net.branch_state() == {}
     close(net(*inputs())[0], trained, 1e-4)
 
 
 def test_lora_goes_to_the_named_layers_and_physical_blocks_stay_whole():
     net = build(lora_rank=2, lora_targets="to_v,to_out")
-    assert {name.rpartition(".")[2] for name, m in net.backbone.named_modules() if isinstance(m, LoRA)} == {"to_v", "to_out"}
-    assert not any(isinstance(m, LoRA) for m in net.physical.modules())
+    assert {name.rpartition(".")[2]
+            for name, m in net.backbone.named_modules() if isinstance(m, experts.LoRA)} == {"to_v", "to_out"}
+    assert not any(isinstance(m, experts.LoRA) for m in net.physical.modules())
     assert torch.equal(net.physical[0].attn1.to_v.weight, net.backbone.blocks[net.at[0]].attn1.to_v.weight)
     names = set(net.branch_state())
-    assert "backbone.blocks.0.attn1.to_v.up" in names and "inject.0.weight" in names and "backbone.blocks.0.attn1.to_v.weight" not in names
+    assert "backbone.blocks.0.attn1.to_v.up" in names and "inject.0.weight" in names
+    assert "backbone.blocks.0.attn1.to_v.weight" not in names
 
 
 # --- the semantic router
@@ -240,7 +244,8 @@ def test_the_router_reads_the_mean_of_real_words_only():
 
 
 def test_the_router_pools_no_padding_row():
-    """Rows behind the length change the words before them (T5 has no mask either), but are not pooled themselves."""
+    """Rows behind the length change the words before them (T5 has no mask either),
+    but are not pooled themselves."""
     net = awake(build())
     x, t, text, length = inputs()
     y = net.backbone.embed(x, t, text, length)[1].text
@@ -248,7 +253,8 @@ def test_the_router_pools_no_padding_row():
     other[0, length[0]:] = 7
     assert torch.equal(net.semantic.route(other, length)[0], net.semantic.route(y, length)[0])
     close(net.semantic.route(y, length)[0], net(x, t, text, length)[1].semantic_logits)
-    assert not torch.equal(net.semantic.route(other, length + torch.tensor([1, 0]))[0], net.semantic.route(y, length)[0])
+    assert not torch.equal(net.semantic.route(other, length + torch.tensor([1, 0]))[0],
+                           net.semantic.route(y, length)[0])
 
 
 def test_an_empty_text_is_finite():
@@ -256,17 +262,19 @@ def test_an_empty_text_is_finite():
     x, t, _, _ = inputs()
     prediction, routing = net(x, t, torch.zeros(2, L, dtype=torch.long))
     close(routing.semantic_logits, net.semantic.router(torch.zeros(2, D)))
-    assert prediction.isfinite().all() and all(v.isfinite().all() for v in (routing.semantic, routing.semantic_lift, routing.refinement))
+    assert prediction.isfinite().all()
+    assert all(v.isfinite().all() for v in (routing.semantic, routing.semantic_lift, routing.refinement))
 
 
 # --- edits
 def test_inversion_flips_the_ranking():
     net = awake(build())
-    as_is, flipped = net(*inputs())[1], net(*inputs(), edit=invert)[1]
+    as_is, flipped = net(*inputs())[1], net(*inputs(), edit=experts.invert)[1]
     assert torch.equal(flipped.semantic_logits, -as_is.semantic_logits)
     assert torch.equal(flipped.semantic.argsort(1), as_is.semantic.argsort(1).flip(1))
     close(flipped.semantic_lift, net.semantic.lift(flipped.semantic))
-    assert (net(*inputs(), edit=invert)[0] - net(*inputs())[0]).abs().max() > 1e-4  # and reaches the picture
+    # and reaches the picture
+    assert (net(*inputs(), edit=experts.invert)[0] - net(*inputs())[0]).abs().max() > 1e-4
 
 
 def test_one_expert_up():
@@ -285,14 +293,16 @@ def test_text_rows_are_touched_by_no_expert_and_no_injection():
     net.physical[1].register_forward_hook(lambda m, args, out: seen.update(middle=args[2]))
     net(*inputs())
     h = torch.randn(2, L + N, D)
-    for before, after in ((seen["tokens"], seen["branch"]), (seen["out"], seen["injected"]), (h, seen["middle"](h))):
+    for before, after in ((seen["tokens"], seen["branch"]), (seen["out"], seen["injected"]),
+                          (h, seen["middle"](h))):
         assert torch.equal(before[:, :L], after[:, :L])
         assert ((before - after)[:, L:].abs().sum(-1) > 0).all()
 
 
 @pytest.mark.parametrize("injection", ["zero", "plain"])
 def test_forward_is_the_figure_drawn_by_hand(injection):
-    """Blocks 0 and 2 have a physical block beside them; the second, and only it, has the REB in its middle."""
+    """Blocks 0 and 2 have a physical block beside them;
+    the second, and only it, has the REB in its middle."""
     net = awake(build(injection=injection))
     x, t, text, length = inputs()
     tokens, c = net.backbone.embed(x, t, text, length)
@@ -303,11 +313,13 @@ def test_forward_is_the_figure_drawn_by_hand(injection):
 
     tokens = net.backbone.blocks[0](tokens, c)
     branch = net.physical[0](branch, c)
-    tokens = tokens + video_only(net.inject[0], torch.cat([torch.zeros_like(branch[:, :L]), branch[:, L:]], 1))
+    tokens = tokens + video_only(net.inject[0],
+                                 torch.cat([torch.zeros_like(branch[:, :L]), branch[:, L:]], 1))
     tokens = net.backbone.blocks[1](tokens, c)
     tokens = net.backbone.blocks[2](tokens, c)
     branch = net.physical[1](branch, c, lambda h: video_only(lambda v: net.refinement(v)[0], h))
-    tokens = tokens + video_only(net.inject[1], torch.cat([torch.zeros_like(branch[:, :L]), branch[:, L:]], 1))
+    tokens = tokens + video_only(net.inject[1],
+                                 torch.cat([torch.zeros_like(branch[:, :L]), branch[:, L:]], 1))
     close(net(x, t, text, length)[0], net.backbone.head(tokens, c))
 
 
@@ -317,7 +329,8 @@ def test_init_from_backbone_copies_exactly_and_shares_nothing():
     net.init_from_backbone()
     for i, block in zip((0, 2), net.physical):
         theirs = net.backbone.blocks[i].state_dict()
-        assert block.state_dict().keys() == theirs.keys() and all(torch.equal(p, theirs[name]) for name, p in block.state_dict().items())
+        assert block.state_dict().keys() == theirs.keys()
+        assert all(torch.equal(p, theirs[name]) for name, p in block.state_dict().items())
     before = net.backbone.blocks[0].ff[0].weight.clone()
     awake(net.physical)
     assert torch.equal(net.backbone.blocks[0].ff[0].weight, before)
@@ -331,15 +344,18 @@ def test_branch_and_backbone_together_are_all():
 
 def test_routing_shapes_and_sums():
     _, routing = awake(build(categories=29, top_k=3))(*inputs())
-    assert routing.semantic_logits.shape == routing.semantic.shape == (2, 4) and routing.semantic_lift.shape == (2, 29)
-    assert routing.refinement.shape == (2, N, 4) and routing.refinement_lift.shape == (2, N, 29) and routing.chosen.shape == (2, N, 3)
+    assert routing.semantic_logits.shape == routing.semantic.shape == (2, 4)
+    assert routing.semantic_lift.shape == (2, 29)
+    assert routing.refinement.shape == (2, N, 4) and routing.refinement_lift.shape == (2, N, 29)
+    assert routing.chosen.shape == (2, N, 3)
     close(routing.semantic.sum(-1), torch.ones(2), 1e-6)
     close(routing.refinement.sum(-1), torch.ones(2, N), 1e-6)
-    assert torch.equal(routing.chosen, routing.refinement.topk(3).indices) and all(len(set(row)) == 3 for row in routing.chosen.flatten(0, 1).tolist())
+    assert torch.equal(routing.chosen, routing.refinement.topk(3).indices)
+    assert all(len(set(row)) == 3 for row in routing.chosen.flatten(0, 1).tolist())
 
 
 def test_switched_off_parts_have_no_routing_and_no_parameters():
     net = build(semantic=False, refinement=False)
     assert set(vars(net(*inputs())[1]).values()) == {None}
     assert {name.split(".")[0] for name, _ in net.named_parameters()} == {"backbone", "physical", "inject"}
-    assert net(*inputs(), edit=invert)[1].semantic is None
+    assert net(*inputs(), edit=experts.invert)[1].semantic is None

@@ -1,4 +1,5 @@
-"""model.py against loops, complex numbers, a second slow implementation from the formulas, and diffusers' CogVideoX.
+"""model.py against loops, complex numbers, a second slow implementation from the formulas,
+and diffusers' CogVideoX.
 
 Letters as in model.py: B batch, N video tokens, L text tokens, S = L + N, D width, h heads, d = D / h.
 """
@@ -11,20 +12,13 @@ import torch.nn.functional as F
 import config
 import model
 import seams
-from model import build_backbone
+from helpers import awake, close
 
+pytestmark = pytest.mark.quick
 # Odd in every direction: 3 x 3 x 5 tokens, three heads of 16, five text tokens.
-CFG = config.preset("debug", frames=6, height=12, width=20, patch_t=2, patch=4, dim=48, heads=3, depth=2, time_dim=10, text_len=5)
+CFG = config.preset("debug", frames=6, height=12, width=20, patch_t=2, patch=4, dim=48, heads=3, depth=2,
+                    time_dim=10, text_len=5)
 VOCABULARY, L, N, D = 11, 5, 45, 48
-
-
-def awake(net, seed: int = 0):
-    """Move every parameter off its initial value, so that nothing is zero, one or shut any more."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(torch.randn(p.shape, generator=g) * 0.2)
-    return net
 
 
 def inputs(B: int = 2, cfg=CFG, seed: int = 1):
@@ -39,11 +33,7 @@ def inputs(B: int = 2, cfg=CFG, seed: int = 1):
 @pytest.fixture
 def net():
     torch.manual_seed(0)
-    return awake(build_backbone(CFG, VOCABULARY))
-
-
-def close(a, b, tolerance=1e-5):
-    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+    return awake(model.build_backbone(CFG, VOCABULARY))
 
 
 # --- leaves
@@ -55,7 +45,8 @@ def test_patchify_order_and_round_trip():
     for t in range(3):
         for i in range(3):
             for j in range(5):
-                assert torch.equal(tokens[:, n], x[:, :, 2 * t : 2 * t + 2, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4].flatten(1))
+                patch = x[:, :, 2 * t : 2 * t + 2, 4 * i : 4 * i + 4, 4 * j : 4 * j + 4]
+                assert torch.equal(tokens[:, n], patch.flatten(1))
                 n += 1
     assert torch.equal(model.unpatchify(tokens, (3, 3, 5), 2, 4), x)
 
@@ -81,8 +72,10 @@ def angles_of(t, i, j, d):
 
 def test_rope_angles():
     cos, sin = rope_3d((2, 3, 5), 4, 32)
-    assert torch.equal(cos[:4], torch.ones(4, 16)) and torch.equal(sin[:4], torch.zeros(4, 16))  # text: an exact identity
-    reference = torch.tensor([angles_of(t, i, j, 32) for t in range(2) for i in range(3) for j in range(5)], dtype=torch.float64)
+    # text: an exact identity
+    assert torch.equal(cos[:4], torch.ones(4, 16)) and torch.equal(sin[:4], torch.zeros(4, 16))
+    reference = torch.tensor([angles_of(t, i, j, 32) for t in range(2) for i in range(3) for j in range(5)],
+                             dtype=torch.float64)
     close(cos[4:], reference.cos().float(), 1e-6)
     close(sin[4:], reference.sin().float(), 1e-6)
 
@@ -121,13 +114,15 @@ def test_attend_is_scaled_dot_product_attention(dtype, tolerance):
     ours, reference = model.attend(q, k, v), F.scaled_dot_product_attention(q, k, v)
     close(ours, reference, tolerance)
     weight = torch.randn_like(ours)
-    for a, b in zip(torch.autograd.grad((ours * weight).sum(), (q, k, v)), torch.autograd.grad((reference * weight).sum(), (q, k, v))):
+    for a, b in zip(torch.autograd.grad((ours * weight).sum(), (q, k, v)),
+                    torch.autograd.grad((reference * weight).sum(), (q, k, v))):
         close(a, b, tolerance)
 
 
 # --- the block
 @pytest.mark.parametrize("chunk, stream, what", [
-    (0, "video", "shift"), (1, "video", "scale"), (2, "video", "gate"), (3, "text", "shift"), (4, "text", "scale"), (5, "text", "gate"),
+    (0, "video", "shift"), (1, "video", "scale"), (2, "video", "gate"), (3, "text", "shift"),
+    (4, "text", "scale"), (5, "text", "gate"),
 ])
 def test_each_chunk_of_the_expert_norm_modulates_its_stream_alone(net, chunk, stream, what):
     tokens, condition = net.embed(*inputs())
@@ -158,15 +153,17 @@ def test_middle_is_applied_between_attention_and_feed_forward(net):
     h, gate = block.norm2(x, condition)
     assert torch.equal(block(tokens, condition, middle), x + gate * block.ff(h))
     assert torch.equal(block(tokens, condition), block(tokens, condition, lambda x: x))
-    assert (block(tokens, condition, middle) - middle(block(tokens, condition))).abs().max() > 0.1  # the place matters
+    # the place matters
+    assert (block(tokens, condition, middle) - middle(block(tokens, condition))).abs().max() > 0.1
 
 
 def test_a_fresh_model_predicts_zero_and_a_fresh_block_is_the_identity():
-    fresh = build_backbone(CFG, VOCABULARY)
+    fresh = model.build_backbone(CFG, VOCABULARY)
     x, t, text, length = inputs()
     assert torch.equal(fresh(x, t, text, length), torch.zeros_like(x))
     tokens, condition = fresh.embed(x, t, text, length)
-    assert torch.equal(condition.text, fresh.text_encoder.embedding(text))  # captions are learned late otherwise
+    # captions are learned late otherwise
+    assert torch.equal(condition.text, fresh.text_encoder.embedding(text))
     assert tokens.std() > 0.1 and all(torch.equal(block(tokens, condition), tokens) for block in fresh.blocks)
 
 
@@ -200,9 +197,11 @@ def test_attention_map_is_what_attention_used(net, monkeypatch):
 # --- the whole
 def test_text_encoder_tells_word_order_and_context(net):
     """A word's vector depends on its place and on the words around it: "red ball" is not "ball red"."""
-    y, swapped, other = (net.text_encoder(torch.tensor([words])) for words in ([3, 4, 5, 0], [4, 3, 5, 0], [3, 4, 6, 0]))
+    y, swapped, other = (net.text_encoder(torch.tensor([words]))
+                         for words in ([3, 4, 5, 0], [4, 3, 5, 0], [3, 4, 6, 0]))
     assert y.shape == (1, 4, D)
-    assert not torch.allclose(y[0, 0], swapped[0, 1], atol=1e-2) and not torch.allclose(y[0, 2], swapped[0, 2], atol=1e-2)
+    assert not torch.allclose(y[0, 0], swapped[0, 1], atol=1e-2)
+    assert not torch.allclose(y[0, 2], swapped[0, 2], atol=1e-2)
     assert not torch.allclose(y[0, 0], other[0, 0], atol=1e-2)
 
 
@@ -210,7 +209,8 @@ def test_padding_is_id_0_and_the_condition_carries_the_text(net):
     x, t, text, length = inputs()
     assert length.tolist() == [3, 5]
     tokens, condition = net.embed(x, t, text)
-    assert torch.equal(condition.text_length, length) and torch.equal(net(x, t, text), net(x, t, text, length))
+    assert torch.equal(condition.text_length, length)
+    assert torch.equal(net(x, t, text), net(x, t, text, length))
     close(condition.text, net.text_encoder(text))  # what the semantic router reads
     close(tokens[:, :L], condition.text)
     assert condition.n_text == L and condition.grid == (3, 3, 5)
@@ -218,13 +218,15 @@ def test_padding_is_id_0_and_the_condition_carries_the_text(net):
 
 
 def test_other_sizes_and_shorter_texts_go_through(net):
-    """The same weights on another grid, with fewer words: the prediction of a clip still has the clip's shape and its own positions."""
+    """The same weights on another grid, with fewer words:
+    the prediction of a clip still has the clip's shape and its own positions."""
     x, text = torch.randn(1, 3, 2, 8, 16), torch.tensor([[3, 4]])
     close(net(x, torch.tensor([5.0]), text), slow_forward(net, x, torch.tensor([5.0]), text), 1e-4)
 
 
 def slow_forward(net, x, t, text):
-    """The network once more, from the formulas: a loop over clips, heads and streams, float64, not a line shared with model.py."""
+    """The network once more, from the formulas:
+    a loop over clips, heads and streams, float64, not a line shared with model.py."""
     w = {name: p.detach().double() for name, p in net.state_dict().items()}
     linear = lambda name, v: v @ w[name + ".weight"].T + w[name + ".bias"]
     silu = lambda v: v / (1 + torch.exp(-v))
@@ -232,7 +234,8 @@ def slow_forward(net, x, t, text):
 
     def layer_norm(name, v, eps):
         centred = v - v.mean(-1, keepdim=True)
-        return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * w[name + ".weight"] + w[name + ".bias"]
+        normed = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+        return normed * w[name + ".weight"] + w[name + ".bias"]
 
     def attention(name, y, angles):
         heads = []
@@ -241,7 +244,8 @@ def slow_forward(net, x, t, text):
             q = layer_norm(name + "attn1.norm_q", linear(name + "attn1.to_q", y)[:, own], 1e-6)
             k = layer_norm(name + "attn1.norm_k", linear(name + "attn1.to_k", y)[:, own], 1e-6)
             q, k = (torch.stack([z[:, 0::2] * angles.cos() - z[:, 1::2] * angles.sin(),
-                                 z[:, 0::2] * angles.sin() + z[:, 1::2] * angles.cos()], -1).flatten(1) for z in (q, k))
+                                 z[:, 0::2] * angles.sin() + z[:, 1::2] * angles.cos()], -1).flatten(1)
+                    for z in (q, k))
             scores = torch.exp(q @ k.T / math.sqrt(d))
             heads.append(scores / scores.sum(-1, keepdim=True) @ linear(name + "attn1.to_v", y)[:, own])
         return linear(name + "attn1.to_out", torch.cat(heads, -1))
@@ -249,7 +253,8 @@ def slow_forward(net, x, t, text):
     T, h, v = x.shape[2] // CFG.patch_t, x.shape[3] // CFG.patch, x.shape[4] // CFG.patch
     d, out = D // CFG.heads, torch.zeros_like(x)
     cells = [(a, i, j) for a in range(T) for i in range(h) for j in range(v)]
-    angles = torch.tensor([[0.0] * (d // 2)] * text.shape[1] + [angles_of(*cell, d) for cell in cells], dtype=torch.float64)
+    angles = torch.tensor([[0.0] * (d // 2)] * text.shape[1] + [angles_of(*cell, d) for cell in cells],
+                          dtype=torch.float64)
     for b in range(len(x)):
         def part(a, i, j):
             return (b, slice(None), slice(a * CFG.patch_t, (a + 1) * CFG.patch_t),
@@ -259,7 +264,8 @@ def slow_forward(net, x, t, text):
         time = torch.tensor([math.cos(a) for a in wave] + [math.sin(a) for a in wave], dtype=torch.float64)
         time = silu(linear("time_embedding.2", silu(linear("time_embedding.0", time))))
         words = w["text_encoder.embedding.weight"][text[b]]
-        order = torch.tensor([[n * 10 ** (-2 * m / d) for m in range(d // 2)] for n in range(len(words))], dtype=torch.float64)
+        order = torch.tensor([[n * 10 ** (-2 * m / d) for m in range(d // 2)] for n in range(len(words))],
+                             dtype=torch.float64)
         for block in range(CFG.text_depth):
             name = f"text_encoder.blocks.{block}."
             words = words + attention(name, layer_norm(name + "norm1", words, 1e-5), order)
@@ -275,17 +281,20 @@ def slow_forward(net, x, t, text):
             for half, layer in (("norm1", "attn1"), ("norm2", "ff")):
                 table = linear(name + half + ".linear", time).view(6, D)
                 modulation = {"video": table[:3], "text": table[3:]}
-                normed = {s: layer_norm(f"{name}{half}.norm", tokens[s], 1e-5) * (1 + modulation[s][1]) + modulation[s][0] for s in tokens}
+                normed = {s: layer_norm(f"{name}{half}.norm", tokens[s],
+                                        1e-5) * (1 + modulation[s][1]) + modulation[s][0] for s in tokens}
                 y = torch.cat([normed["text"], normed["video"]])
                 if layer == "ff":
                     y = linear(name + "ff.2", gelu(linear(name + "ff.0", y)))
                 else:
                     y = attention(name, y, angles)
                 n = len(tokens["text"])
-                tokens = {"text": tokens["text"] + modulation["text"][2] * y[:n], "video": tokens["video"] + modulation["video"][2] * y[n:]}
+                tokens = {"text": tokens["text"] + modulation["text"][2] * y[:n],
+                          "video": tokens["video"] + modulation["video"][2] * y[n:]}
 
         shift, scale = linear("modulate_out", time).view(2, D)
-        video = layer_norm("norm_out", layer_norm("norm_final", tokens["video"], 1e-5), 1e-5) * (1 + scale) + shift
+        video = layer_norm("norm_out", layer_norm("norm_final", tokens["video"], 1e-5),
+                           1e-5) * (1 + scale) + shift
         for token, cell in zip(linear("proj_out", video), cells):
             out[part(*cell)] = token.view(3, CFG.patch_t, CFG.patch, CFG.patch).float()
     return out
@@ -299,8 +308,10 @@ def test_forward_is_that_of_a_slow_second_implementation(net):
 
 
 # --- diffusers' CogVideoX, the lineage itself
-RENAMED = {"attn1.to_out.0.": "attn1.to_out.", "ff.net.0.proj.": "ff.0.", "ff.net.2.": "ff.2.", "time_embedding.linear_1.": "time_embedding.0.",
-           "time_embedding.linear_2.": "time_embedding.2.", "transformer_blocks.": "blocks.", "norm_out.linear.": "modulate_out.", "norm_out.norm.": "norm_out.",
+RENAMED = {"attn1.to_out.0.": "attn1.to_out.", "ff.net.0.proj.": "ff.0.", "ff.net.2.": "ff.2.",
+           "time_embedding.linear_1.": "time_embedding.0.",
+           "time_embedding.linear_2.": "time_embedding.2.", "transformer_blocks.": "blocks.",
+           "norm_out.linear.": "modulate_out.", "norm_out.norm.": "norm_out.",
            "patch_embed.proj.": "patch_proj."}
 
 
@@ -314,37 +325,47 @@ def in_our_names(state: dict) -> dict:
     return ours
 
 
+@pytest.mark.parity
 def test_block_equals_diffusers_cogvideox_block():
-    pytest.importorskip("diffusers", reason="parity needs diffusers: pip install -r requirements-extra.txt")
+    pytest.importorskip("diffusers", reason="needs diffusers: pip install -r requirements-extra.txt")
 
     grid, n_text, dim, heads = (3, 5, 7), 9, 96, 3
-    reference = awake(seams.cog_block()(dim, heads, dim // heads, time_embed_dim=20, attention_bias=True)).eval()
+    reference = awake(seams.cog_block()(dim, heads, dim // heads, time_embed_dim=20,
+                                        attention_bias=True)).eval()
     cfg = config.preset("debug", dim=dim, heads=heads, time_dim=20, positions="integer")
     block = model.CogBlock(cfg)
     block.load_state_dict(in_our_names(reference.state_dict()))
     rope = seams.cog_rotary(dim // heads, grid[1:], grid[0], grid[1:])
     text, video, time = torch.randn(2, n_text, dim), torch.randn(2, 105, dim), torch.randn(2, 20)
-    condition = model.Condition(F.silu(time), rope_3d(grid, n_text, dim // heads), n_text, grid, text, torch.tensor([9, 9]))
+    condition = model.Condition(F.silu(time), rope_3d(grid, n_text, dim // heads), n_text, grid, text,
+                                torch.tensor([9, 9]))
     video_out, text_out = reference(video, text, time, rope)
     ours = block(torch.cat([text, video], 1), condition)
     size = video_out.abs().max()
     assert size > 1 and (ours - torch.cat([text_out, video_out], 1)).abs().max() < 1e-5 * max(1, size)
 
 
+@pytest.mark.parity
 def test_model_equals_diffusers_cogvideox_transformer():
-    """Patches, time embedding, all blocks and head: the reference gets our text embedding through an identity projection."""
-    diffusers = pytest.importorskip("diffusers", reason="parity needs diffusers: pip install -r requirements-extra.txt")
+    """Patches, time embedding, all blocks and head:
+    the reference gets our text embedding through an identity projection."""
+    diffusers = pytest.importorskip("diffusers",
+                                    reason="needs diffusers: pip install -r requirements-extra.txt")
 
-    cfg = config.preset("debug", frames=3, height=10, width=14, patch_t=1, patch=2, dim=D, heads=3, depth=2, time_dim=12, text_len=L, channels=4)
+    cfg = config.preset("debug", frames=3, height=10, width=14, patch_t=1, patch=2, dim=D, heads=3, depth=2,
+                        time_dim=12, text_len=L, channels=4)
     reference = diffusers.CogVideoXTransformer3DModel(
-        num_attention_heads=3, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=12, text_embed_dim=D, num_layers=2,
-        sample_width=14, sample_height=10, sample_frames=9, patch_size=2, max_text_seq_length=L, use_rotary_positional_embeddings=True)
+        num_attention_heads=3, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=12,
+        text_embed_dim=D, num_layers=2,
+        sample_width=14, sample_height=10, sample_frames=9, patch_size=2, max_text_seq_length=L,
+        use_rotary_positional_embeddings=True)
     awake(reference).eval()
     with torch.no_grad():
         reference.patch_embed.text_proj.weight.copy_(torch.eye(D))
         reference.patch_embed.text_proj.bias.zero_()
-    ours = awake(build_backbone(cfg, VOCABULARY))
-    state = {name: value for name, value in in_our_names(reference.state_dict()).items() if "text_proj" not in name}
+    ours = awake(model.build_backbone(cfg, VOCABULARY))
+    state = {name: value
+             for name, value in in_our_names(reference.state_dict()).items() if "text_proj" not in name}
     missing = ours.load_state_dict(state, strict=False)
     ours_alone = {name for name in missing.missing_keys if not name.startswith("text_encoder.")}
     assert ours_alone == {"position_gain"} and missing.unexpected_keys == []
@@ -352,5 +373,6 @@ def test_model_equals_diffusers_cogvideox_transformer():
     x, t = torch.randn(2, 4, 3, 10, 14), torch.tensor([19, 999])
     text = torch.randint(1, VOCABULARY, (2, L))
     with torch.no_grad():
-        theirs = reference(x.transpose(1, 2), ours.text_encoder(text), t, image_rotary_emb=seams.cog_rotary(16, (5, 7), 3, (5, 7)))
+        theirs = reference(x.transpose(1, 2), ours.text_encoder(text), t,
+                           image_rotary_emb=seams.cog_rotary(16, (5, 7), 3, (5, 7)))
         close(ours(x, t, text), theirs.sample.transpose(1, 2), 2e-5)

@@ -1,4 +1,5 @@
-"""sample.py: clips depend on seed and index alone, pictures show what was generated, mistakes are one sentence."""
+"""sample.py: clips depend on seed and index alone,
+pictures show what was generated, mistakes are one sentence."""
 import dataclasses
 import json
 import pickle
@@ -16,45 +17,24 @@ import physics.phenomena
 import config
 import data
 import diffusion
+import experts
+import model
 import sample
-from config import Stopped, UserError
-from experts import ProPhy, invert
-from model import Backbone, build_backbone
+from config import UserError
+from helpers import PRESENT, ROOT, perturbed, write_run
 
-ROOT = Path(__file__).parent.parent
 CFG = config.preset("debug")  # clips of 4 x 16 x 16
-PROMPTS = ["a red ball bounces", "a candle burns on the left", "blue smoke rises", "a ball", "a red candle on the left"]
-PRESENT = [2, 4, 11]
+PROMPTS = ["a red ball bounces", "a candle burns on the left", "blue smoke rises", "a ball",
+           "a red candle on the left"]
 
 
-def perturbed(module, scale=0.1):
-    """Zero-initialised layers would make every clip black: shake all weights."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for p in module.parameters():
-            p.add_(torch.randn_like(p) * scale)
-    return module.eval()
-
-
-def write_run(folder: Path, cfg=CFG, physics=True):
-    """A run folder as train.py leaves it, with random weights. Its averages are twice its last weights in one layer."""
-    (folder / "checkpoints").mkdir(parents=True)
-    extra = dict(git="", resolved={}, categories_present=PRESENT)  # which config.load is to ignore
-    (folder / "config.json").write_text(json.dumps(dataclasses.asdict(cfg) | extra))
-    tokenizer = data.Tokenizer.from_captions(PROMPTS)
-    tokenizer.save(folder / "tokenizer.json")
-    model = build_backbone(cfg, len(tokenizer))
-    model = perturbed(ProPhy(model, cfg) if physics else model)
-    ema = {n: p.detach().clone() for n, p in model.named_parameters() if not physics or not n.startswith("backbone.")}
-    ema["inject.0.bias" if physics else "proj_out.bias"] *= 2
-    save = dict(step=50, stage="physics" if physics else "base", model=model.state_dict(), ema=ema, optimizers=[])
-    torch.save(save, folder / "checkpoints" / "step000050.pt")
-    return folder
+def run_folder(folder, cfg=CFG, branch=True):
+    return write_run(folder, cfg, PROMPTS, branch)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    return write_run(tmp_path_factory.mktemp("physics") / "run")
+    return run_folder(tmp_path_factory.mktemp("physics") / "run")
 
 
 @pytest.fixture(scope="module")
@@ -63,16 +43,16 @@ def loaded(run):
 
 
 def clips(loaded, prompts=PROMPTS, **settings):
-    cfg, model, process, tokenizer, _ = loaded
+    cfg, net, process, tokenizer, _ = loaded
     settings = dict(steps=4, progress=False) | settings
-    return sample.generate(settings.pop("model", model), process, tokenizer, cfg, prompts, **settings)
+    return sample.generate(settings.pop("model", net), process, tokenizer, cfg, prompts, **settings)
 
 
 def levels_apart(a, b):
     return np.abs(a.astype(int) - b.astype(int)).max()
 
 
-# --- generate ---------------------------------------------------------------------------------------------------------
+# --- generate -----------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("guidance", [1.0, 1.5])
 def test_a_clip_does_not_depend_on_its_batch(loaded, guidance):
     together, routings = clips(loaded, guidance=guidance, batch=8)
@@ -96,23 +76,23 @@ def test_a_clip_depends_on_seed_index_and_prompt(loaded):
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_guidance_against_two_separate_calls(loaded, guidance):
-    cfg, model, process, tokenizer, _ = loaded
+    cfg, net, process, tokenizer, _ = loaded
     ids, n = tokenizer.encode(PROMPTS[1], cfg.text_len)
     text, length, noise = ids[None], torch.tensor([n]), process.draw(7, [0], (3, 4, 16, 16))[1]
-    x = process.sample(lambda x, t: model(x, t, text, length)[0], noise, 4, guidance,
-                       lambda x, t: model(x, t, torch.zeros_like(text), torch.tensor([0]))[0])
+    x = process.sample(lambda x, t: net(x, t, text, length)[0], noise, 4, guidance,
+                       lambda x, t: net(x, t, torch.zeros_like(text), torch.tensor([0]))[0])
     expected = ((x[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
     assert levels_apart(clips(loaded, PROMPTS[1:2], seed=7, guidance=guidance)[0][0], expected) <= 1
 
 
 def test_guidance_one_never_asks_for_the_empty_caption(loaded, monkeypatch):
-    lengths, forward = [], ProPhy.forward
+    lengths, forward = [], experts.ProPhy.forward
 
     def spy(self, x, t, text, text_length=None, edit=None):
         lengths.extend(text_length.tolist())
         return forward(self, x, t, text, text_length, edit)
 
-    monkeypatch.setattr(ProPhy, "forward", spy)
+    monkeypatch.setattr(experts.ProPhy, "forward", spy)
     clips(loaded, guidance=1)
     assert len(lengths) == 5 * 4 and 0 not in lengths
     lengths.clear()
@@ -121,8 +101,8 @@ def test_guidance_one_never_asks_for_the_empty_caption(loaded, monkeypatch):
 
 
 def test_untrained_branch_is_the_bare_backbone(loaded):
-    backbone = perturbed(build_backbone(CFG, len(loaded[3])))
-    fresh = ProPhy(backbone, CFG).eval()
+    backbone = perturbed(model.build_backbone(CFG, len(loaded[3])))
+    fresh = experts.ProPhy(backbone, CFG).eval()
     fresh.init_from_backbone()
     bare, none = clips(loaded, model=backbone)
     branched, routings = clips(loaded, model=fresh)
@@ -131,18 +111,19 @@ def test_untrained_branch_is_the_bare_backbone(loaded):
 
 
 def test_routing_is_that_of_the_step_nearest_half(loaded, monkeypatch):
-    cfg, model, process, tokenizer, _ = loaded
-    seen, forward = {}, ProPhy.forward
+    cfg, net, process, tokenizer, _ = loaded
+    seen, forward = {}, experts.ProPhy.forward
 
     def spy(self, x, t, *rest, **named):
         out = forward(self, x, t, *rest, **named)
         seen[round(t[0].item())] = out[1]
         return out
 
-    monkeypatch.setattr(ProPhy, "forward", spy)
+    monkeypatch.setattr(experts.ProPhy, "forward", spy)
     _, routings = clips(loaded, steps=5)
     t = routings[0].t
-    nearest = sorted(process.times(5)[:-1], key=lambda time: abs(time - 0.5))[0]  # shifted by 3: 1, .92, .82, .67, .43
+    # shifted by 3: 1, .92, .82, .67, .43
+    nearest = sorted(process.times(5)[:-1], key=lambda time: abs(time - 0.5))[0]
     assert abs(t - nearest) < 1e-6 and abs(nearest - 3 / 7) < 1e-6 and len(seen) == 5
     for i, routing in enumerate(routings):
         expected = seen[round(1000 * t)]
@@ -152,7 +133,7 @@ def test_routing_is_that_of_the_step_nearest_half(loaded, monkeypatch):
 
 def test_inversion_flips_the_semantic_router_and_its_clip(loaded):
     plain, routings = clips(loaded)
-    inverted, flipped = clips(loaded, edit=invert)
+    inverted, flipped = clips(loaded, edit=experts.invert)
     for a, b in zip(routings, flipped):  # softmax(l) softmax(-l) is the same number for every expert
         product = a.semantic * b.semantic
         assert np.allclose(product, product[0], rtol=1e-4) and abs(a.semantic - b.semantic).max() > 1e-3
@@ -163,24 +144,25 @@ def test_inversion_flips_the_semantic_router_and_its_clip(loaded):
 def test_bf16_stays_near_fp32_and_nan_becomes_a_colour(loaded):
     a, b = clips(loaded)[0], clips(loaded, precision="bf16")[0]
     assert 0 < np.abs(a.astype(int) - b.astype(int)).mean() < 4
-    broken = perturbed(build_backbone(CFG, len(loaded[3])))
+    broken = perturbed(model.build_backbone(CFG, len(loaded[3])))
     torch.nn.init.constant_(broken.proj_out.bias, float("nan"))
     assert (clips(loaded, model=broken)[0] == 128).all()
 
 
-# --- run folder -------------------------------------------------------------------------------------------------------
+# --- run folder ---------------------------------------------------------------------------------------------
 def test_load_run_takes_the_averages_where_there_are_any(run, loaded):
-    cfg, model, process, tokenizer, info = loaded
+    cfg, net, process, tokenizer, info = loaded
     stored = torch.load(run / "checkpoints" / "step000050.pt", weights_only=True)
-    assert info == dict(step=50, stage="physics", categories_present=PRESENT) and not model.training and cfg == CFG
-    state = model.state_dict()
+    assert info == dict(step=50, stage="physics", categories_present=PRESENT) and not net.training
+    assert cfg == CFG
+    state = net.state_dict()
     assert torch.equal(state["inject.0.bias"], 2 * stored["model"]["inject.0.bias"])
     assert torch.equal(state["backbone.proj_out.weight"], stored["model"]["backbone.proj_out.weight"])
     assert isinstance(process, diffusion.FlowMatching) and tokenizer.unknown("a red zebra") == ["zebra"]
 
 
 def test_which_checkpoint(tmp_path):
-    run = write_run(tmp_path / "run", physics=False)
+    run = run_folder(tmp_path / "run", branch=False)
     folder = run / "checkpoints"
     stored = torch.load(folder / "step000050.pt", weights_only=True)
     for name, step in (("step1000000", 1_000_000), ("step000090", 90), ("base", 30)):
@@ -190,7 +172,7 @@ def test_which_checkpoint(tmp_path):
         assert sample.load_run(run, name)[4]["step"] == step
     torch.save(stored | dict(step=7), folder / "best.pt")
     assert sample.load_run(run)[4]["step"] == 7
-    assert isinstance(sample.load_run(run)[1], Backbone)
+    assert isinstance(sample.load_run(run)[1], model.Backbone)
 
 
 class Bomb:
@@ -221,9 +203,10 @@ def damage(kind: str, run: Path) -> None:
     elif kind == "strange average":
         torch.save(stored | dict(ema=stored["ema"] | {"nobody.weight": torch.zeros(1)}), path)
     elif kind == "another model":
-        torch.save(stored | dict(model=build_backbone(CFG, 9).state_dict()), path)
+        torch.save(stored | dict(model=model.build_backbone(CFG, 9).state_dict()), path)
     elif kind == "another config":
-        (run / "config.json").write_text(json.dumps(json.loads((run / "config.json").read_text()) | dict(dim=64)))
+        (run / "config.json").write_text(
+            json.dumps(json.loads((run / "config.json").read_text()) | dict(dim=64)))
     elif kind == "another tokenizer":
         data.Tokenizer(["one", "two"]).save(run / "tokenizer.json")
     elif kind == "no checkpoint":
@@ -237,13 +220,15 @@ def damage(kind: str, run: Path) -> None:
 
 
 @pytest.mark.parametrize("kind, sentence", [
-    *[(kind, "is damaged or no checkpoint") for kind in ("truncated", "empty", "text", "pickle", "torch pickle")],
-    *[(kind, "does not fit") for kind in ("list", "missing key", "strange average", "another model", "another config",
+    *[(kind, "is damaged or no checkpoint")
+      for kind in ("truncated", "empty", "text", "pickle", "torch pickle")],
+    *[(kind, "does not fit")
+      for kind in ("list", "missing key", "strange average", "another model", "another config",
                                           "another tokenizer")],
     ("no checkpoint", "holds no checkpoint yet"), ("no tokenizer", "tokenizer.json is missing"),
     ("half a config", "is not a config"), ("no config", "is no run folder")])
 def test_a_broken_run_is_one_sentence(tmp_path, kind, sentence):
-    run = write_run(tmp_path / "run")
+    run = run_folder(tmp_path / "run")
     damage(kind, run)
     with pytest.raises(UserError, match=sentence) as e:
         sample.load_run(run)
@@ -251,71 +236,8 @@ def test_a_broken_run_is_one_sentence(tmp_path, kind, sentence):
     assert not (run / "bang").exists()  # no code of the file has run
 
 
-# --- pictures and files -----------------------------------------------------------------------------------------------
-def test_overlay_lights_up_its_token_on_a_fixed_scale():
-    clip, heat = np.full((4, 16, 16, 3), 160, np.uint8), np.zeros((2, 4, 4), np.float32)
-    heat[1, 2, 3] = 1
-    out = common.pictures.overlay(clip, heat, 3)
-    assert out.shape == (4, 48, 48, 3)
-    lit = np.zeros((4, 48, 48), bool)
-    lit[2:, 24:36, 36:48] = True
-    assert (out[~lit] == 96).all()  # 0.6 of 160: the dark grey of a map at zero
-    assert len(np.unique(out[lit], axis=0)) == 1 and out[lit][0, 0] > 200
-    half, more = common.pictures.overlay(clip, heat * 0.5, 3)[lit][0], common.pictures.overlay(clip, heat * 7, 3)[lit][0]
-    assert half.sum() < out[lit][0].sum() and np.array_equal(more, out[lit][0])  # not scaled to the map's own largest
-
-
-def test_bars_are_as_long_as_the_weights():
-    panel = common.pictures.Panel(300, 200)
-    common.pictures.bars(panel, 0, 0, 300, 200, np.array([0.75, 0.25, 0.0], np.float32))
-    blue = (np.asarray(panel.image) == common.pictures.BLUE).all(-1).sum(1)  # blue pixels a row
-    lengths = [run for run in np.unique(blue) if run > 1]
-    assert len(lengths) == 2 and abs(lengths[1] / lengths[0] - 3) < 0.1
-
-
-def test_sheet_keeps_pairs_in_a_row_and_loses_no_cell():
-    cells = [np.full((2, 10, 20, 3), 100 + i, np.uint8) for i in range(6)]
-    for together in (1, 2, 6):
-        out = common.pictures.sheet(cells, together)[1, :, :, 0]
-        spots = [np.argwhere(out == 100 + i) for i in range(6)]
-        assert all(len(s) == 200 for s in spots)
-        for i in range(0, 6, together):
-            assert len({s[0][0] for s in spots[i : i + together]}) == 1
-    assert common.pictures.sheet(cells, 6).shape[2] == 6 * (20 + 2 * common.pictures.GAP)
-    wide = [np.zeros((1, 10, 10 * columns, 3), np.uint8) for columns in (1, 9) for _ in range(6)]
-    for six in (wide[:6], wide[6:]):  # whatever their shape, rows of groups of three hold one, three or six
-        columns = common.pictures.sheet(six, 1, 3).shape[2] // (six[0].shape[2] + 2 * common.pictures.GAP)
-        assert columns in (1, 3, 6)
-
-
-@pytest.mark.parametrize("suffix, tolerance", [(".gif", 6), (".mp4", 12), (".MP4", 12)])
-def test_a_file_shows_the_frames_it_was_given(tmp_path, suffix, tolerance):
-    frames = np.zeros((7, 33, 47, 3), np.uint8)  # odd sides
-    frames[:, :16, :24] = (200, 40, 40)
-    for i in range(7):
-        frames[i, 20:30, 6 * i : 6 * i + 6] = 220  # a block that moves on in every frame
-    path = tmp_path / f"clip{suffix}"
-    common.pictures.save(path, frames, 10)
-    back = iio.imread(path, plugin="pyav" if "4" in suffix else "pillow")[..., :3].astype(int)
-    size = (7, 34, 48) if "4" in suffix else (7, 33, 47)  # video codecs need even sides
-    assert back.shape[:3] == size and [p.name for p in tmp_path.iterdir()] == [path.name]
-    assert np.abs(back[:, :33, :47] - frames).mean() < tolerance
-    for i in range(7):
-        assert back[i, 23:27, 6 * i + 2 : 6 * i + 4].mean() > 170
-        assert i == 6 or back[i, 23:27, 6 * i + 10 :].mean() < 60
-    if "4" in suffix:
-        properties = iio.improps(path, plugin="pyav"), iio.immeta(path, plugin="pyav")
-        assert properties[1]["fps"] == 10 and properties[1]["video_format"].startswith("yuv420p")
-
-
-def test_a_file_that_cannot_be_written_stops_with_a_sentence(tmp_path):
-    for name in ("clip.gif", "clip.mp4"):
-        with pytest.raises(Stopped, match="could not be written"):
-            common.pictures.save(tmp_path / "gone" / name, np.zeros((2, 8, 8, 3), np.uint8), 4)
-
-
 def test_preview_shows_the_clip_and_the_strongest_trained_map(loaded, tmp_path, monkeypatch):
-    cfg, model, process, tokenizer, _ = loaded
+    cfg, net, process, tokenizer, _ = loaded
     clip = np.zeros((2, 4, 16, 16, 3), np.uint8)
     for i in range(4):
         clip[:, i, 4:12, 2 * i : 2 * i + 6] = (40, 200, 80)
@@ -323,7 +245,7 @@ def test_preview_shows_the_clip_and_the_strongest_trained_map(loaded, tmp_path, 
     lift[:, 1, 1, 4], lift[..., 3], lift[..., 11] = 0.9, 1.0, 0.2  # 3 peaks, but is not in the prompt
     routing = common.pictures.ClipRouting(lift, None, 0.5)
     monkeypatch.setattr(sample, "generate", lambda *a, **k: (clip, [routing, None]))
-    sample.preview(tmp_path / "p.gif", model, process, tokenizer, cfg, ["a", "b"], seed=0, steps=4, guidance=1,
+    sample.preview(tmp_path / "p.gif", net, process, tokenizer, cfg, ["a", "b"], seed=0, steps=4, guidance=1,
                    precision="fp32", present=[PRESENT, PRESENT])
     back = iio.imread(tmp_path / "p.gif")[..., :3].astype(int)
     scale = 8  # 16 pixels become the promised 128
@@ -332,18 +254,19 @@ def test_preview_shows_the_clip_and_the_strongest_trained_map(loaded, tmp_path, 
     assert len(back) == 4
     assert np.abs(back[:, top : top + 128, g : g + 128] - large).mean() < 6
     assert np.abs(back[:, top : top + 128, 2 * g + 128 : 2 * g + 256] - heat).mean() < 6
-    assert (back[:, top : top + 128, 3 * g + 384 + 16 :] == common.pictures.PAPER).mean() > 0.99  # a bare backbone has no map
+    # a bare backbone has no map
+    assert (back[:, top : top + 128, 3 * g + 384 + 16 :] == common.pictures.PAPER).mean() > 0.99
     duration = iio.immeta(tmp_path / "p.gif")["duration"]
     assert duration * 4 == 1000  # a world clip lasts one second
 
 
-# --- command ----------------------------------------------------------------------------------------------------------
+# --- command ------------------------------------------------------------------------------------------------
 @pytest.fixture
 def command(run, monkeypatch):
     """Run main in-process with a few steps; returns the frames and the rate it would save."""
     def call(*argv, folder=run):
         saved = []
-        monkeypatch.setattr(common.pictures, "save", lambda path, frames, fps: saved.append((path, frames, fps)))
+        monkeypatch.setattr(sample, "save", lambda path, frames, fps: saved.append((path, frames, fps)))
         sample.main(["--run", str(folder), "--steps", "4", "--batch", "3", "--scale", "8", *argv])
         return saved[0]
     return call
@@ -366,11 +289,13 @@ def test_command_writes_the_clips_it_generated(run, loaded, tmp_path, capsys):
 
 def test_command_repeats_indices_for_each_prompt(command, loaded, tmp_path):
     (tmp_path / "prompts.txt").write_text(f"{PROMPTS[1]}\n\n{PROMPTS[2]}\n")
-    path, frames, fps = command("--prompt", PROMPTS[0], "--prompts", str(tmp_path / "prompts.txt"), "--n", "2")
+    path, frames, fps = command("--prompt", PROMPTS[0], "--prompts", str(tmp_path / "prompts.txt"), "--n",
+                                "2")
     videos, _ = clips(loaded, [p for p in PROMPTS[:3] for _ in range(2)], indices=[0, 1] * 3, batch=3)
     cells = [common.pictures.plain_cell(video, PROMPTS[i // 2], "", 8) for i, video in enumerate(videos)]
     assert np.array_equal(frames, common.pictures.sheet(cells, 1, 2))
-    assert fps == 4 and path.name == "a-red-ball-bounces.gif" and path.parent.name == "samples" and path.parent.is_dir()
+    assert fps == 4 and path.name == "a-red-ball-bounces.gif" and path.parent.name == "samples"
+    assert path.parent.is_dir()
 
 
 def test_no_branch_is_the_backbone(command, loaded):
@@ -383,25 +308,28 @@ def test_no_branch_is_the_backbone(command, loaded):
 def test_show_routing_and_inversion_side_by_side(command, loaded):
     _, frames, _ = command("--prompt", PROMPTS[0], "--n", "1", "--show_routing", "--invert_experts")
     names, cells = {i: physics.phenomena.CATEGORIES[i] for i in PRESENT}, []
-    for label, edit in (("plain", None), ("inverted", invert)):
+    for label, edit in (("plain", None), ("inverted", experts.invert)):
         videos, routings = clips(loaded, PROMPTS[:1], edit=edit)
         cells.append(common.pictures.routing_cell(videos[0], PROMPTS[0], label, 8, routings[0], names))
         third = common.pictures.overlay(videos[0], routings[0].lift[..., PRESENT[2]], 4)
         x = 2 * (64 + common.pictures.GAP)
-        assert np.array_equal(cells[-1][:, -64 - common.pictures.GAP : -common.pictures.GAP, x : x + 64], third)  # the last of three maps
+        # the last of three maps
+        assert np.array_equal(cells[-1][:, -64 - common.pictures.GAP : -common.pictures.GAP, x : x + 64], third)
     assert np.array_equal(frames, common.pictures.sheet(cells, 2)) and not np.array_equal(*cells)
 
 
 def test_unknown_and_surplus_words_are_warned_of_once(command, capsys):
-    command("--prompt", "a purple zebra bounces", "--prompt", "zebra " + "ball " * 30, "--n", "2", "--invert_experts")
+    command("--prompt", "a purple zebra bounces", "--prompt", "zebra " + "ball " * 30, "--n", "2",
+            "--invert_experts")
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("Warning")]
-    assert len(lines) == 2 and "purple, zebra;" in lines[0] and "bounces" not in lines[0] and "24 words" in lines[1]
+    assert len(lines) == 2 and "purple, zebra;" in lines[0] and "bounces" not in lines[0]
+    assert "24 words" in lines[1]
     command("--prompt", PROMPTS[0], "--n", "1")
     assert "Warning" not in capsys.readouterr().err
 
 
 def test_folder_runs_play_at_their_own_rate(tmp_path, command):
-    run = write_run(tmp_path / "run", dataclasses.replace(CFG, data_dir="clips", fps=5.0))
+    run = run_folder(tmp_path / "run", dataclasses.replace(CFG, data_dir="clips", fps=5.0))
     assert command("--prompt", "a ball", "--n", "1", folder=run)[2] == 5
     assert command("--prompt", "a ball", "--n", "1", "--fps", "9", folder=run)[2] == 9
 
@@ -418,7 +346,8 @@ def test_folder_runs_play_at_their_own_rate(tmp_path, command):
     (["--prompt", "a ball", "--colour", "red"], "--colour"),
     (["--prompt", "a ball", "--device", "tpu"], "--device"),
     (["--prompt", "a ball", "--out", "clip.avi"], "gif or .mp4"),
-    (["--prompt", "a ball", "--out", "clip"], "gif or .mp4"), (["--prompts", "nowhere.txt"], "cannot be read"),
+    (["--prompt", "a ball", "--out", "clip"], "gif or .mp4"),
+    (["--prompts", "nowhere.txt"], "cannot be read"),
     (["--prompt", "a ball", "--checkpoint", "step000777"], "There is no"),
     (["--prompt", "a ball", "--checkpoint", "base"], "step000050.pt"),
     (["--prompt", "a ball", "--no_branch", "--show_routing"], "leaves out"),
@@ -446,9 +375,9 @@ def test_an_out_that_cannot_be_is_refused_before_any_work(run, tmp_path, monkeyp
 
 
 def test_flags_that_the_model_cannot_serve_are_refused(tmp_path):
-    base = write_run(tmp_path / "base", physics=False)
-    fine = write_run(tmp_path / "fine", dataclasses.replace(CFG, semantic=False))
-    vpred = write_run(tmp_path / "vpred", dataclasses.replace(CFG, process="vpred", predict="v"))
+    base = run_folder(tmp_path / "base", branch=False)
+    fine = run_folder(tmp_path / "fine", dataclasses.replace(CFG, semantic=False))
+    vpred = run_folder(tmp_path / "vpred", dataclasses.replace(CFG, process="vpred", predict="v"))
     for run, flags, sentence in ((base, ["--show_routing"], "needs a router"),
                                  (base, ["--invert_experts"], "semantic router"),
                                  (fine, ["--invert_experts"], "semantic router"),
@@ -457,11 +386,15 @@ def test_flags_that_the_model_cannot_serve_are_refused(tmp_path):
             sample.main(["--run", str(run), "--prompt", "a ball", *flags])
 
 
+@pytest.mark.slow
 def test_as_a_program(run, tmp_path):
     def call(*argv):
-        return subprocess.run([sys.executable, ROOT / "sample.py", *argv], capture_output=True, text=True, cwd=tmp_path)
+        return subprocess.run([sys.executable, ROOT / "sample.py", *argv], capture_output=True, text=True,
+                              cwd=tmp_path)
     wrong = call("--run", "nowhere", "--prompt", "a ball")
-    assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr.count("\n") == 1 and "nowhere" in wrong.stderr
+    assert wrong.returncode == 2 and wrong.stdout == "" and wrong.stderr.count("\n") == 1
+    assert "nowhere" in wrong.stderr
     right = call("--run", str(run), "--prompt", "a ball", "--n", "1", "--steps", "2", "--out", "clip.mp4")
-    assert right.returncode == 0 and right.stdout.strip() == "wrote clip.mp4" and "Traceback" not in right.stderr
+    assert right.returncode == 0 and right.stdout.strip() == "wrote clip.mp4"
+    assert "Traceback" not in right.stderr
     assert len(iio.imread(tmp_path / "clip.mp4", plugin="pyav")) == CFG.frames

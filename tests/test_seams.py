@@ -1,7 +1,9 @@
-"""What this project needs of other libraries: one sentence, with library and version, for each thing that changes.
+"""What this project needs of other libraries:
+one sentence, with library and version, for each thing that changes.
 
-A new release that breaks something makes one of these fail beside whatever else fails, and its message says where to
-look. seams.py keeps what is not public; what stands here for the rest is public, and has changed before all the same.
+A new release that breaks something makes one of these fail beside whatever else fails, and its message
+says where to look. seams.py keeps what is not public; what stands here for the rest is public, and has
+changed before all the same.
 """
 import inspect
 from importlib.metadata import version
@@ -14,7 +16,8 @@ from vlm import tiny as vlm_tiny
 import seams
 from config import UserError
 
-transformers = pytest.importorskip("transformers", reason="the teacher needs transformers: pip install -r requirements.txt")
+transformers = pytest.importorskip("transformers",
+                                   reason="the teacher needs transformers: pip install -r requirements.txt")
 
 
 def holds(library: str, what: str, check) -> None:
@@ -27,10 +30,10 @@ def holds(library: str, what: str, check) -> None:
 
 
 def needs_diffusers() -> None:
-    pytest.importorskip("diffusers", reason="parity needs diffusers: pip install -r requirements-extra.txt")
+    pytest.importorskip("diffusers", reason="needs diffusers: pip install -r requirements-extra.txt")
 
 
-# --------------------------------------------------------------------------------------------------------- transformers
+# ----------------------------------------------------------------------------------------------- transformers
 FAMILIES = ("Qwen2_5_VL", "Qwen3VL", "Qwen2VL", "Qwen3VLMoe")
 
 
@@ -43,16 +46,19 @@ def test_the_first_arguments_of_a_vlm_keep_their_order(family):
     """`VLM.run` passes ids, mask, positions and cache by place, since the last was renamed in 5.24."""
     def check():
         names = list(inspect.signature(model_of(family).forward).parameters)[1:5]
-        return names[:3] == ["input_ids", "attention_mask", "position_ids"] and names[3] in ("cache", "past_key_values")
+        return names[:3] == ["input_ids", "attention_mask",
+                             "position_ids"] and names[3] in ("cache", "past_key_values")
     holds("transformers", f"the order of arguments of {family}Model.forward", check)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_get_rope_index_keeps_its_arguments(family):
-    """`VLM.positions` names them; one that is not known would be swallowed by **kwargs and change all maps."""
+    """`VLM.positions` names them;
+    one that is not known would be swallowed by **kwargs and change all maps."""
     def check():
         names = list(inspect.signature(model_of(family).get_rope_index).parameters)
-        needed = {"mm_token_type_ids", "video_grid_thw"} | ({"second_per_grid_ts"} if family == "Qwen2_5_VL" else set())
+        needed = {"mm_token_type_ids",
+                  "video_grid_thw"} | ({"second_per_grid_ts"} if family == "Qwen2_5_VL" else set())
         return names[1] == "input_ids" and needed <= set(names)
     holds("transformers", f"the arguments of {family}Model.get_rope_index", check)
 
@@ -61,7 +67,8 @@ def test_attention_functions_and_masks_are_registered_by_name():
     def check():
         vlm_qwen.register_attention()
         functions, masks = transformers.AttentionInterface(), transformers.AttentionMaskInterface()
-        return functions[vlm_qwen.ATTENTION] is vlm_qwen.watched_attention and masks[vlm_qwen.ATTENTION] is masks["sdpa"]
+        ours = functions[vlm_qwen.ATTENTION] is vlm_qwen.watched_attention
+        return ours and masks[vlm_qwen.ATTENTION] is masks["sdpa"]
     holds("transformers", "AttentionInterface or AttentionMaskInterface", check)
 
 
@@ -77,17 +84,19 @@ def test_a_cache_is_cut_to_rows():
 
 
 def test_the_resize_rule_is_where_it_was():
-    holds("transformers", "smart_resize (tests/seams.py)", lambda: seams.resize_rule(480, 720, 28, 3136, 350_000) == (476, 728))
+    holds("transformers", "smart_resize (tests/seams.py)",
+          lambda: seams.resize_rule(480, 720, 28, 3136, 350_000) == (476, 728))
 
 
-# ------------------------------------------------------------------------------------------------------------ diffusers
+# -------------------------------------------------------------------------------------------------- diffusers
 SEAMS = {
     "cog_rotary": lambda: seams.cog_rotary(16, (3, 5), 2, (3, 5))[0].shape == (30, 16),
     "cog_rotary_slice": lambda: seams.cog_rotary_slice(16, (3, 5), 2, (6, 6))[1].shape == (30, 16),
     "cog_block": lambda: {"hidden_states", "encoder_hidden_states", "temb", "image_rotary_emb"}
     <= set(inspect.signature(seams.cog_block().forward).parameters),
     "timestep_embedding": lambda: seams.timestep_embedding(torch.arange(3), 8).shape == (3, 8),
-    "dynamic_guidance": lambda: {"guidance_scale", "num_inference_steps"} <= set(seams.dynamic_guidance().replace("(", " ").split()),
+    "dynamic_guidance": lambda: {"guidance_scale", "num_inference_steps"}
+    <= set(seams.dynamic_guidance().replace("(", " ").split()),
 }
 
 
@@ -108,7 +117,7 @@ def test_prompts_are_encoded_by_a_public_method(name):
     holds("diffusers", f"the arguments of {name}.encode_prompt", check)
 
 
-# ---------------------------------------------------------------------------------------------------------------- torch
+# ------------------------------------------------------------------------------------------------------ torch
 def test_a_storage_is_one_object_for_all_its_views():
     """`train.block_cost` counts bytes a storage, on the meta device, where all addresses are zero."""
     def check():
@@ -118,7 +127,7 @@ def test_a_storage_is_one_object_for_all_its_views():
     holds("torch", "views of a tensor share one storage object", check)
 
 
-# ------------------------------------------------------------------------------- a library that changed is named at work
+# -------------------------------------------------------------------- a library that changed is named at work
 @pytest.fixture
 def vlm(tmp_path):
     folder = tmp_path / "vlm"
@@ -134,7 +143,8 @@ def look(vlm):
 def renamed(real):
     """get_rope_index with another name for the kinds of tokens."""
     def get_rope_index(input_ids, token_kinds, video_grid_thw=None, second_per_grid_ts=None):
-        return real(input_ids, token_kinds, video_grid_thw=video_grid_thw, second_per_grid_ts=second_per_grid_ts)
+        return real(input_ids, token_kinds, video_grid_thw=video_grid_thw,
+                    second_per_grid_ts=second_per_grid_ts)
     return get_rope_index
 
 
@@ -146,7 +156,8 @@ CHANGES = {
         real(ids, mask, places, **more)),
     "arguments that do not reach the function": lambda vlm, patch: patch.setattr(
         vlm.core, "forward", lambda *args, watcher=None, real=vlm.core.forward, **more: real(*args, **more)),
-    "another function is called": lambda vlm, patch: vlm.model.set_attn_implementation({"text_config": "sdpa"}),
+    "another function is called": lambda vlm, patch:
+        vlm.model.set_attn_implementation({"text_config": "sdpa"}),
 }
 
 
@@ -159,4 +170,5 @@ def test_a_change_of_the_library_is_one_sentence(vlm, change, monkeypatch):
         look(vlm)
     said = str(caught.value)
     assert not isinstance(caught.value, vlm_qwen.VLMError)  # for which every clip would be skipped, one by one
-    assert said.startswith(f"transformers {version('transformers')} ") and "README names those that were tested" in said
+    assert said.startswith(f"transformers {version('transformers')} ")
+    assert "README names those that were tested" in said

@@ -1,674 +1,338 @@
-"""teacher.py's looking, against `output_attentions` of eager models, `generate` and the picture processor of transformers.
-
-Tiny Qwen2.5-VL and Qwen3-VL with random weights, wide enough that no two tokens look alike: grouped keys, windows in the
-vision tower, a tokenizer of single letters. What could go wrong silently is planted on purpose, and must be noticed.
-"""
-import dataclasses
-import functools
+"""teacher.py, the command: a folder of videos becomes a folder of maps, whatever happens on the way."""
 import json
 import os
-import shutil
-import subprocess
-import sys
-from pathlib import Path
+import re
 
 import numpy as np
 import pytest
 import torch
 
-from config import Stopped, UserError
+transformers = pytest.importorskip(
+    "transformers", reason="the teacher needs transformers: pip install -r requirements.txt")
 
-transformers = pytest.importorskip("transformers", reason="the teacher needs transformers: pip install -r requirements.txt")
-
+import common.files  # noqa: E402
+import common.store  # noqa: E402
+import common.video  # noqa: E402
+import physics.phenomena  # noqa: E402
 from vlm import maps as vlm_maps  # noqa: E402
 from vlm import qwen as vlm_qwen  # noqa: E402
-import seams  # noqa: E402
+import config  # noqa: E402
+import data  # noqa: E402
 import teacher  # noqa: E402
-from vlm.qwen import KINDS, Settings, VLM, VLMError  # noqa: E402
-
-FAMILIES = ("qwen2_5_vl", "qwen3_vl")
-MARKS = ("<|end|>", "<|im_start|>", "<|im_end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for part in m['content'] %}{% if part['type'] == 'video' %}"
-            "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
-            "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-PICTURES = dict(image_mean=[.4, .5, .6], image_std=[.3, .2, .25], min_pixels=64, max_pixels=4096)
-LETTERS = [chr(i) for i in range(32, 127)] + ["\n"]
-FPS = 3.0
-
-
-# ----------------------------------------------------------------------------------------------------------- tiny VLMs
-def make_tokenizer():
-    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    core = Tokenizer(models.WordLevel({token: i for i, token in enumerate((*MARKS, *LETTERS))}, unk_token=" "))
-    core.pre_tokenizer, core.decoder = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated"), decoders.Fuse()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=core, pad_token=MARKS[0], eos_token=MARKS[0],
-                                                     extra_special_tokens=list(MARKS[1:]))
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer
-
-
-def make_vlm(folder, family, seed=0, layers=5, merge=2, **text):
-    """A folder with a model of random weights whose attention is anything but even. text: its sizes."""
-    words = len(MARKS) + len(LETTERS)
-    text = dict(vocab_size=words, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
-                num_key_value_heads=2, head_dim=8, initializer_range=.25, bos_token_id=None, pad_token_id=0, eos_token_id=0,
-                rope_parameters=dict(rope_type="default", rope_theta=100.0, mrope_section=[2, 1, 1])) | text
-    vision = dict(depth=2, hidden_size=32, intermediate_size=48, num_heads=2, patch_size=4, temporal_patch_size=2,
-                  spatial_merge_size=merge, out_hidden_size=text["hidden_size"], initializer_range=.25)
-    if family.startswith("qwen3"):
-        vision |= dict(num_position_embeddings=16, deepstack_visual_indexes=[0])
-        kinds = transformers.Qwen3VLForConditionalGeneration, transformers.Qwen3VLConfig
-    if family == "qwen3_vl_moe":
-        text |= dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, decoder_sparse_step=1)
-        kinds = transformers.Qwen3VLMoeForConditionalGeneration, transformers.Qwen3VLMoeConfig
-    if family.startswith("qwen2"):
-        del text["head_dim"]
-    if family == "qwen2_5_vl":
-        vision |= dict(window_size=16, fullatt_block_indexes=[1], tokens_per_second=2)
-        kinds = transformers.Qwen2_5_VLForConditionalGeneration, transformers.Qwen2_5_VLConfig
-    if family == "qwen2_vl":
-        vision |= dict(embed_dim=32, hidden_size=vision.pop("out_hidden_size"), mlp_ratio=2)
-        kinds = transformers.Qwen2VLForConditionalGeneration, transformers.Qwen2VLConfig
-    places = {name: MARKS.index(f"<|{name.removesuffix('_token_id').replace('image', 'image_pad').replace('video', 'video_pad')}|>")
-              for name in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")}
-    torch.manual_seed(seed)
-    model = kinds[0](kinds[1](text_config=text, vision_config=vision, tie_word_embeddings=False, **places))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "norm" in name and name.endswith("weight"):  # a norm that is left out would show
-                parameter.add_(.3 * torch.randn_like(parameter))
-    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 0, 0
-    model.save_pretrained(folder)
-    make_tokenizer().save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PICTURES))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    return {family: make_vlm(tmp_path_factory.mktemp(family), family) for family in FAMILIES}
-
-
-@pytest.fixture(scope="module")
-def eager(folders):
-    """The reference: the same weights, every matrix of attention."""
-    return {family: transformers.AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").eval()
-            for family, folder in folders.items()}
-
-
-@pytest.fixture(params=FAMILIES)
-def family(request):
-    return request.param
-
-
-@pytest.fixture
-def vlm(folders, family):
-    return VLM(folders[family])
-
-
-def clip(seed=0, frames=6, height=16, width=24):
-    return np.random.default_rng(seed).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
-
-
-def sentence(call, *args, error=VLMError, **kwargs):
-    with pytest.raises(error) as caught:
-        call(*args, **kwargs)
-    said = str(caught.value)
-    assert "\n" not in said and said.endswith((".", "?")), said
-    return said
-
-
-# -------------------------------------------------------------------------------- the reference: nothing of teacher.py
-def official_pixels(video):
-    """(n, C m p p), grid: transformers' own processor, which knows pictures only, on every frame; then the frames of a
-    pair side by side, as the model's documentation has them: C, m, p, p."""
-    size = dict(shortest_edge=PICTURES["min_pixels"], longest_edge=PICTURES["max_pixels"])
-    processor = transformers.Qwen2VLImageProcessorPil(size=size, patch_size=4, temporal_patch_size=1, merge_size=2,
-                                         image_mean=PICTURES["image_mean"], image_std=PICTURES["image_std"])
-    video = np.concatenate([video, video[-1:]]) if len(video) % 2 else video
-    out = processor([frame for frame in video], return_tensors="pt")
-    (_, h, w), frames = out.image_grid_thw[0].tolist(), out.pixel_values.view(len(video) // 2, 2, -1, 3, 1, 4, 4)
-    return frames.permute(0, 2, 3, 1, 4, 5, 6).reshape(-1, 3 * 2 * 4 * 4), [len(video) // 2, h, w]
-
-
-def whole_prompt(family, grid, fps, question, answer=""):
-    """The text of prompt and answer at once."""
-    t, pads = grid[0], "<|video_pad|>" * (grid[1] * grid[2] // 4)
-    if family.startswith("qwen3"):
-        stamps = [(2 * j / fps + (2 * j + 1) / fps) / 2 for j in range(t)]  # the mean of when its two frames are shown
-        video = "".join(f"<{stamp:.1f} seconds><|vision_start|>{pads}<|vision_end|>" for stamp in stamps)
-    else:
-        video = f"<|vision_start|>{pads * t}<|vision_end|>"
-    before, after = f"<|im_start|>user\n{video}", f"{question}<|im_end|>\n<|im_start|>assistant\n"
-    return before, after, before + after + answer
-
-
-def inputs_of(family, tokenizer, video, fps, question, answer=""):
-    pixels, grid = official_pixels(video)
-    ids = tokenizer(whole_prompt(family, grid, fps, question, answer)[2], return_tensors="pt").input_ids
-    inputs = dict(input_ids=ids, pixel_values_videos=pixels, video_grid_thw=torch.tensor([grid]),
-                  mm_token_type_ids=2 * (ids == MARKS.index("<|video_pad|>")).long())
-    return inputs | (dict(second_per_grid_ts=torch.tensor([2 / fps])) if family == "qwen2_5_vl" else {})
-
-
-@torch.no_grad()
-def expected(eager, family, tokenizer, video, fps, question, answer):
-    """(layers, heads, kinds, N) attention to the video, by one plain pass over everything, and the position ids."""
-    inputs = inputs_of(family, tokenizer, video, fps, question, answer)
-    places, outputs = seams.positions_of(eager, inputs)
-    attentions = torch.stack(outputs.attentions)[:, 0]
-    ids, special = inputs["input_ids"][0].tolist(), set(range(len(MARKS)))
-    before, after, _ = whole_prompt(family, inputs["video_grid_thw"][0].tolist(), fps, question)
-    begins, said = len(tokenizer(before).input_ids), len(tokenizer(before + after).input_ids)
-    rows = {"question": list(range(begins, begins + len(question))),
-            "answer": [i for i in range(said, len(ids)) if ids[i] not in special]}
-    rows["predict"] = [i - 1 for i in rows["answer"]]
-    video_at = [i for i, token in enumerate(ids) if token == MARKS.index("<|video_pad|>")]
-    maps = torch.stack([attentions[:, :, rows[kind]][..., video_at].mean(2) for kind in KINDS], dim=2)
-    return maps, places
-
-
-QUESTIONS = [["where is fire?", "what?"], ["tell me about the ice and the water", "a"]]
-ANSWER = "top <|im_start|>left"  # a special token in the midst: its row, and the row that predicts it, say nothing
-
-
-def check_maps(vlm, eager, family, videos, fps=FPS, questions=QUESTIONS, answer=ANSWER, batch=0, heads="", tolerance=1e-6):
-    """Do all rows of all layers look where the eager model looks?"""
-    layers = list(range(vlm.n_layers))
-    looks = vlm.look(videos, fps, questions, Settings(answer=answer, heads=heads), KINDS, layers, batch)
-    chosen = vlm_qwen.heads_of(heads, layers, 4)
-    for video, asked, found in zip(videos, questions, looks, strict=True):
-        for question, look in zip(asked, found, strict=True):
-            right, _ = expected(eager[family], family, vlm.tokenizer, video, fps, question, answer)
-            right = torch.stack([right[layer, of].mean(0) for layer, of in chosen.items()])  # (layers, kinds, N)
-            assert look.maps.shape == (len(chosen), 3, 3, 2, 3) and look.maps.dtype == torch.float32
-            assert (look.maps.flatten(2) - right).abs().max() < tolerance
-            assert torch.allclose(look.mass(1), right[:, 1].sum(-1), atol=1e-5)
-
-
-def check_answers(vlm, eager, family, videos, fps=FPS, questions=QUESTIONS, words=12, batch=0):
-    """Are the answers those of `generate`?"""
-    said = vlm.look(videos, fps, questions, Settings(words=words), batch=batch)
-    for video, asked, looks in zip(videos, questions, said, strict=True):
-        for question, look in zip(asked, looks, strict=True):
-            inputs = inputs_of(family, vlm.tokenizer, video, fps, question)
-            ids = eager[family].generate(**inputs, max_new_tokens=words, do_sample=False)[0, inputs["input_ids"].shape[1]:]
-            assert look.answer == vlm.tokenizer.decode(ids, skip_special_tokens=True)
-
-
-# ---------------------------------------------------------------------------------------------------------- extraction
-@pytest.mark.parametrize("batch, heads", [(0, ""), (1, ""), (3, ""), (0, "0.1, 2.0, 2.3, 4.2")])
-def test_maps_are_those_of_output_attentions(vlm, eager, family, batch, heads):
-    """Several videos, questions of several lengths, the prefix shared: as one eager pass over everything."""
-    check_maps(vlm, eager, family, [clip(0), clip(1)], batch=batch, heads=heads)
-
-
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl_moe"])
-def test_other_families_that_are_built_alike(family, tmp_path):
-    """Nothing in `VLM` names them: they have what is needed. (Qwen2-VL knows nothing of seconds.)"""
-    vlm = VLM(make_vlm(tmp_path, family))
-    eager = {family: transformers.AutoModelForImageTextToText.from_pretrained(tmp_path, attn_implementation="eager").eval()}
-    check_maps(vlm, eager, family, [clip(0), clip(1)])
-    check_answers(vlm, eager, family, [clip(0), clip(1)])
-    assert {*FAMILIES, family} <= set(VLM.TRIED)
-
-
-def test_layers_that_do_not_see_the_whole_video_are_refused(folders, tmp_path):
-    """Attention in a window over the text would leave most of the video out of every map."""
-    folder = Path(shutil.copytree(folders["qwen2_5_vl"], tmp_path / "sliding"))
-    text = json.loads((folder / "config.json").read_text())["text_config"]
-    rewrite(folder / "config.json", text_config={**text, "layer_types": ["full_attention"] * 3 + ["sliding_attention"] * 2,
-                                                 "use_sliding_window": True, "sliding_window": 8})
-    assert "layers are full_attention, sliding_attention" in sentence(VLM, folder)
-
-
-def test_one_question_about_one_video(vlm, eager, family):
-    check_maps(vlm, eager, family, [clip(2)], questions=[["where is the fire?"]], answer="left")
-
-
-def test_settings_choose_rows_layers_and_heads(vlm):
-    """`look` without kinds and layers gives the part of the whole that the settings name."""
-    video, asked = clip(3), [["where is the fire?"]]
-    whole = vlm.look([video], FPS, asked, Settings(answer=ANSWER), KINDS, list(range(5)))[0][0].maps
-    for k, kind in enumerate(KINDS):
-        part = vlm.look([video], FPS, asked, Settings(answer=ANSWER, rows=kind, layers="1-3"))[0][0].maps
-        assert part.shape == (3, 1, 3, 2, 3) and torch.allclose(part[:, 0], whole[1:4, k], atol=1e-7)
-    default = vlm.look([video], FPS, asked, Settings(answer=ANSWER))[0][0]
-    assert torch.allclose(default.maps[:, 0], whole[2:4, 1], atol=1e-7)  # of five layers 5 // 2 up to before 4
-    density = whole[2:4, 1].mean(0) / whole[2:4, 1].mean(0).sum() * 18
-    assert torch.allclose(default.density(), density, atol=1e-5) and abs(default.density().mean() - 1) < 1e-6
-    cut = default.density(sinks=.9)
-    capped = density.clamp(max=np.quantile(density.numpy(), .9))
-    assert torch.allclose(cut, capped / capped.mean(), atol=1e-5)
-
-
-def test_given_answers_go_to_their_questions(vlm):
-    """In batches that cut across videos: as if each had been asked alone."""
-    asked, answers = [["a?", "bb?"], ["c?"]], [["left", "top right"], ["low"]]
-    found = vlm.look([clip(0), clip(1)], FPS, asked, Settings(), batch=2, answers=answers)
-    for video, questions, given, looks in zip((clip(0), clip(1)), asked, answers, found):
-        for question, answer, look in zip(questions, given, looks, strict=True):
-            alone = vlm.look([video], FPS, [[question]], Settings(answer=answer))[0][0]
-            assert look.answer == answer and torch.allclose(look.maps, alone.maps, atol=1e-6)
-
-
-def test_which_layers_and_heads():
-    assert vlm_qwen.layers_of("", 28) == list(range(14, 22)) and vlm_qwen.layers_of("", 64) == list(range(32, 51))
-    assert vlm_qwen.layers_of("", 2) == [1] and vlm_qwen.layers_of("", 1) == [0] and vlm_qwen.layers_of("3", 5) == [3]
-    assert vlm_qwen.heads_of("", [1, 2], 2) == {1: [0, 1], 2: [0, 1]}
-    assert vlm_qwen.heads_of("2.1, 1.0,2.0", [1, 2, 3], 2) == {1: [0], 2: [1, 0]}
-
-
-def test_answers_are_those_of_generate(vlm, eager, family):
-    check_answers(vlm, eager, family, [clip(0), clip(1)])
-    check_answers(vlm, eager, family, [clip(0), clip(1)], batch=1)
-    check_answers(vlm, eager, family, [clip(4, frames=10)], fps=1.0, questions=QUESTIONS[:1])  # time runs past height and width
-
-
-def test_an_answer_ends_where_the_model_ends_it(vlm, eager, family):
-    """Each answer's third letter made an end: `generate` stops there, and so must all, at their own time."""
-    said = vlm.look([clip(0)], FPS, [QUESTIONS[0]], Settings(words=6))[0]
-    ends = sorted({vlm.tokenizer(look.answer[at]).input_ids[0] for at, look in zip((2, 4), said)})
-    vlm.ends = set(ends)
-    stopped = vlm.look([clip(0)], FPS, [QUESTIONS[0]], Settings(words=6))[0]
-    for question, look in zip(QUESTIONS[0], stopped):
-        inputs = inputs_of(family, vlm.tokenizer, clip(0), FPS, question)
-        ids = eager[family].generate(**inputs, max_new_tokens=6, do_sample=False, eos_token_id=ends)[0, inputs["input_ids"].shape[1]:]
-        assert look.answer == "".join(vlm.tokenizer.decode(i) for i in ids.tolist() if i not in ends) != ""
-    assert any(len(a.answer) < len(b.answer) for a, b in zip(stopped, said))
-
-
-@pytest.mark.parametrize("fps", [1.0, 4.0, 7.5])
-def test_positions_are_the_models_own(vlm, eager, family, fps, monkeypatch):
-    """Of the whole prompt and answer, at several rates: those of prefix, question and answer put together."""
-    seen = []
-    monkeypatch.setattr(VLM, "run", lambda self, ids, places, *more, real=VLM.run, **named:
-                        (seen.append(places), real(self, ids, places, *more, **named))[1])
-    question, video = "where?", clip(4, frames=10)
-    _, right = expected(eager[family], family, vlm.tokenizer, video, fps, question, "left")
-    vlm.look([video], fps, [[question]], Settings(answer="left"))
-    ours = torch.cat([ids[-3:] for ids in seen], dim=2)
-    assert torch.equal(ours, right)
-    assert (right[0].diff() < 0).any() or family == "qwen3_vl" or fps > 4  # time runs on past the video's height and width
-
-
-def test_density_ignores_heads_that_ignore_the_video():
-    """A head with a thousandth of its attention on the video weighs a thousandth."""
-    maps = torch.tensor([[.5, .1, .3], [.0001, .0007, .0001]]).view(2, 1, 1, 1, 3)
-    look = vlm_qwen.Look("", maps, False)
-    assert torch.allclose(look.density().flatten(), torch.tensor([.5001, .1007, .3001]) / .9009 * 3, atol=1e-6)
-    assert torch.allclose(look.mass(), torch.tensor([.9, .0009]))
-
-
-# ------------------------------------------------------------------------------------------ what must not go unnoticed
-def plant(monkeypatch, vlm, family, mistake):
-    if mistake == "frames are taken for 24 a second":
-        monkeypatch.setattr(VLM, "positions", lambda self, ids, grid, fps, real=VLM.positions: real(self, ids, grid, 24.0))
-        monkeypatch.setattr(VLM, "prompt", lambda self, text, grid, fps, real=VLM.prompt: real(self, text, grid, 24.0))
-    elif mistake == "no seconds a row":
-        rope = vlm.core.get_rope_index
-        monkeypatch.setattr(vlm.core, "get_rope_index", lambda *a, second_per_grid_ts, **k: rope(*a, **k))
-    elif mistake == "no token types":
-        monkeypatch.setattr(VLM, "positions", lambda self, ids, grid, fps: torch.arange(len(ids)).expand(3, 1, -1))
-    elif mistake == "no mask over padding":
-        monkeypatch.setattr(VLM, "run", lambda self, ids, places, cache, mask=None, real=VLM.run, **more:
-                            real(self, ids, places, cache, **more))
-    elif mistake == "places of patches before merging":
-        def positions(self, ids, grid, fps):
-            thw = torch.tensor([[grid[0], 4 * grid[1], 4 * grid[2]]])
-            kinds = torch.tensor([[2 * (token == self.pad) for token in ids]])
-            return self.core.get_rope_index(torch.tensor([ids]), mm_token_type_ids=kinds, video_grid_thw=thw,
-                                                   second_per_grid_ts=torch.tensor([2 / fps]))[0][..., :len(ids)]
-        monkeypatch.setattr(VLM, "positions", positions)
-    elif mistake == "a grid before merging":
-        vlm.merge = 1
-    elif mistake == "special tokens are kept":
-        vlm.special = set()
-    elif mistake == "rows one too late":
-        monkeypatch.setattr(VLM, "rows_of", lambda self, kind, s, a, real=VLM.rows_of: [r + 1 for r in real(self, kind, s, a)])
-    elif mistake == "a run of columns":
-        prefill = VLM.prefill
-
-        def run(self, videos, fps):
-            prefix = prefill(self, videos, fps)
-            return dataclasses.replace(prefix, columns=prefix.columns[-1] - torch.arange(len(prefix.columns)).flip(0))
-        monkeypatch.setattr(VLM, "prefill", run)
-    elif mistake == "groups of heads dealt in turn":
-        real = vlm_qwen.RowMaps.__init__
-
-        def dealt(self, rows, prefix, heads):
-            real(self, rows, prefix, {layer: [[0, 2, 1, 3][head] for head in chosen] for layer, chosen in heads.items()})
-        monkeypatch.setattr(vlm_qwen.RowMaps, "__init__", dealt)
-    elif mistake == "the mask is not registered":
-        monkeypatch.setattr(transformers.AttentionMaskInterface, "_global_mapping", {
-            name: mask for name, mask in transformers.AttentionMaskInterface().items() if name != vlm_qwen.ATTENTION})
-    elif mistake == "no norm of queries":
-        for name, parameter in vlm.model.named_parameters():
-            if name.endswith("q_norm.weight"):
-                parameter.data.fill_(1)
-    elif mistake == "pixels in rows, not in merged cells":
-        patches = VLM.patches
-
-        def rows(self, videos):
-            pixels, (t, h, w) = patches(self, videos)
-            x = pixels.view(-1, h // 2, w // 2, 2, 2, pixels.shape[1]).transpose(2, 3)
-            return x.reshape(len(pixels), -1), (t, h, w)
-        monkeypatch.setattr(VLM, "patches", rows)
-    elif mistake == "owners in disorder":
-        monkeypatch.setattr(VLM, "fork", lambda self, prefix, owners, real=VLM.fork: real(self, prefix, owners[::-1]))
-    elif mistake == "time axis of the answer starts anew":
-        rope = vlm.core.get_rope_index
-        monkeypatch.setattr(VLM, "padded", lambda self, prefix, tails, real=VLM.padded:
-                            (lambda ids, places: (ids, places - places[:, :, :1]))(*real(self, prefix, tails)))
-
-
-MISTAKES = [("frames are taken for 24 a second", FAMILIES), ("no seconds a row", FAMILIES[:1]), ("no token types", FAMILIES),
-            ("no mask over padding", FAMILIES), ("places of patches before merging", FAMILIES), ("a grid before merging", FAMILIES),
-            ("special tokens are kept", FAMILIES), ("rows one too late", FAMILIES), ("a run of columns", FAMILIES[1:]),
-            ("groups of heads dealt in turn", FAMILIES), ("no norm of queries", FAMILIES[1:]),
-            ("pixels in rows, not in merged cells", FAMILIES), ("owners in disorder", FAMILIES),
-            ("time axis of the answer starts anew", FAMILIES), ("the mask is not registered", FAMILIES)]
-
-
-@pytest.mark.parametrize("mistake, family", [(mistake, family) for mistake, of in MISTAKES for family in of])
-def test_mistakes_that_say_nothing_are_noticed(folders, eager, family, mistake, monkeypatch):
-    vlm, videos = VLM(folders[family]), [clip(0), clip(1)]
-    check = functools.partial(check_answers if mistake == "no mask over padding" else check_maps, vlm, eager, family, videos)
-    if mistake == "groups of heads dealt in turn":  # the mean of all would not change
-        check = functools.partial(check, heads="0.1, 3.2")
-    check()
-    with monkeypatch.context() as patch:
-        plant(patch, vlm, family, mistake)
-        with pytest.raises((AssertionError, IndexError, RuntimeError, ValueError, UserError)):
-            check()
-
-
-# -------------------------------------------------------------------------------------------------------------- memory
-MEMORY = """
-from vlm import qwen as vlm_qwen
-import os, resource, sys, numpy as np, torch
-torch.set_num_threads(1)
-import teacher
-vlm = vlm_qwen.VLM(sys.argv[1])
-video = np.random.default_rng(0).integers(0, 256, (20, 56, 56, 3), dtype=np.uint8)  # 1,960 tokens
-settings = vlm_qwen.Settings(answer="on the left", question="", layers="0-5")
-pixels, grid = vlm.patches([video])
-ids, _ = vlm.prompt("?", (10, 14, 14), 2.0)
-
-def plain(**more):
-    with torch.no_grad():
-        return vlm.core(input_ids=torch.tensor([ids]), position_ids=vlm.positions(ids, (10, 14, 14), 2.0), pixel_values_videos=pixels,
-                     video_grid_thw=torch.tensor([grid]), **more)
-
-def eager():
-    vlm.model.set_attn_implementation({"text_config": "eager"})
-    assert len(plain(use_cache=False, output_attentions=True).attentions) == 6
-
-for run in (lambda: None, lambda: plain(use_cache=True), lambda: vlm.look([video], 2.0, [["what?", "where is fire?"]], settings), eager):
-    if not (child := os.fork()):
-        run()
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, flush=True)
-        os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0
-"""
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="measures memory in forked processes")
-def test_looking_takes_less_than_twice_the_memory_of_the_model(tmp_path):
-    """Peaks over the loaded model, 2,000 tokens. That of every matrix of attention is there to show that the test could fail."""
-    folder = make_vlm(tmp_path, "qwen2_5_vl", layers=6, merge=1, hidden_size=128, num_attention_heads=16, num_key_value_heads=4,
-                      initializer_range=.05)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PICTURES | dict(max_pixels=2**20)))
-    done = subprocess.run([sys.executable, "-c", MEMORY, str(folder)], capture_output=True, text=True, cwd=Path(teacher.__file__).parent,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
-    loaded, plain, ours, every = map(int, done.stdout.split())
-    assert loaded < plain and ours - loaded < 2 * (plain - loaded) < every - loaded, (loaded, plain, ours, every)
-
-
-# ----------------------------------------------------------------------------------------------------- order and grids
-def still(vlm):
-    """Without attention in the vision tower a token shows its own cell alone; windows are still sorted and put back."""
-    for name, parameter in vlm.model.named_parameters():
-        if "visual" in name and "attn.proj" in name:  # as the published checkpoints name it
-            torch.nn.init.zeros_(parameter)
-
-
-@pytest.mark.parametrize("windows", [True, False])
-def test_each_cell_comes_out_at_its_place(folders, windows):
-    """Flip one cell of 8 x 8 pixels and two frames: of the map's layer 0, whose keys know one token each, that token
-    alone moves against the rest."""
-    for family in FAMILIES:
-        vlm = VLM(folders[family])
-        still(vlm)
-        if family == "qwen2_5_vl":
-            vlm.model.model.visual.fullatt_block_indexes = [] if windows else [0, 1]
-        video = clip(5, frames=6, height=24, width=40)
-        settings = Settings(answer="a", layers="0", heads="0.1")
-        cells = [(0, 0, 0), (0, 0, 4), (0, 2, 0), (1, 1, 3), (2, 2, 4), (2, 0, 1)]
-        flipped = [video.copy() for _ in cells]
-        for (t, h, w), one in zip(cells, flipped):
-            one[2 * t:2 * t + 2, 8 * h:8 * h + 8, 8 * w:8 * w + 8] ^= 255
-        maps = [looks[0].maps[0, 0].double() for looks in vlm.look([video, *flipped], FPS, [["where?"]] * 7, settings)]
-        for cell, one in zip(cells, maps[1:]):
-            assert one.shape == (3, 3, 5)
-            change = (one / maps[0]).log()
-            change = (change - change.median()).abs()
-            assert change[cell] > 1e-2 and (change > 1e-4).sum() == 1
-
-
-def test_columns_of_qwen3_are_not_one_run(folders):
-    for family, runs in zip(FAMILIES, (1, 3)):
-        vlm = VLM(folders[family])
-        prefix = vlm.prefill([clip()], FPS)
-        gaps = (prefix.columns.diff() > 1).sum() + 1
-        assert prefix.grid == (3, 2, 3) and len(prefix.columns) == 18 and gaps == runs
-        assert all(prefix.ids[i] == vlm.pad for i in prefix.columns) and prefix.ids.count(vlm.pad) == 18
-        text = vlm.tokenizer.decode(prefix.ids)
-        assert [f"<{s} seconds>" in text for s in ("0.2", "0.8", "1.5")] == [runs == 3] * 3  # middles of pairs at 3 fps: 1/6, 5/6, 3/2
-
-
-@pytest.mark.parametrize("size", [(16, 24), (19, 30), (50, 90), (7, 8), (100, 40)])
-def test_pixels_are_those_of_transformers(vlm, size):
-    """With and without resizing; the processor's bicubic filter rounds elsewhere, by a level or two at most."""
-    video = np.kron(clip(6, 4, 5, 5) // 2 + 64, np.ones((1, 20, 20, 1), np.uint8))[:, :size[0], :size[1]]  # no overshoot is cut
-    pixels, grid = vlm.patches([video])
-    right, right_grid = official_pixels(video)
-    level = max(1 / 255 / s for s in PICTURES["image_std"])
-    assert list(grid) == right_grid and pixels.shape == right.shape
-    assert (pixels - right).abs().max() < (1e-5 if size == (16, 24) else 2.1 * level)
-    assert (pixels - right).abs().mean() < .1 * level
-    sharp, _ = vlm.patches([np.kron(clip(6, 4, 5, 5), np.ones((1, 20, 20, 1), np.uint8))[:, :size[0], :size[1]]])
-    mean, std = (torch.tensor(PICTURES[name]).view(3, 1) for name in ("image_mean", "image_std"))
-    levels = (sharp.view(-1, 3, 32) * std + mean) * 255  # bytes again, as the processor's
-    assert (levels - levels.round()).abs().max() < 1e-3 and -1e-3 < levels.min() and levels.max() < 255 + 1e-3
-    floats, _ = vlm.patches([video / np.float32(255)])
-    assert torch.equal(floats, pixels)
-
-
-def test_patches_of_several_videos_and_of_odd_ones(vlm):
-    odd, even = clip(7, frames=5), clip(8, frames=6)
-    pixels, grid = vlm.patches([odd])
-    again, same = vlm.patches([np.concatenate([odd, odd[-1:]])])
-    assert grid == same == (3, 4, 6) and torch.equal(pixels, again) and torch.allclose(pixels, official_pixels(odd)[0], atol=1e-5)
-    both, _ = vlm.patches([even, clip(9)])
-    assert torch.equal(both, torch.cat([vlm.patches([even])[0], vlm.patches([clip(9)])[0]]))
-
-
-def test_the_resize_rule_is_smart_resize(vlm):
-    rng = np.random.default_rng(0)
-    sizes = [(480, 720), (1080, 1920), (720, 405), (14, 14), (27, 100), *map(tuple, rng.integers(16, 1200, (300, 2)).tolist())]
-    for patch, least, most in ((14, 56 * 56, 14 * 14 * 4 * 1280), (16, 65536, 200_000), (4, 64, 4096)):
-        vlm.patch, vlm.pictures = patch, {**vlm.pictures, "least": least, "most": most}
-        for height, width in sizes:
-            right = seams.resize_rule(max(height, patch), max(width, patch), 2 * patch, least, most)
-            assert vlm.size_for(max(height, patch), max(width, patch)) == right, (patch, height, width)
-    vlm.patch, vlm.pictures = 14, {**vlm.pictures, "least": 56 * 56, "most": 14 * 14 * 4 * 1280}
-    assert vlm.size_for(480, 720, 350_000) == (476, 728)
-
-
-def test_aligned_frames_are_what_latents_show():
-    pairs = vlm_maps.aligned_frames(49).reshape(-1, 2)
-    assert pairs.tolist() == [[0, 0], [2, 3], *([4 * j - 2, 4 * j - 1] for j in range(2, 13))] and pairs[-1].tolist() == [46, 47]
-    assert (pairs.mean(1)[1:] == [np.mean(range(4 * j - 3, 4 * j + 1)) for j in range(1, 13)]).all()  # the latent's own middle
-    assert vlm_maps.aligned_frames(1).tolist() == [0, 0] and len(vlm_maps.aligned_frames(81)) == 42
-    for n in (48, 50, 51, 0, -3):
-        assert "1 + 4 m frames" in sentence(vlm_maps.aligned_frames, n) and str(n) in sentence(vlm_maps.aligned_frames, n)
-    assert vlm_maps.uniform_frames(49, 4).tolist() == [6, 18, 30, 42] and vlm_maps.uniform_frames(8, 8).tolist() == list(range(8))
-
-
-# -------------------------------------------------------------------------------------------------------------- errors
-def test_wrong_videos_are_one_sentence(vlm):
-    say = functools.partial(sentence, vlm.look, fps=FPS, questions=[["?"]])
-    assert "has 1 frame(s) but the model merges 2" in say([clip(frames=1)])
-    assert "got shape (6, 16, 24)" in say([clip()[..., 0]])
-    assert "got shape (6, 16, 24, 4)" in say([np.zeros((6, 16, 24, 4), np.uint8)])
-    said = say([clip() / np.float32(127.5) - 1])
-    assert "must lie in [0, 1]; got [-1.00, 1.00]" in said and "(x + 1) / 2" in said
-    assert "got [nan" in say([np.full((6, 16, 24, 3), np.nan, np.float32)])
-    assert "[0.00, 255.00]" in say([np.linspace(0, 255, 6 * 16 * 24 * 3).reshape(6, 16, 24, 3)])
-
-
-def test_a_truncated_prompt_is_named(vlm, monkeypatch):
-    real = type(vlm.tokenizer).__call__
-    monkeypatch.setattr(type(vlm.tokenizer), "__call__", lambda self, text, **k: real(self, text, **k, truncation=True, max_length=20))
-    said = sentence(vlm.look, [clip()], FPS, [["?"]])
-    assert "<|video_pad|> tokens (id 4) but the video has 3x2x3 = 18 tokens. Was the prompt truncated" in said
-
-
-def test_a_question_with_a_place_for_another_video_is_refused(vlm):
-    assert "no single place" in sentence(vlm.look, [clip()], FPS, [["<|vision_start|><|video_pad|><|vision_end|>?"]])
-
-
-@pytest.fixture
-def copy(folders, family, tmp_path):
-    return Path(shutil.copytree(folders[family], tmp_path / "copy"))
-
-
-def rewrite(path, **changed):
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
-
-
-def shift(folder):
-    """The tokenizer of another checkpoint: the same words by other numbers."""
-    tokens = json.loads((folder / "tokenizer.json").read_text())
-    swap = {"<|video_pad|>": 5, "<|vision_start|>": 4}
-    tokens["model"]["vocab"].update(swap)
-    for token in tokens["added_tokens"]:
-        token["id"] = swap.get(token["content"], token["id"])
-    (folder / "tokenizer.json").write_text(json.dumps(tokens))
-
-
-def resave(folder, change):
-    import safetensors.torch
-    path = folder / "model.safetensors"
-    tensors = safetensors.torch.load_file(path)
-    name = next(name for name in tensors if "layers.1.self_attn.q_proj.weight" in name)
-    changed = change(tensors[name])
-    tensors.pop(name) if changed is None else tensors.update({name: changed})
-    safetensors.torch.save_file(tensors, path, {"format": "pt"})
-
-
-def without_template(folder):
-    (folder / "chat_template.jinja").write_text("{{ messages[0]['content'][1]['text'] }}")
-
-
-HARMS = {
-    "nothing there": (lambda f: shutil.rmtree(f), UserError, "config.json"),
-    "no JSON": (lambda f: (f / "config.json").write_text("{"), UserError, "not JSON"),
-    "another family": (lambda f: rewrite(f / "config.json", model_type="llava", text_config={}), VLMError,
-                       "'llava', which lacks positions along time, height and width"),
-    "no weights": (lambda f: (f / "model.safetensors").unlink(), UserError, "safetensors"),
-    "pickled": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), UserError, "pickled"),
-    "cut short": (lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-50]), UserError, "damaged"),
-    "a tensor gone": (lambda f: resave(f, lambda t: None), UserError, "lacks"),
-    "another shape": (lambda f: resave(f, lambda t: t[:, :-8].contiguous()), UserError, "does not fit"),
-    "NaN": (lambda f: resave(f, lambda t: t * float("nan")), UserError, "not finite"),
-    "no tokenizer": (lambda f: [(f / name).unlink() for name in ("tokenizer.json", "tokenizer_config.json")], VLMError,
-                     "There is no "),
-    "no words": (lambda f: (f / "tokenizer.json").write_text("{}"), UserError, "cannot be loaded"),
-    "another tokenizer": (shift, VLMError, "disagree on the ids of <|video_pad|> (5 and 4). Load both from the same checkpoint"),
-    "no place for a video": (without_template, VLMError, "no chat template with a place for a video"),
-    "no JSON of pixels": (lambda f: (f / "preprocessor_config.json").write_text("["), UserError, "preprocessor_config.json"),
-}
-
-
-@pytest.mark.parametrize("harm", HARMS)
-def test_broken_folders_are_one_sentence(copy, harm):
-    break_it, error, words = HARMS[harm]
-    break_it(copy)
-    assert words in sentence(VLM, copy, error=error)
-
-
-def test_where_older_checkpoints_keep_template_and_sizes(copy):
-    without_template(copy)
-    (copy / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
-    (copy / "preprocessor_config.json").unlink()
-    (copy / "video_preprocessor_config.json").write_text(json.dumps({"size": {"shortest_edge": 100, "longest_edge": 5000}}))
-    vlm = VLM(copy)
-    assert vlm.template == TEMPLATE and (vlm.pictures["least"], vlm.pictures["most"]) == (100, 5000)
-    assert vlm.pictures["mean"] == transformers.image_utils.OPENAI_CLIP_MEAN and vlm.pictures["std"] == transformers.image_utils.OPENAI_CLIP_STD
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_numbers_that_are_not_finite_are_named(vlm, dtype):
-    """float16 ends at 65504: weights that float32 bears overflow in it, as Qwen's activations do."""
-    vlm.model.to(dtype)
-    with torch.no_grad():
-        weights = dict(vlm.model.named_parameters())
-        name = next(name for name in weights if name.endswith("layers.1.mlp.down_proj.weight"))
-        weights[name].mul_(float("nan") if dtype == torch.float32 else 60000)
-    said = sentence(vlm.look, [clip()], FPS, [["?"]], Settings(answer="a", layers="0-4"))
-    assert f"layer 2 is not finite ({dtype})" in said and "bfloat16" in said
-
-
-def test_bf16_looks_where_float32_looks(folders, family):
-    looks = [VLM(folders[family], dtype=dtype).look([clip()], FPS, [["where?"]], Settings(answer="left"))[0][0]
-             for dtype in (torch.float32, torch.bfloat16)]
-    assert looks[1].maps.dtype == torch.float32
-    a, b = (look.density().flatten() for look in looks)
-    assert (a - b).norm() < .15 * a.norm() and torch.nn.functional.cosine_similarity(a, b, dim=0) > .99
-
-
-def test_an_empty_answer_is_empty(vlm):
-    look = vlm.look([clip()], FPS, [["?"]], Settings(answer="<|im_start|><|im_end|>"))[0][0]
-    assert look.empty and look.answer == "" and (look.maps == 0).all() and look.density().isfinite().all()
-    vlm.ends = set(range(200))  # the model ends at once
-    look = vlm.look([clip()], FPS, [["?"]], Settings())[0][0]
-    assert look.empty and look.answer == ""
-
-
-def test_full_memory_says_what_helps_in_order(vlm, monkeypatch):
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 97.12 GiB.\nMore lines.")
-    monkeypatch.setattr(vlm_qwen.RowMaps, "__call__", full)
-    said = sentence(vlm.look, [clip()], FPS, [["?", "what?"]], Settings(), error=Stopped)
-    at = [said.index(word) for word in ("--batch 1", "--pixels", "--frames", "--dtype bf16", "--answer", "smaller VLM")]
-    assert at == sorted(at) and "2 questions at once" in said and "5 layers" in said and "(6, 16, 24, 3)" in said
-
-
-@pytest.mark.parametrize("given, words", [
-    (dict(layers="5"), "--layers is first-last, from 0 to 4 here, not '5'"), (dict(layers="3-2"), "--layers"), (dict(layers="a-b"), "--layers"),
-    (dict(layers="-1"), "--layers"), (dict(heads="2.4"), "--heads"), (dict(heads="0.1"), "--heads"), (dict(heads="2"), "--heads"),
-    (dict(heads="2.1,,"), "--heads"), (dict(rows="tokens"), "--rows must be one of question, predict, answer"),
-    (dict(question="Where is {nom}?"), "--question has a place for {name} and {cue}, --answer for {name}, not 'nom'"), (dict(question="{"), "--question"),
-    (dict(question="{}"), "--question"), (dict(question="{name.x}"), "--question"), (dict(question="{name[x]}"), "--question"),
-    (dict(answer="{cue}"), "--answer for {name}, not 'cue'"),
-    (dict(sinks=0.0), "--sinks"), (dict(sinks=1.5), "--sinks"), (dict(sinks=float("nan")), "--sinks"), (dict(words=0), "--words")])
-def test_wrong_settings_are_one_sentence(folders, given, words):
-    assert words in sentence(VLM(folders["qwen2_5_vl"]).settings, error=UserError, **given)
-
-
-@pytest.mark.parametrize("stored, ends", [(2, {0, 2}), ([2, 1], {0, 1, 2}), (None, {0})])
-def test_ends_are_those_of_generation_config_and_tokenizer(copy, stored, ends):
-    rewrite(copy / "generation_config.json", eos_token_id=stored)
-    rewrite(copy / "config.json", text_config={**json.loads((copy / "config.json").read_text())["text_config"], "eos_token_id": stored})
-    assert VLM(copy).ends == ends
-
-
-def test_settings_come_from_the_folder_unless_given(copy):
-    (copy / "teacher.json").write_text(json.dumps(dict(words=7, rows="answer")))
-    vlm = VLM(copy)
-    assert vlm.settings(rows=None) == Settings(words=7, rows="answer") and vlm.settings(rows="question", words=None).rows == "question"
-    (copy / "teacher.json").write_text(json.dumps(dict(words="7", mood="good")))
-    assert "mood, words" in sentence(VLM(copy).settings, error=UserError)
+from config import Stopped, preset  # noqa: E402
+from helpers import drifting, files_of, killed_when, sentence, written  # noqa: E402
+from tiny_vlm import FILM, FILM_RECORDS, expected, make_maps, make_vlm, maps_of, teacher_flags  # noqa: E402
+
+
+# ------------------------------------------------------------------------------------- the folder, end to end
+def test_a_folder_of_videos_becomes_a_folder_of_maps(maps, films):
+    index, stored = (json.loads((maps / name).read_text()) for name in ("index.json", "maps.json"))
+    assert stored["key"] == index["key"] == common.files.digest(stored["settings"])
+    assert (index["videos"], index["done"]) == (5, 4)
+    assert [row[1] for row in index["clips"]] == ["a.mp4", "b.mp4", *["long.mp4"] * 3, "quiet.mp4"]
+    assert sorted(os.listdir(maps / "clips")) == sorted(row[0] for row in index["clips"])
+    asked = {"a.mp4": ["combustion", "melting"], "b.mp4": ["collision"], "long.mp4": ["rigid body motion"],
+             "quiet.mp4": []}
+    for file, name, start, end in index["clips"]:
+        tensors, about = common.store.read_tensors(maps / "clips" / file)
+        assert tensors["maps"].dtype == tensors["background"].dtype == torch.float16
+        # those of the label
+        labels = sorted(physics.phenomena.CATEGORIES[c] for c in about["categories"])
+        assert labels == sorted(about["answers"]) == asked[name]
+        assert tensors["maps"].shape == (len(asked[name]), 3, 4, 6)
+        assert tensors["background"].shape == (3, 4, 6)
+        assert about["times"] == [start, start + 2.5 / 8, start + 6.5 / 8] and about["times"][-1] == end
+        assert about["size"] == [36, 52]
+        assert np.allclose(about["crop"], [0, (36 - 52 * 32 / 48) / 2, 52, (36 + 52 * 32 / 48) / 2])
+        assert about["file"] == name and all(about["answers"].values()) and about["background"]
+        assert np.allclose(tensors["background"].float().mean(), 1, atol=1e-3)
+    assert [about["times"][0] for _, about in maps_of(maps, "long.mp4")] == [0, 9 / 8, 18 / 8]
+
+
+@pytest.mark.parity
+def test_a_map_is_the_eager_models_attention_to_the_file(maps, small_vlm, films):
+    """From the mp4 to float16 by another way:
+    decode, take the frames that latents show, one plain pass of the model."""
+    kind = transformers.Qwen2_5_VLForConditionalGeneration
+    eager = kind.from_pretrained(small_vlm, attn_implementation="eager").eval()
+    tokenizer = vlm_qwen.VLM(small_vlm).tokenizer
+    cfg = preset("small", data_dir=str(films), frames=9, fps=8.0, height=32, width=48)
+    for name, taken in (("a.mp4", 0), ("long.mp4", 1)):
+        tensors, about = maps_of(maps, name)[taken]
+        frames = common.video.windows_of(films / name, cfg)[taken].video[[0, 0, 2, 3, 6, 7]]
+        asked = [(f"{physics.phenomena.CATEGORIES[c]}?", about["answers"][physics.phenomena.CATEGORIES[c]], one)
+                 for c, one in zip(about["categories"], tensors["maps"])]
+        for question, answer, stored in (*asked, ("behind?", about["background"], tensors["background"])):
+            right, _ = expected(eager, "qwen2_5_vl", tokenizer, frames, 4.0, question, answer)
+            right = right[1, :, 1].mean(0)  # of three layers the second; rows that predict the answer
+            assert torch.allclose(stored.float().flatten(), right / right.sum() * 72, rtol=1e-3,
+                                  atol=1e-3), question
+
+
+def test_again_makes_nothing_new(maps_copy, small_vlm, films, capsys):
+    before = files_of(maps_copy)
+    times = {path: path.stat().st_mtime_ns for path in (maps_copy / "clips").iterdir()}
+    make_maps(films, small_vlm, maps_copy)
+    said = capsys.readouterr().out
+    assert "0 maps made, 6 were there" in said and "6 of 4 of 5 videos" in said
+    assert "skipped 2: absent.mp4 (missing), text.mp4 (Invalid data" in said
+    assert "1 unknown category names: 'levitation' (1)" in said
+    assert files_of(maps_copy) == before
+    assert times == {path: path.stat().st_mtime_ns for path in (maps_copy / "clips").iterdir()}
+
+
+def test_of_a_video_begun_the_rest_is_made(maps_copy, small_vlm, films, capsys):
+    before = files_of(maps_copy)
+    index = json.loads((maps_copy / "index.json").read_text())
+    _, gone, _ = [row[0] for row in index["clips"] if row[1] == "long.mp4"]
+    (maps_copy / "clips" / gone).unlink()
+    times = {path: path.stat().st_mtime_ns for path in (maps_copy / "clips").iterdir()}
+    make_maps(films, small_vlm, maps_copy)
+    assert "1 maps made, 5 were there" in capsys.readouterr().out and files_of(maps_copy) == before
+    assert times.items() <= {path: path.stat().st_mtime_ns
+                             for path in (maps_copy / "clips").iterdir()}.items()
+
+
+def test_a_full_disk_is_one_sentence(small_vlm, films, tmp_path, monkeypatch):
+    def full(path, *_):
+        raise OSError(28, "No space left on device", str(path))
+    monkeypatch.setattr(vlm_maps, "write_tensors", full)
+    assert "No space left on device" in sentence(make_maps, films, small_vlm, tmp_path / "out", error=Stopped)
+
+
+def test_one_bad_clip_of_a_group_costs_itself_alone(tmp_path):
+    def look(empty):
+        return vlm_qwen.Look("" if empty else "words", torch.rand(1, 1, 2, 2, 2), empty)
+    store, skipped = vlm_maps.Store(tmp_path / "out", {}, "x"), []
+    group = [(f"{i}.safetensors",
+              vlm_maps.Shown(f"clip {i}", None, 4.0, [0.0, 0.5], (8, 8), (0, 0, 8, 8), ["melting"]))
+             for i in range(4)]
+    asked = []
+
+    class Fake(vlm_qwen.VLM):
+        def __init__(self):
+            pass
+
+        def look(self, videos, fps, questions, settings, batch, answers):
+            asked.append(questions)
+            if len(asked) == 2:
+                raise vlm_qwen.VLMError("not finite")
+            return [[look(i == 2), look(i == 1)] for i in range(4)]
+
+    class Bar:
+        n = 0
+
+        def update(self, n):
+            self.n += n
+
+    bar, tally, settings = Bar(), vlm_maps.Tally(), vlm_qwen.Settings()
+    teacher.annotate(Fake(), settings, store, [group, group], tally, 0, skipped, bar)
+    assert sorted(os.listdir(store.clips)) == ["0.safetensors", "2.safetensors", "3.safetensors"]
+    assert (tally.made, tally.empty, bar.n) == (3, 1, 8)
+    assert [name.split(" (")[0] for name in skipped] == ["clip 1", "clip 0", "clip 1", "clip 2", "clip 3"]
+    assert asked[0] == [[settings.ask("melting"), settings.background]] * 4
+    assert common.store.read_tensors(store.clips / "2.safetensors")[0]["maps"].shape == (0, 2, 2, 2)
+
+
+def test_shards_make_what_one_process_makes(maps, small_vlm, films, tmp_path):
+    for shard in ("1/2", "2/2"):
+        make_maps(films, small_vlm, tmp_path / "halves", shard=shard)
+    assert files_of(tmp_path / "halves") == files_of(maps)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (dict(words=4), "words 3, now 4"), (dict(rate=9), "fps 8.0, now 9.0"),
+    (dict(layers="0-1"), "layers [1], now [0, 1]"),
+    (dict(question="a {name}?"), "question '{name}?', now 'a {name}?'")])
+def test_other_settings_are_refused(maps_copy, small_vlm, films, flags, words):
+    before = files_of(maps_copy)
+    said = sentence(make_maps, films, small_vlm, maps_copy, **flags)
+    assert words in said and "give another --out" in said and files_of(maps_copy) == before
+
+
+def test_another_vlm_is_refused(maps_copy, films, tmp_path):
+    other = make_vlm(tmp_path / "other", "qwen2_5_vl", seed=1, layers=3)
+    assert "vlm '" in sentence(make_maps, films, other, maps_copy)
+
+
+def test_a_truncated_map_is_named_once_left_out_and_made_again(maps_copy, small_vlm, films, capfd):
+    before = files_of(maps_copy)
+    path = maps_copy / "clips" / json.loads((maps_copy / "index.json").read_text())["clips"][0][0]
+    path.write_bytes(path.read_bytes()[:-9])
+    found, source = vlm_maps.Maps(maps_copy), ["a.mp4", 0.0, [36, 52], [0, 0, 52, 36]]
+    assert found.on_tokens(source, np.zeros(1), (1, 2, 2), 17) is None
+    assert found.on_tokens(source, np.zeros(1), (1, 2, 2), 17) is None
+    err = capfd.readouterr().err
+    assert err.count(path.name) == 1 and "left out (cut short)" in err and "teacher.py" in err
+    make_maps(films, small_vlm, maps_copy, shard="2/2")  # another shard goes past it
+    capfd.readouterr()
+    make_maps(films, small_vlm, maps_copy)
+    assert "1 maps made, 5 were there" in capfd.readouterr().out and files_of(maps_copy) == before
+
+
+def test_an_empty_background_answer_leaves_the_video_out(small_vlm, films, tmp_path, capsys):
+    (tmp_path / "one.json").write_text(json.dumps(FILM_RECORDS[:1]))
+    said = sentence(make_maps, films, small_vlm, tmp_path / "out", answer="<|im_end|>",
+                    annotations=tmp_path / "one.json")
+    assert "No map could be made" in said
+    assert "a.mp4 (the model answered the background question with nothing but special tokens)" in said
+
+
+def test_denials_leave_the_map_out(small_vlm, films, tmp_path, capsys):
+    (tmp_path / "one.json").write_text(json.dumps(FILM_RECORDS[:1]))
+    out = make_maps(films, small_vlm, tmp_path / "out", answer="there is no {name}",
+                    annotations=tmp_path / "one.json")
+    assert "2 answers deny the phenomenon" in capsys.readouterr().out
+    (tensors, about), = maps_of(out, "a.mp4")
+    assert tensors["maps"].shape == (0, 3, 4, 6) and about["categories"] == [] and about["answers"] == {}
+    assert about["background"] == "there is no background"
+    for text, denies in {"No.": True, "It isn't there": True, "none of it": True, "I cannot see": True,
+                         "a knot, now north": False}.items():
+        assert bool(vlm_maps.DENIAL.search(text)) == denies
+
+
+def test_a_short_video_is_taken_as_it_is(small_vlm, films, tmp_path):
+    """Twelve frames, 49 asked for: the nine that latents could be of."""
+    (tmp_path / "one.json").write_text(json.dumps(FILM_RECORDS[1:2]))
+    out = make_maps(films, small_vlm, tmp_path / "out", frames_shown=49, annotations=tmp_path / "one.json")
+    (tensors, about), = maps_of(out, "b.mp4")
+    assert tensors["maps"].shape == (1, 3, 4, 6) and about["times"] == [0, 2.5 / 8, 6.5 / 8]
+
+
+def test_a_video_too_short_for_latents_is_named(small_vlm, tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    drifting(folder / "s.mp4", 0, frames=3, **FILM)
+    (folder / "captions.json").write_text(json.dumps({"s.mp4": "short"}))
+    assert "s.mp4 (too short, 0.38 s)" in sentence(make_maps, folder, small_vlm, tmp_path / "out")
+
+
+def test_all_phenomena_by_switch_and_even_sampling(small_vlm, films, tmp_path):
+    (tmp_path / "one.json").write_text(json.dumps(FILM_RECORDS[1:2]))
+    out = make_maps(films, small_vlm, tmp_path / "out", "--all", sample=5, annotations=tmp_path / "one.json")
+    (tensors, about), = maps_of(out, "b.mp4")
+    assert tensors["maps"].shape == (17, 3, 4, 6) and about["categories"] == list(range(17))
+    assert np.allclose(about["times"], [1 / 8, 5 / 8, 8 / 8])  # frames 0 2 4 6 8 of nine, the last one twice
+
+
+@pytest.mark.parametrize("flags, words", [
+    (dict(frames_shown=48), "1 + 4 m"), (dict(rate=0), "--rate"), (dict(rate="nan"), "--rate"),
+    (dict(shard="3/2"), "--shard"), (dict(batch=-1), "--batch"),
+    (dict(annotations="nowhere.json"), "nowhere.json"), (dict(windows_taken=-1), "--windows"),
+    (dict(rows="tokens"), "--rows"), (dict(pixels=0), "--pixels"),
+    (dict(layers="7"), "--layers"), (dict(words="few"), "--words"), (dict(question="{nom}"), "--question"),
+    (dict(heads="1"), "--heads")])
+def test_wrong_flags_are_one_sentence(small_vlm, films, tmp_path, flags, words):
+    assert words in sentence(make_maps, films, small_vlm, tmp_path / "out", **flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_do_is_one_sentence(tmp_path):
+    say = lambda *argv: sentence(teacher.main, list(argv))  # noqa: E731
+    assert "--train_tiny" in say() and "--out" in say("--videos", "x")
+    assert "--annotate" in say("--annotate", "a/b")
+    assert "nowhere" in say("--videos", "x", "--out", str(tmp_path / "o"), "--vlm", str(tmp_path / "nowhere"),
+                            "--device", "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------- kill -9
+@pytest.mark.kill
+@pytest.mark.slow
+def test_kill_9_loses_and_doubles_nothing(maps, small_vlm, films, tmp_path, capsys):
+    out, there = tmp_path / "killed", tmp_path / "killed" / "clips"
+    assert killed_when(lambda: len(written(there)) == 2,
+                       ["teacher.py", *teacher_flags(films, small_vlm, out)])
+    survived = written(there)
+    assert 2 <= len(survived) < 6 and not (out / "index.json").exists()
+    assert "once it has gone through" in sentence(vlm_maps.Maps, out)
+    # what a kill in the midst of a write leaves
+    (there / f"{'0' * 24}-0of1.safetensors.1of1.part").write_bytes(b"half")
+    capsys.readouterr()
+    make_maps(films, small_vlm, out)
+    said = capsys.readouterr().out
+    assert f"{6 - len(survived)} maps made, {len(survived)} were there" in said
+    assert files_of(out) == files_of(maps)
+    assert survived.items() <= written(there).items()
+
+
+# ------------------------------------------------------------------------------------------- the tiny teacher
+def test_report_and_preview_run_from_the_command_line(tiny, tmp_path, capsys):
+    flags = ["--vlm", str(tiny.folder), "--config", "debug", "--frames", "4", "--height", "32", "--width",
+             "32", "--colour_cues", "--clips", "5", "--threads", "1"]
+    teacher.main([*flags, "--report", "--untrained", "--preview", str(tmp_path / "overlay.gif")])
+    said = capsys.readouterr().out
+    for row in ("frame differences", "location prior", "untrained, predict, layers all, none",
+                "predict, layers default, subtract"):
+        values = re.search(rf"\| {row} \| ([\d.]+) \|", said)
+        assert values and 0 <= float(values[1]) <= 1
+    assert re.search(r"affirm what is there [\d.]+, what is not [\d.]+,", said)
+    import imageio.v3 as iio
+    frames = iio.imread(tmp_path / "overlay.gif")
+    assert len(frames) == 4 and frames.shape[2] >= 5 * 96
+
+
+@pytest.mark.slow
+def test_the_tiny_teacher_from_the_command_line_to_a_trained_branch(tmp_path, capsys):
+    """--train_tiny writes a VLM and maps of the world's clips;
+    shuffled maps hold the same maps, of other clips; training reads them."""
+    import train
+    world_flags = ["--config", "debug", "--colour_cues", "--pool_dir", str(tmp_path / "pool"),
+                   "--world_clips", "24", "--val_clips", "4", "--threads", "1"]
+    teacher.main(["--train_tiny", "--steps", "60", "--vlm", str(tmp_path / "tiny"), *world_flags])
+    assert "28 of 28" in capsys.readouterr().out
+    teacher.main(["--annotate", "mixed", "--kind", "shuffled", *world_flags])
+    cfg = config.check(config.preset("debug", colour_cues=True, pool_dir=str(tmp_path / "pool"),
+                                     world_clips=24, val_clips=4))
+    pool = data.open_pool(cfg, progress=False)
+    own, mixed = (vlm_maps.Maps(vlm_maps.world_maps(cfg, pool, name)) for name in ("tiny_vlm", "mixed"))
+
+    def held(maps):
+        return {name: maps.read(files[0][2]) for name, files in maps.of.items()}
+    a, b = held(own), held(mixed)
+    signature = lambda found: sorted(tensors["background"].numpy().tobytes() for tensors, _ in found.values())
+    assert set(b) <= set(a) and set(signature(b)) <= set(signature(a))
+    kinds = {source[0]: tuple(categories) for source, categories in zip(pool.sources, pool.categories)}
+    several = [name for name in b if sum(kinds[other] == kinds[name] for other in kinds) > 1]
+    assert several
+    assert all(not torch.equal(a[name][0]["background"], b[name][0]["background"]) for name in several)
+    run = ["--out_dir", str(tmp_path / "run"), "--base_steps", "2", "--physics_steps", "3", "--eval_every",
+           "3", "--save_every", "3"]
+    train.main(config.parse([*world_flags, *run, "--teacher", "tiny_vlm", "--background", "none"], ""))
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert any("held_out" in line and line["held_out"].get("fine_align", 0) > 0 for line in log)
+
+
+def test_benchmark_times_real_shapes_made_small(capsys):
+    small = dict(text_config=dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2,
+                                  num_attention_heads=4, num_key_value_heads=2, vocab_size=64,
+                                  bos_token_id=None, eos_token_id=1, pad_token_id=0,
+                                  rope_parameters=dict(rope_type="default", rope_theta=1e6,
+                                                       mrope_section=[2, 3, 3])),
+                 vision_config=dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2,
+                                    out_hidden_size=64))
+    assert small["text_config"].keys() == teacher.SEVEN_B["text_config"].keys()
+    teacher.benchmark("cpu", torch.bfloat16, small, (4, 56, 84), words=3)
+    said = capsys.readouterr().out
+    rows = re.findall(r"\| (all at once|one by one) \| ([\d.]+) \| - \| ([\d.]+) \|", said)
+    assert [name for name, *_ in rows] == ["all at once", "one by one"]
+    for _, seconds, hours in rows:
+        assert float(hours) == pytest.approx(20_000 * float(seconds) / 3600, abs=.09)
+    with pytest.raises(config.UserError, match="needs a GPU"):
+        teacher.main(["--benchmark", "--device", "cpu"])
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--train_tiny", "--vlm", "HERE"], "is there already"),
+    (["--preview", "p.txt", "--vlm", "HERE"], ".gif"), (["--preview", "no/p.gif"], ".gif"),
+    (["--report", "--truth", "none.json"], "none.json"),
+    (["--videos", "v", "--out", "m", "--fps", "4"], "--rate"),
+    (["--annotate", "x", "--data_dir", "v"], "--videos"), (["--train_tiny", "--steps", "-1"], "--steps"),
+    ([], "Say what to do")])
+def test_what_is_refused_before_any_work_and_deletes_nothing(tmp_path, monkeypatch, flags, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "HERE").mkdir()
+    (tmp_path / "HERE" / "model.safetensors").write_text("mine")
+    with pytest.raises(config.UserError, match=re.escape(words)):
+        teacher.main([*flags, "--config", "debug", "--world_clips", "8", "--val_clips", "2", "--device",
+                      "cpu", "--threads", "1"])
+    assert (tmp_path / "HERE" / "model.safetensors").read_text() == "mine"

@@ -1,19 +1,15 @@
-"""train.py: runs cut in two against whole ones to the bit, each switch against the run without it, disks full, NaN.
+"""train.py: each switch against the run without it,
+losses that are no numbers, optimizers and losses by hand.
 
-Almost every test runs the real `train.main` on ten steps of the debug preset. `interrupted` stands for whatever ends a
-process without asking it: the exception passes through everything and nothing is saved.
+Almost every test runs the real `train.main` on ten steps of the debug preset.
 """
 import dataclasses
-import errno
 import json
 import math
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import imageio.v3 as iio
@@ -29,266 +25,15 @@ import diffusion
 import sample
 import train
 from config import Stopped, UserError
+from helpers import ROOT
+from helpers import json_of
+from runs import (
+    SIX, TEN, TERMS, again, backbone_of, checkpoint, differences, held_out, launch, lines, names, settings,
+    steps, training_calls)
 
-ROOT = Path(__file__).parent.parent
-TEN = dict(base_steps=6, physics_steps=4, batch_size=4, world_clips=16, val_clips=4, log_every=1, eval_every=3,
-           save_every=100, preview_steps=1, guidance=1.0, threads=1, device="cpu", warmup=2)
+pytestmark = pytest.mark.usefixtures("no_previews")
 PIPES = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-SIX = dict(base_steps=4, physics_steps=2)  # gates start shut, so block matrices first move in step three
-TERMS = {"diffusion", "coarse", "fine_align", "balance"}
 REAL_PREVIEW = sample.preview
-
-
-class Interrupted(Exception):
-    """A kill, as far as one process can play it."""
-
-
-@pytest.fixture(scope="module")
-def pools(tmp_path_factory):
-    return tmp_path_factory.mktemp("pools")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_previews():
-    """A preview costs more than ten steps; those who look at one put it back."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "preview", lambda *_, **__: None)
-        yield
-
-
-@pytest.fixture
-def go(tmp_path, pools):
-    """Start a run of ten steps, some fields replaced; returns its folder."""
-    def go(name="run", **overrides):
-        return launch(tmp_path / name, pools, **overrides)
-    return go
-
-
-def settings(out, pools, **overrides):
-    return config.preset("debug", **{**TEN, "pool_dir": str(pools), "out_dir": str(out), **overrides})
-
-
-def launch(out, pools, **overrides):
-    train.main(settings(out, pools, **overrides))
-    return out
-
-
-def again(run, *flags):
-    """Resume as the command line does."""
-    train.main(config.parse(["--config", "debug", "--out_dir", str(run), "--resume", *map(str, flags)], ""))
-    return run
-
-
-def checkpoint(run, name):
-    stored = torch.load(run / "checkpoints" / name, weights_only=True)
-    return {key: value for key, value in stored.items() if key != "seconds"}
-
-
-def backbone_of(stored):
-    return {name.removeprefix("backbone."): p for name, p in stored["model"].items() if name.startswith("backbone.")}
-
-
-def names(run):
-    return sorted(path.name for path in (run / "checkpoints").iterdir())
-
-
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def lines(run):
-    """The log, in JSON as the standard has it (no NaN), without the wall clock."""
-    def refuse(constant):
-        raise ValueError(f"{constant} is not JSON")
-    log = [json.loads(line, parse_constant=refuse) for line in (run / "log.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in log]
-
-
-def steps(run, stage=None):
-    return [line for line in lines(run) if "loss" in line and line["stage"] == (stage or line["stage"])]
-
-
-def held_out(run, stage):
-    return [line["held_out"] for line in lines(run) if "held_out" in line and line["stage"] == stage]
-
-
-def differences(a, b, at=""):
-    """Paths at which two nests of dicts, lists, tensors and numbers differ, to the bit."""
-    if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [d for key in a for d in differences(a[key], b[key], f"{at}/{key}")]
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple) and len(a) == len(b):
-        return [d for i, pair in enumerate(zip(a, b)) for d in differences(*pair, f"{at}/{i}")]
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return [] if a.dtype == b.dtype and torch.equal(a, b) else [at]
-    return [] if type(a) is type(b) and a == b else [at]
-
-
-def same_run(run, other):
-    """Same weights, averages, optimizers, step and best in every checkpoint that both must have, and the same log."""
-    for name in ("step000010.pt", "best.pt", "base.pt"):
-        assert differences(checkpoint(run, name), checkpoint(other, name), name) == []
-    assert lines(run) == lines(other)
-    return True
-
-
-def training_calls(patch, what):
-    """Call what(n, state, batch, t, eps, losses) -> losses at the n-th training step; held-out batches pass by."""
-    plain, seen = train.losses_of, []
-
-    def losses_of(state, process, batch, t, eps):
-        losses, per_clip = plain(state, process, batch, t, eps)
-        if state.model.training:
-            seen.append(state.step)
-            losses = what(len(seen) - 1, state, batch, t, eps, losses) or losses
-        return losses, per_clip
-    patch.setattr(train, "losses_of", losses_of)
-
-
-def recorded(patch):
-    """The list that every training batch will be put into: where, what clips and words, which noise."""
-    fed = []
-
-    def record(n, state, batch, t, eps, losses):
-        torch.rand(1)  # whoever draws from the global stream must not matter, the border's new weights included
-        fed.append((state.stage, batch.index.tolist(), batch.video.sum().item(), batch.text.tolist(), t.tolist(),
-                    eps.sum().item()))
-    training_calls(patch, record)
-    return fed
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, pools):
-    """Ten steps in one go, and what they were fed. Not to be written into."""
-    with pytest.MonkeyPatch.context() as patch:
-        fed = recorded(patch)
-        return launch(tmp_path_factory.mktemp("whole") / "run", pools), fed
-
-
-@pytest.fixture(scope="module")
-def six(tmp_path_factory, pools):
-    """Four steps and two: what the switches are held against."""
-    return launch(tmp_path_factory.mktemp("six") / "run", pools, **SIX)
-
-
-# --- a run cut in two is the run --------------------------------------------------------------------------------------
-@pytest.mark.parametrize("stops", [[3], [5], [6], [7], [8], [2, 6, 9]], ids=str)  # stage two begins at 6
-def test_resumed_equals_whole_to_the_bit(stops, whole, go, monkeypatch):
-    fed = recorded(monkeypatch)
-    for i, stop in enumerate(stops):
-        run = again(run, "--stop_at", stop) if i else go(stop_at=stop)
-        assert names(run)[-1] == f"step{stop:06d}.pt"
-    again(run)
-    assert same_run(run, whole[0]) and fed == whole[1]
-
-
-@pytest.mark.parametrize("stop", [4, 8])
-def test_resumed_equals_whole_with_adamw_and_a_free_backbone(stop, go):
-    rivals = dict(optimizer="adamw", freeze_backbone=False)
-    whole = go("whole", **rivals)
-    assert same_run(again(go(stop_at=stop, **rivals)), whole)
-
-
-def test_what_is_compared_is_alive(whole, go):
-    """Guards the tests above: states differ from step to step and hold momenta; other seeds are fed otherwise."""
-    run, fed = whole
-    early, late = checkpoint(go(stop_at=8), "step000008.pt"), checkpoint(run, "step000010.pt")
-    changed = differences(early, late)
-    moments = {entry.split("/")[-1] for entry in changed if "/optimizers/" in entry}
-    assert {"exp_avg", "exp_avg_sq", "momentum_buffer", "step"} <= moments
-    assert any(entry.startswith("/ema/") for entry in changed) and any(entry.startswith("/model/") for entry in changed)
-    assert len({str(batch) for batch in fed}) == 10 and [batch[0] for batch in fed] == ["base"] * 6 + ["physics"] * 4
-    assert [batch[1][0] for batch in fed] == list(range(0, 40, 4))
-    other = go("seed", seed=1, stop_at=1)
-    assert differences(checkpoint(other, "step000001.pt"), checkpoint(go("first", stop_at=1), "step000001.pt"))
-
-
-def test_signals_save_and_end_with_0(go, tmp_path, pools):
-    """SIGINT in stage one and SIGTERM in stage two, sent to the program itself."""
-    long = dict(base_steps=40, physics_steps=40)
-    cfg = settings(tmp_path / "cut", pools, **long)
-    given = [text for field, value in dataclasses.asdict(cfg).items() if value != getattr(config.Config(), field)
-             for text in (f"--{field}", str(value))]
-    run = Path(cfg.out_dir)
-    resume = ["--config", "debug", "--out_dir", str(run), "--resume"]
-    for number, flags, stage in ((signal.SIGINT, given, "base"), (signal.SIGTERM, resume, "physics")):
-        program = subprocess.Popen([sys.executable, "train.py", *flags], **PIPES)
-        log, deadline = run / "log.jsonl", time.monotonic() + 240  # a busy machine may take long to start
-        while not (log.exists() and log.read_text().count(f'"{stage}", "seconds"') > 3):
-            assert program.poll() is None and time.monotonic() < deadline, program.communicate()
-            time.sleep(0.01)
-        program.send_signal(number)
-        out, err = program.communicate(timeout=240)
-        assert program.returncode == 0 and "Traceback" not in err
-        step = int(re.search(r"Stopped at step (\d+) of 80 and saved", out)[1])
-        stored = checkpoint(run, f"step{step:06d}.pt")
-        assert names(run)[-1] == f"step{step:06d}.pt" and stored["step"] == step < 80 and stored["stage"] == stage
-    again(run)
-    whole = go("whole", **long)
-    assert differences(checkpoint(run, "step000080.pt"), checkpoint(whole, "step000080.pt")) == []
-    assert lines(run) == lines(whole)
-
-
-# --- the log and config.json ------------------------------------------------------------------------------------------
-def test_log_of_a_killed_and_resumed_run_is_that_of_the_whole(whole, go, tmp_path, monkeypatch):
-    def kill(n, *_):
-        if n == 7:
-            raise Interrupted
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        training_calls(patch, kill)
-        go(save_every=5)  # saved at 5; logged up to 6
-    run = tmp_path / "run"
-    assert [line["step"] for line in steps(run)] == list(range(7))
-    with (run / "log.jsonl").open("a") as f:
-        f.write('{"step": 7, "stage": "phy')  # and died while it wrote
-    again(run)
-    assert [line["step"] for line in steps(run)] == list(range(10))
-    assert lines(run) == lines(whole[0])
-
-
-def test_a_finished_run_resumed_changes_nothing(go):
-    run = go()
-    before = contents(run / "checkpoints"), lines(run)
-    again(run)
-    assert {name: data for name, data in contents(run / "checkpoints").items() if "step" not in name} == \
-           {name: data for name, data in before[0].items() if "step" not in name}
-    assert lines(run) == before[1]
-
-
-def test_a_run_that_died_before_its_first_checkpoint_may_be_started_again(whole, go, tmp_path, monkeypatch):
-    def kill(n, *_):
-        if n == 2:
-            raise Interrupted
-    with monkeypatch.context() as patch, pytest.raises(Interrupted):
-        training_calls(patch, kill)
-        go()
-    assert lines(go()) == lines(whole[0])
-
-
-def test_log_says_what_design_promises(whole):
-    for line in steps(whole[0]):
-        terms = {"diffusion"} if line["stage"] == "base" else TERMS
-        assert line.keys() == {"step", "stage", "loss", "grad_norm", "lr", "by_noise", "skipped"} | terms
-        assert not line["skipped"]
-        weights = dict(diffusion=1, coarse=0.1, fine_align=0.02, balance=0.01)
-        assert line["loss"] == pytest.approx(sum(weights[term] * line[term] for term in terms), abs=2e-6)
-        assert len(line["by_noise"]) == train.BINS
-    assert [line["step"] for line in lines(whole[0]) if "held_out" in line] == [3, 6, 9, 10]
-
-
-def test_config_json_has_every_field_and_the_reasons_also_after_resume(go):
-    run = go(device="auto", precision="auto", stop_at=3)
-    for resumed in (False, True):
-        if resumed:
-            again(run, "--stop_at", 5)
-        stored = json.loads((run / "config.json").read_text())
-        assert {f.name for f in dataclasses.fields(config.Config)} <= stored.keys()
-        assert stored["device"] in ("cpu", "cuda", "mps") and stored["precision"] in ("fp32", "bf16")
-        assert stored["threads"] == 1
-        assert stored["resolved"].keys() == {"device", "precision"}
-        assert stored["resolved"]["precision"].startswith(stored["precision"] + ": ")
-        assert stored["torch"] == torch.__version__ and re.fullmatch(r"[0-9a-f]{40}|", stored["git"])
-        assert stored["categories_present"] == sorted(set(stored["categories_present"])) != []
-        assert stored["data"].startswith("world-")
 
 
 def test_auto_is_resolved_by_what_the_machine_can(monkeypatch):
@@ -306,7 +51,7 @@ def test_auto_is_resolved_by_what_the_machine_can(monkeypatch):
             common.run.resolve(config.preset("debug", device="cuda"))
 
 
-# --- switches ---------------------------------------------------------------------------------------------------------
+# --- switches -----------------------------------------------------------------------------------------------
 BRANCH_SWITCHES = {  # field values -> terms of the loss in stage two; none of them may touch stage one
     "as_is": (dict(), TERMS),
     "no_semantic": (dict(semantic=False), TERMS - {"coarse"}),
@@ -331,7 +76,8 @@ def test_a_switch_of_the_branch_changes_what_it_says(switch, six, go):
     # stage one knows nothing of it
     assert differences(base, checkpoint(six, "base.pt")) == [] and steps(run, "base") == steps(six, "base")
 
-    # the log has the terms it should, and before its first step a zero-injected branch leaves the diffusion loss alone
+    # the log has the terms it should, and before its first step a zero-injected branch leaves the diffusion
+    # loss alone
     for line in steps(run, "physics"):
         assert line.keys() & TERMS == terms and math.isfinite(line["loss"])
     assert held_out(run, "physics")[-1].keys() == terms
@@ -345,11 +91,13 @@ def test_a_switch_of_the_branch_changes_what_it_says(switch, six, go):
     backbone = backbone_of(mine)
     moved = differences(backbone, base["ema"])
     assert bool(moved) == (switch == "free")
-    assert {name.startswith("backbone.") for name in mine["ema"]} == ({True, False} if switch == "free" else {False})
+    assert {name.startswith("backbone.")
+            for name in mine["ema"]} == ({True, False} if switch == "free" else {False})
 
     # parts that are switched off do not exist, all others do and learn
     parts = {name.split(".")[0] for name in mine["model"]}
-    off = {"no_semantic": {"semantic"}, "no_refinement": {"refinement"}, "neither": {"semantic", "refinement"},
+    off = {"no_semantic": {"semantic"}, "no_refinement": {"refinement"},
+           "neither": {"semantic", "refinement"},
            "plain": {"inject"}}
     assert parts == {"backbone", "semantic", "refinement", "physical", "inject"} - off.get(switch, set())
     blocks = {name.split(".")[1] for name in mine["model"] if name.startswith("physical.")}
@@ -358,39 +106,46 @@ def test_a_switch_of_the_branch_changes_what_it_says(switch, six, go):
     at = {"first_block": [0], "last_block": [1]}.get(switch, [0, 1])
     for i, stands_at in enumerate(at):
         name = "attn1.to_v.weight"
-        assert not torch.equal(mine["model"][f"physical.{i}.{name}"], base["ema"][f"blocks.{stands_at}.{name}"])
+        assert not torch.equal(mine["model"][f"physical.{i}.{name}"],
+                               base["ema"][f"blocks.{stands_at}.{name}"])
 
 
 @pytest.mark.parametrize("fields", [
-    dict(optimizer="adamw"), dict(process="vpred", predict="v"), dict(process="vpred", predict="x"), dict(predict="v"),
+    dict(optimizer="adamw"), dict(process="vpred", predict="v"), dict(process="vpred", predict="x"),
+    dict(predict="v"),
     dict(predict="eps"), dict(schedule="constant"), dict(shift=1.0)], ids=str)
 def test_a_switch_of_both_stages_trains(fields, six, go):
     run = go(**SIX, **fields)
     base, reference = checkpoint(run, "base.pt"), checkpoint(six, "base.pt")
-    assert base["model"].keys() == reference["model"].keys() and differences(base["model"], reference["model"])
+    assert base["model"].keys() == reference["model"].keys()
+    assert differences(base["model"], reference["model"])
     assert len(base["optimizers"]) == (1 if fields.get("optimizer") == "adamw" else 2)
     for line in lines(run):
-        assert all(math.isfinite(value) for value in (line.get("held_out") or {"loss": line.get("loss")}).values())
+        assert all(math.isfinite(value)
+                   for value in (line.get("held_out") or {"loss": line.get("loss")}).values())
     backbone = backbone_of(checkpoint(run, "step000006.pt"))
     assert differences(backbone, base["ema"]) == []
 
 
-# --- training trains --------------------------------------------------------------------------------------------------
+# --- training trains ----------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_training_lowers_what_it_is_to_lower(tmp_path, pools):
-    cfg = settings(tmp_path / "run", pools, base_steps=60, physics_steps=60, batch_size=8, world_clips=64, val_clips=16,
+    cfg = settings(tmp_path / "run", pools, base_steps=60, physics_steps=60, batch_size=8, world_clips=64,
+                   val_clips=16,
                    warmup=5, eval_every=61, log_every=50, physics_lr=1e-2)
     train.main(cfg)
     run, pool = Path(cfg.out_dir), data.open_pool(cfg, progress=False)
     tokenizer = data.Tokenizer.load(run / "tokenizer.json")
     fresh, clips = train.State(cfg, len(tokenizer)), data.Clips(cfg, pool, tokenizer)
     untrained = train.held_out_loss(fresh, diffusion.build(cfg), clips)["diffusion"]
-    base, (begun, *_, done) = held_out(run, "base")[-1]["diffusion"], held_out(run, "physics")  # begun: after one step
+    # begun: after one step
+    base, (begun, *_, done) = held_out(run, "base")[-1]["diffusion"], held_out(run, "physics")
     print("LEARN", untrained, base, begun, done)
     assert untrained > 1.5 and base < 0.45 and done["diffusion"] < 0.95 * base
     assert done["fine_align"] < 0.85 * begun["fine_align"] and done["coarse"] < 0.8 * begun["coarse"]
 
 
-# --- init_from --------------------------------------------------------------------------------------------------------
+# --- init_from ----------------------------------------------------------------------------------------------
 def test_init_from_takes_the_averaged_backbone_and_skips_stage_one(whole, go):
     run = go(init_from=str(whole[0]))
     assert [(line["step"], line["stage"]) for line in steps(run)] == [(i, "physics") for i in range(4)]
@@ -400,7 +155,8 @@ def test_init_from_takes_the_averaged_backbone_and_skips_stage_one(whole, go):
     backbone = backbone_of(stored)
     assert differences(backbone, base["ema"]) == []
     assert differences(backbone, base["model"])  # the averages, not the last weights
-    assert json.loads((run / "tokenizer.json").read_text()) == json.loads((whole[0] / "tokenizer.json").read_text())
+    mine, its = (json_of(folder / "tokenizer.json") for folder in (run, whole[0]))
+    assert mine == its
 
 
 @pytest.mark.parametrize("stop", [1, 3])
@@ -440,109 +196,7 @@ def test_init_from_refuses_what_is_no_trained_run(go, tmp_path):
         go(init_from=str(tmp_path / "nowhere"))
 
 
-# --- saves ------------------------------------------------------------------------------------------------------------
-def full_after_some_bytes(state, f):
-    f.write(b"half a checkpoint")
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def wrapped(state, f):  # as torch reports a failing file
-    f.write(b"half a checkpoint")
-    raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
-
-
-def full(*_):
-    raise OSError(errno.ENOSPC, "No space left on device")
-
-
-@pytest.mark.parametrize("victim, cadence", [("step000004.pt", dict(save_every=2)), ("best.pt", dict(eval_every=2))],
-                         ids=["newest", "best"])
-@pytest.mark.parametrize("owner, name, fails", [
-    (torch, "save", full_after_some_bytes), (torch, "save", wrapped), (os, "fsync", full)],
-    ids=["write", "torch", "fsync"])
-def test_a_full_disk_leaves_the_checkpoints_before(owner, name, fails, victim, cadence, whole, go, monkeypatch):
-    run = go(**cadence, stop_at=3)
-    before = contents(run / "checkpoints")
-    assert "best.pt" in before
-    with monkeypatch.context() as patch, pytest.raises(Stopped) as caught:
-        patch.setattr(owner, name, fails)
-        again(run)
-    sentence = rf"The checkpoint \S*/{re.escape(victim)} could not be written \(.*\); the previous one is intact\."
-    assert re.fullmatch(sentence, str(caught.value))
-    assert contents(run / "checkpoints") == before  # and no .tmp
-    again(run)
-    assert differences(checkpoint(run, "step000010.pt"), checkpoint(whole[0], "step000010.pt")) == []
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_disk_full_elsewhere_stops_with_a_sentence(number, go, monkeypatch):
-    def write(*_, **__):
-        raise OSError(number, os.strerror(number))
-    monkeypatch.setattr(common.run.Log, "write", write)
-    with pytest.raises(Stopped, match="disk is full; .*--resume"):
-        go()
-
-
-def test_other_errors_of_the_system_are_not_called_a_full_disk(go, monkeypatch):
-    def write(*_, **__):
-        raise OSError(errno.EIO, "Input/output error")
-    monkeypatch.setattr(common.run.Log, "write", write)
-    with pytest.raises(OSError, match="Input/output"):
-        go()
-
-
-@pytest.mark.parametrize("left", [0, 100, 0.5, 0.99])
-def test_a_truncated_checkpoint_is_passed_over(left, whole, go, capsys):
-    run = go(save_every=2, stop_at=5)
-    newest = run / "checkpoints" / "step000005.pt"
-    size = newest.stat().st_size
-    os.truncate(newest, int(left * size) if left < 1 else left)
-    capsys.readouterr()
-    again(run, "--stop_at", 0)  # it goes on from step 4, and 5 is where it was told to stop
-    assert re.search(r"step000005\.pt is damaged \(\w+\); trying the one before", capsys.readouterr().err)
-    assert differences(checkpoint(run, "step000010.pt"), checkpoint(whole[0], "step000010.pt")) == []
-    assert [line["step"] for line in steps(run)] == list(range(10))
-
-
-def test_a_damaged_checkpoint_does_not_push_out_a_good_one(go):
-    run = go(save_every=3, stop_at=5)
-    os.truncate(run / "checkpoints" / "step000005.pt", 1000)
-    again(run, "--stop_at", 4)
-    assert {"step000003.pt", "step000004.pt"} <= set(names(run))  # the last two that read
-
-
-def test_no_readable_checkpoint_is_said(go):
-    run = go(stop_at=3)
-    os.truncate(run / "checkpoints" / "step000003.pt", 1000)
-    with pytest.raises(UserError, match="No checkpoint in .* can be read"):
-        again(run)
-
-
-def test_the_last_two_the_best_and_the_base_are_kept(go):
-    run = go(save_every=1)
-    assert names(run) == ["base.pt", "best.pt", "step000009.pt", "step000010.pt"]
-    assert checkpoint(run, "base.pt")["stage"] == "base" and checkpoint(run, "base.pt")["step"] == 6
-    best, scores = checkpoint(run, "best.pt"), [scores["diffusion"] for scores in held_out(run, "physics")]
-    assert best["stage"] == "physics" and best["best"] == min(scores) == scores[[9, 10].index(best["step"])]
-
-
-def test_best_is_not_replaced_by_worse(go, monkeypatch):
-    scores = iter([3.0, 2.0, 9.0, 5.0, 6.0, 7.0, 8.0])
-    monkeypatch.setattr(train, "held_out_loss", lambda *_: {"diffusion": next(scores)})
-    run = go(eval_every=2)  # 2: 3.0, 4: 2.0, 6 (border): 9.0, then stage two anew: 8: 5.0, 10: 6.0
-    best = checkpoint(run, "best.pt")
-    assert (best["step"], best["best"]) == (8, 5.0)
-
-
-def test_best_is_remembered_by_a_resumed_run(go, monkeypatch):
-    scores = iter([2.0, 9.0])
-    monkeypatch.setattr(train, "held_out_loss", lambda *_: {"diffusion": next(scores)})
-    run = again(go(eval_every=2, stop_at=3), "--stop_at", 5)
-    best = checkpoint(run, "best.pt")
-    assert (best["step"], best["best"]) == (2, 2.0) and checkpoint(run, "step000005.pt")["best"] == 2.0
-
-
-# --- losses that are no numbers ---------------------------------------------------------------------------------------
+# --- losses that are no numbers -----------------------------------------------------------------------------
 def tensors(state):
     """Copies of weights, averages and optimizer states."""
     stored = state.state_dict()
@@ -582,7 +236,8 @@ def test_a_step_that_is_no_number_is_skipped(spoil, stage, at, go, monkeypatch):
 
 
 def test_the_log_of_a_skipped_step_is_json(go, monkeypatch):
-    training_calls(monkeypatch, lambda n, state, batch, t, eps, losses: nan_loss(state, losses) if n == 2 else None)
+    training_calls(monkeypatch,
+                   lambda n, state, batch, t, eps, losses: nan_loss(state, losses) if n == 2 else None)
     assert [line["step"] for line in steps(go()) if line["skipped"]] == [2]  # `lines` is strict
 
 
@@ -604,114 +259,28 @@ def test_three_in_a_row_stop_the_run(go, tmp_path, monkeypatch):
 
 
 def test_two_in_a_row_are_borne_again_and_again(go, monkeypatch):
-    training_calls(monkeypatch, lambda n, state, batch, t, eps, losses: nan_loss(state, losses) if n % 3 else None)
+    training_calls(monkeypatch,
+                   lambda n, state, batch, t, eps, losses: nan_loss(state, losses) if n % 3 else None)
     run = go(log_every=100)
     skipped = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in skipped if line.get("skipped")] == [1, 2, 4, 5, 7, 8]
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def stopped(tmp_path_factory, pools):
-    """A run stopped at step 3 of 6 + 4. Not to be written into."""
-    return launch(tmp_path_factory.mktemp("stopped") / "run", pools, stop_at=3)
-
-
-@pytest.fixture
-def half(stopped, tmp_path):
-    return shutil.copytree(stopped, tmp_path / "half")
-
-
-@pytest.mark.parametrize("field, value", [
-    ("lr", 0.5), ("seed", 3), ("dim", 64), ("semantic", "false"), ("physical_blocks", "0"), ("batch_size", 8),
-    ("process", "vpred"), ("world_seed", 2), ("threads", 2), ("data_dir", "x"), ("val_clips", 5), ("precision", "bf16"),
-    ("init_from", "x")])
-def test_resume_refuses_a_changed_field_by_name(field, value, half):
-    before = contents(half)
-    with pytest.raises(UserError, match=rf"--resume cannot change --{field}: "):
-        again(half, f"--{field}", value)
-    assert contents(half) == before
-
-
-def test_resume_names_all_changed_fields(half):
-    with pytest.raises(UserError, match="cannot change --seed, --lr: "):
-        again(half, "--lr", 0.5, "--seed", 4)
-
-
-def test_resume_lets_the_rest_change(half, tmp_path, pools):
-    moved, elsewhere = half.rename(tmp_path / "moved"), shutil.copytree(pools, tmp_path / "pools")
-    again(moved, "--physics_steps", 6, "--log_every", 3, "--eval_every", 4, "--save_every", 5, "--preview_steps", 2,
-          "--guidance", 2.0, "--pool_dir", elsewhere)
-    assert checkpoint(moved, "step000012.pt")["step"] == 12
-    assert [line["step"] for line in steps(moved)] == [0, 1, 2, 3, 6, 9]
-
-
-def test_resume_needs_no_preset_again(half):
-    train.main(config.parse(["--out_dir", str(half), "--resume", "--stop_at", "4"], ""))
-    assert "step000004.pt" in names(half)
-
-
-@pytest.mark.parametrize("base_steps, stop", [(2, 4), (8, 8), (5, 8)])
-def test_resume_refuses_base_steps_that_stage_one_has_passed(base_steps, stop, go):
-    """Steps count from the border: moved behind what is done, it would turn learning rates negative."""
-    run = go(stop_at=stop)
-    with pytest.raises(UserError, match="--base_steps"):
-        again(run, "--base_steps", base_steps)
-
-
-def test_stage_one_may_be_prolonged_while_it_lasts(half):
-    again(half, "--base_steps", 8)
-    assert [line["stage"] for line in steps(half)] == ["base"] * 8 + ["physics"] * 4
-
-
-def test_resume_of_what_is_no_run(half, tmp_path):
-    with pytest.raises(UserError, match="is no run folder"):
-        again(tmp_path / "nowhere")
-    (half / "checkpoints" / "step000003.pt").unlink()
-    with pytest.raises(UserError, match="no checkpoint to resume from"):
-        again(half)
-
-
-def test_a_folder_with_a_run_is_not_overwritten(stopped, pools):
-    before = contents(stopped)
-    with pytest.raises(UserError, match="already holds a run: go on with --resume, or give another --out_dir"):
-        launch(stopped, pools)
-    assert contents(stopped) == before
-
-
-def test_a_run_folder_that_cannot_be_is_refused(tmp_path, pools):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="cannot be made"):
-        launch(tmp_path / "file" / "run", pools)
-
-
-@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
-@pytest.mark.parametrize("share", [0, 0.5])
-def test_resume_of_a_half_written_run_folder(name, share, half):
-    path = half / name
-    path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
-    with pytest.raises(UserError, match=name):
-        again(half)
-
-
-def test_resume_refuses_other_clips(half, monkeypatch):
-    monkeypatch.setattr(data, "FORMAT", data.FORMAT + 1)  # as another world.py would, these clips get another key
-    with pytest.raises(UserError, match="The clips of the world are not those"):
-        again(half)
-
-
+@pytest.mark.slow
 def test_mistakes_are_one_sentence_and_exit_code_2(tmp_path, pools):
     common = ["--config", "debug", "--out_dir", str(tmp_path / "run"), "--pool_dir", str(pools)]
     cases = {("--nonsense", "1"): "--nonsense", ("--data_dir", str(tmp_path / "nowhere")): "nowhere",
              ("--base_steps", "many"): "--base_steps"}
-    programs = {flags: subprocess.Popen([sys.executable, "train.py", *common, *flags], **PIPES) for flags in cases}
+    programs = {flags: subprocess.Popen([sys.executable, "train.py", *common, *flags], **PIPES)
+                for flags in cases}
     for flags, program in programs.items():
         out, err = program.communicate(timeout=240)
         assert program.returncode == 2 and err.count("\n") == 1 and err.endswith(".\n"), err
         assert cases[flags] in err and "Traceback" not in err + out
 
 
-# --- a folder of real videos ------------------------------------------------------------------------------------------
+# --- a folder of real videos --------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_a_folder_of_videos_from_training_to_sampling(tmp_path, pools, monkeypatch, capsys):
     monkeypatch.setattr(sample, "preview", REAL_PREVIEW)
     folder, rng = tmp_path / "videos", np.random.default_rng(0)
@@ -736,12 +305,14 @@ def test_a_folder_of_videos_from_training_to_sampling(tmp_path, pools, monkeypat
     assert "bad.mp4" in said and "skipped 1" in said and "from 5 videos" in said
     for line in steps(run, "physics"):  # no labels and no masks: nothing to route by, no target
         assert "coarse" not in line and line["fine_align"] == 0 and math.isfinite(line["loss"])
-    assert sorted(path.name for path in (run / "samples").iterdir()) == [f"step00000{i}.gif" for i in (2, 3, 4)]
+    assert sorted(path.name
+                  for path in (run / "samples").iterdir()) == [f"step00000{i}.gif" for i in (2, 3, 4)]
     preview = iio.imread(run / "samples" / "step000004.gif")
     assert len(preview) == 4 and preview.shape[1] >= 128 and preview.std() > 1
 
     out = tmp_path / "clip.gif"
-    sample.main(["--run", str(run), "--checkpoint", "last", "--prompt", "a block slides", "--n", "1", "--steps", "2",
+    sample.main(["--run", str(run), "--checkpoint", "last", "--prompt", "a block slides", "--n", "1",
+                 "--steps", "2",
                  "--out", str(out), "--device", "cpu"])
     assert len(iio.imread(out)) == 4
 
@@ -750,20 +321,24 @@ def test_a_folder_of_videos_from_training_to_sampling(tmp_path, pools, monkeypat
         again(run)
 
 
-# --- parts, by hand ---------------------------------------------------------------------------------------------------
+# --- parts, by hand -----------------------------------------------------------------------------------------
 def test_learning_rate_by_hand():
     cfg = config.preset("debug", lr=1.0, physics_lr=0.1, warmup=4, base_steps=10, physics_steps=20)
     rate = train.learning_rate
-    assert [rate(cfg, "base", i) for i in (0, 1, 3, 4, 5, 9)] == pytest.approx([0.25, 0.5 * 0.9, 0.7, 0.6, 0.5, 0.1])
-    assert [rate(cfg, "physics", i) for i in (0, 3, 10, 19)] == pytest.approx([0.025, 0.1 * 17 / 20, 0.05, 0.005])
+    assert [rate(cfg, "base", i)
+            for i in (0, 1, 3, 4, 5, 9)] == pytest.approx([0.25, 0.5 * 0.9, 0.7, 0.6, 0.5, 0.1])
+    assert [rate(cfg, "physics", i)
+            for i in (0, 3, 10, 19)] == pytest.approx([0.025, 0.1 * 17 / 20, 0.05, 0.005])
     constant = dataclasses.replace(cfg, schedule="constant")
-    assert [rate(constant, "base", i) for i in (0, 3, 9)] == [0.25, 1.0, 1.0] and rate(constant, "physics", 19) == 0.1
+    assert [rate(constant, "base", i) for i in (0, 3, 9)] == [0.25, 1.0, 1.0]
+    assert rate(constant, "physics", 19) == 0.1
     assert rate(dataclasses.replace(cfg, warmup=0), "base", 0) == 1.0
 
 
 @pytest.fixture(scope="module")
 def physics(pools):
-    """A state at the beginning of stage two, the process, and a batch of four clips with captions and categories."""
+    """A state at the beginning of stage two, the process,
+    and a batch of four clips with captions and categories."""
     cfg = settings("", pools, caption_dropout=0.0)
     pool = data.open_pool(cfg, progress=False)
     tokenizer = data.Tokenizer.from_captions(pool.captions)
@@ -782,7 +357,9 @@ def test_muon_has_the_block_matrices_and_nothing_is_twice(physics):
         matrices, (decayed, undecayed) = group(muon.param_groups[0]), map(group, adamw.param_groups)
         everything = [p for o in (muon, adamw) for g in o.param_groups for p in g["params"]]
         assert len(everything) == len({id(p) for p in everything}) == len(trained)
-        blocks = {name for name in trained if re.match(r"(physical|backbone\.(text_encoder\.)?blocks)\.\d+\.", name)}
+        blocks = {name
+                  for name in trained if re.match(r"(physical|backbone\.(text_encoder\.)?blocks)\.\d+\.",
+                                                  name)}
         assert matrices == {name for name in blocks if trained[name].ndim == 2 and "norm" not in name}
         assert len(matrices) >= 12
         assert all(re.search(r"\.(to_q|to_k|to_v|to_out|ff\.[02])\.weight$", name) for name in matrices)
@@ -833,9 +410,11 @@ def coarse(physics, batch, **fields):
 
 def test_a_dropped_caption_does_not_enter_the_coarse_loss(physics):
     batch = physics[2]
-    assert (batch.text_length > 0).all() and (batch.categories.sum(1) > 0).all() and coarse(physics, batch) is not None
+    assert (batch.text_length > 0).all() and (batch.categories.sum(1) > 0).all()
+    assert coarse(physics, batch) is not None
     told = torch.tensor([True, False, True, True])
-    dropped = dataclasses.replace(batch, text=batch.text * told[:, None], text_length=batch.text_length * told)
+    dropped = dataclasses.replace(batch, text=batch.text * told[:, None],
+                                  text_length=batch.text_length * told)
     changed = {i: dataclasses.replace(dropped, categories=batch.categories.clone()) for i in (1, 2)}
     for i, other in changed.items():
         other.categories[i] = 1 - other.categories[i]
@@ -858,7 +437,8 @@ def test_a_clip_without_label_does_not_enter_the_coarse_loss(physics):
 def test_how_many_clips_the_coarse_loss_needs(physics, n_told, terms):
     batch, told = physics[2], torch.arange(4) < n_told
     few = dataclasses.replace(batch, text=batch.text * told[:, None], text_length=batch.text_length * told)
-    assert {kind for kind in ("relative", "bce") if coarse(physics, few, coarse_loss=kind) is not None} == terms
+    assert {kind
+            for kind in ("relative", "bce") if coarse(physics, few, coarse_loss=kind) is not None} == terms
 
 
 def test_held_out_loss_is_the_mean_over_clips_whatever_the_batches(physics, pools):

@@ -1,0 +1,359 @@
+"""Run folders: a run cut in two against the whole one to the bit; logs, checkpoints, full disks;
+what resuming refuses."""
+import dataclasses
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import common.run
+import config
+import data
+import train
+from config import Stopped, UserError
+from helpers import ROOT
+from runs import (
+    TERMS, again, checkpoint, contents, differences, held_out, Interrupted, launch, lines, names, recorded,
+    same_run, settings, steps, training_calls)
+
+pytestmark = pytest.mark.usefixtures("no_previews")
+
+
+# --- a run cut in two is the run ----------------------------------------------------------------------------
+@pytest.mark.parametrize("stops", [[3], [5], [6], [7], [8], [2, 6, 9]], ids=str)  # stage two begins at 6
+def test_resumed_equals_whole_to_the_bit(stops, whole, go, monkeypatch):
+    fed = recorded(monkeypatch)
+    for i, stop in enumerate(stops):
+        run = again(run, "--stop_at", stop) if i else go(stop_at=stop)
+        assert names(run)[-1] == f"step{stop:06d}.pt"
+    again(run)
+    assert same_run(run, whole[0]) and fed == whole[1]
+
+
+@pytest.mark.parametrize("stop", [4, 8])
+def test_resumed_equals_whole_with_adamw_and_a_free_backbone(stop, go):
+    rivals = dict(optimizer="adamw", freeze_backbone=False)
+    whole = go("whole", **rivals)
+    assert same_run(again(go(stop_at=stop, **rivals)), whole)
+
+
+def test_what_is_compared_is_alive(whole, go):
+    """Guards the tests above:
+    states differ from step to step and hold momenta; other seeds are fed otherwise."""
+    run, fed = whole
+    early, late = checkpoint(go(stop_at=8), "step000008.pt"), checkpoint(run, "step000010.pt")
+    changed = differences(early, late)
+    moments = {entry.split("/")[-1] for entry in changed if "/optimizers/" in entry}
+    assert {"exp_avg", "exp_avg_sq", "momentum_buffer", "step"} <= moments
+    assert any(entry.startswith("/ema/") for entry in changed)
+    assert any(entry.startswith("/model/") for entry in changed)
+    assert len({str(batch) for batch in fed}) == 10
+    assert [batch[0] for batch in fed] == ["base"] * 6 + ["physics"] * 4
+    assert [batch[1][0] for batch in fed] == list(range(0, 40, 4))
+    other = go("seed", seed=1, stop_at=1)
+    assert differences(checkpoint(other, "step000001.pt"),
+                       checkpoint(go("first", stop_at=1), "step000001.pt"))
+
+
+@pytest.mark.kill
+@pytest.mark.slow
+def test_signals_save_and_end_with_0(go, tmp_path, pools):
+    """SIGINT in stage one and SIGTERM in stage two, sent to the program itself."""
+    long = dict(base_steps=40, physics_steps=40)
+    cfg = settings(tmp_path / "cut", pools, **long)
+    given = [text
+             for field, value in dataclasses.asdict(cfg).items() if value != getattr(config.Config(), field)
+             for text in (f"--{field}", str(value))]
+    run = Path(cfg.out_dir)
+    resume = ["--config", "debug", "--out_dir", str(run), "--resume"]
+    for number, flags, stage in ((signal.SIGINT, given, "base"), (signal.SIGTERM, resume, "physics")):
+        program = subprocess.Popen([sys.executable, "train.py", *flags], **PIPES)
+        log, deadline = run / "log.jsonl", time.monotonic() + 240  # a busy machine may take long to start
+        while not (log.exists() and log.read_text().count(f'"{stage}", "seconds"') > 3):
+            assert program.poll() is None and time.monotonic() < deadline, program.communicate()
+            time.sleep(0.01)
+        program.send_signal(number)
+        out, err = program.communicate(timeout=240)
+        assert program.returncode == 0 and "Traceback" not in err
+        step = int(re.search(r"Stopped at step (\d+) of 80 and saved", out)[1])
+        stored = checkpoint(run, f"step{step:06d}.pt")
+        assert names(run)[-1] == f"step{step:06d}.pt" and stored["step"] == step < 80
+        assert stored["stage"] == stage
+    again(run)
+    whole = go("whole", **long)
+    assert differences(checkpoint(run, "step000080.pt"), checkpoint(whole, "step000080.pt")) == []
+    assert lines(run) == lines(whole)
+
+
+# --- the log and config.json --------------------------------------------------------------------------------
+def test_log_of_a_killed_and_resumed_run_is_that_of_the_whole(whole, go, tmp_path, monkeypatch):
+    def kill(n, *_):
+        if n == 7:
+            raise Interrupted
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        training_calls(patch, kill)
+        go(save_every=5)  # saved at 5; logged up to 6
+    run = tmp_path / "run"
+    assert [line["step"] for line in steps(run)] == list(range(7))
+    with (run / "log.jsonl").open("a") as f:
+        f.write('{"step": 7, "stage": "phy')  # and died while it wrote
+    again(run)
+    assert [line["step"] for line in steps(run)] == list(range(10))
+    assert lines(run) == lines(whole[0])
+
+
+def test_a_finished_run_resumed_changes_nothing(go):
+    run = go()
+    before = contents(run / "checkpoints"), lines(run)
+    again(run)
+    assert {name: data for name, data in contents(run / "checkpoints").items() if "step" not in name} == \
+           {name: data for name, data in before[0].items() if "step" not in name}
+    assert lines(run) == before[1]
+
+
+def test_a_run_that_died_before_its_first_checkpoint_may_be_started_again(whole, go, tmp_path, monkeypatch):
+    def kill(n, *_):
+        if n == 2:
+            raise Interrupted
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        training_calls(patch, kill)
+        go()
+    assert lines(go()) == lines(whole[0])
+
+
+def test_log_says_what_design_promises(whole):
+    for line in steps(whole[0]):
+        terms = {"diffusion"} if line["stage"] == "base" else TERMS
+        assert line.keys() == {"step", "stage", "loss", "grad_norm", "lr", "by_noise", "skipped"} | terms
+        assert not line["skipped"]
+        weights = dict(diffusion=1, coarse=0.1, fine_align=0.02, balance=0.01)
+        assert line["loss"] == pytest.approx(sum(weights[term] * line[term] for term in terms), abs=2e-6)
+        assert len(line["by_noise"]) == train.BINS
+    assert [line["step"] for line in lines(whole[0]) if "held_out" in line] == [3, 6, 9, 10]
+
+
+def test_config_json_has_every_field_and_the_reasons_also_after_resume(go):
+    run = go(device="auto", precision="auto", stop_at=3)
+    for resumed in (False, True):
+        if resumed:
+            again(run, "--stop_at", 5)
+        stored = json.loads((run / "config.json").read_text())
+        assert {f.name for f in dataclasses.fields(config.Config)} <= stored.keys()
+        assert stored["device"] in ("cpu", "cuda", "mps") and stored["precision"] in ("fp32", "bf16")
+        assert stored["threads"] == 1
+        assert stored["resolved"].keys() == {"device", "precision"}
+        assert stored["resolved"]["precision"].startswith(stored["precision"] + ": ")
+        assert stored["torch"] == torch.__version__ and re.fullmatch(r"[0-9a-f]{40}|", stored["git"])
+        assert stored["categories_present"] == sorted(set(stored["categories_present"])) != []
+        assert stored["data"].startswith("world-")
+
+
+# --- saves --------------------------------------------------------------------------------------------------
+def full_after_some_bytes(state, f):
+    f.write(b"half a checkpoint")
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def wrapped(state, f):  # as torch reports a failing file
+    f.write(b"half a checkpoint")
+    raise RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("victim, cadence",
+                         [("step000004.pt", dict(save_every=2)), ("best.pt", dict(eval_every=2))],
+                         ids=["newest", "best"])
+@pytest.mark.parametrize("owner, name, fails", [
+    (torch, "save", full_after_some_bytes), (torch, "save", wrapped), (os, "fsync", full)],
+    ids=["write", "torch", "fsync"])
+def test_a_full_disk_leaves_the_checkpoints_before(owner, name, fails, victim, cadence, whole, go,
+                                                   monkeypatch):
+    run = go(**cadence, stop_at=3)
+    before = contents(run / "checkpoints")
+    assert "best.pt" in before
+    with monkeypatch.context() as patch, pytest.raises(Stopped) as caught:
+        patch.setattr(owner, name, fails)
+        again(run)
+    name = re.escape(victim)
+    sentence = rf"The checkpoint \S*/{name} could not be written \(.*\); the previous one is intact\."
+    assert re.fullmatch(sentence, str(caught.value))
+    assert contents(run / "checkpoints") == before  # and no .tmp
+    again(run)
+    assert differences(checkpoint(run, "step000010.pt"), checkpoint(whole[0], "step000010.pt")) == []
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_full_elsewhere_stops_with_a_sentence(number, go, monkeypatch):
+    def write(*_, **__):
+        raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(common.run.Log, "write", write)
+    with pytest.raises(Stopped, match="disk is full; .*--resume"):
+        go()
+
+
+def test_other_errors_of_the_system_are_not_called_a_full_disk(go, monkeypatch):
+    def write(*_, **__):
+        raise OSError(errno.EIO, "Input/output error")
+    monkeypatch.setattr(common.run.Log, "write", write)
+    with pytest.raises(OSError, match="Input/output"):
+        go()
+
+
+@pytest.mark.parametrize("left", [0, 100, 0.5, 0.99])
+def test_a_truncated_checkpoint_is_passed_over(left, whole, go, capsys):
+    run = go(save_every=2, stop_at=5)
+    newest = run / "checkpoints" / "step000005.pt"
+    size = newest.stat().st_size
+    os.truncate(newest, int(left * size) if left < 1 else left)
+    capsys.readouterr()
+    again(run, "--stop_at", 0)  # it goes on from step 4, and 5 is where it was told to stop
+    assert re.search(r"step000005\.pt is damaged \(\w+\); trying the one before", capsys.readouterr().err)
+    assert differences(checkpoint(run, "step000010.pt"), checkpoint(whole[0], "step000010.pt")) == []
+    assert [line["step"] for line in steps(run)] == list(range(10))
+
+
+def test_a_damaged_checkpoint_does_not_push_out_a_good_one(go):
+    run = go(save_every=3, stop_at=5)
+    os.truncate(run / "checkpoints" / "step000005.pt", 1000)
+    again(run, "--stop_at", 4)
+    assert {"step000003.pt", "step000004.pt"} <= set(names(run))  # the last two that read
+
+
+def test_no_readable_checkpoint_is_said(go):
+    run = go(stop_at=3)
+    os.truncate(run / "checkpoints" / "step000003.pt", 1000)
+    with pytest.raises(UserError, match="No checkpoint in .* can be read"):
+        again(run)
+
+
+def test_the_last_two_the_best_and_the_base_are_kept(go):
+    run = go(save_every=1)
+    assert names(run) == ["base.pt", "best.pt", "step000009.pt", "step000010.pt"]
+    assert checkpoint(run, "base.pt")["stage"] == "base" and checkpoint(run, "base.pt")["step"] == 6
+    best, scores = checkpoint(run, "best.pt"), [scores["diffusion"] for scores in held_out(run, "physics")]
+    assert best["stage"] == "physics" and best["best"] == min(scores) == scores[[9, 10].index(best["step"])]
+
+
+def test_best_is_not_replaced_by_worse(go, monkeypatch):
+    scores = iter([3.0, 2.0, 9.0, 5.0, 6.0, 7.0, 8.0])
+    monkeypatch.setattr(train, "held_out_loss", lambda *_: {"diffusion": next(scores)})
+    run = go(eval_every=2)  # 2: 3.0, 4: 2.0, 6 (border): 9.0, then stage two anew: 8: 5.0, 10: 6.0
+    best = checkpoint(run, "best.pt")
+    assert (best["step"], best["best"]) == (8, 5.0)
+
+
+def test_best_is_remembered_by_a_resumed_run(go, monkeypatch):
+    scores = iter([2.0, 9.0])
+    monkeypatch.setattr(train, "held_out_loss", lambda *_: {"diffusion": next(scores)})
+    run = again(go(eval_every=2, stop_at=3), "--stop_at", 5)
+    best = checkpoint(run, "best.pt")
+    assert (best["step"], best["best"]) == (2, 2.0) and checkpoint(run, "step000005.pt")["best"] == 2.0
+
+
+# --- refusals -----------------------------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, pools):
+    """A run stopped at step 3 of 6 + 4. Not to be written into."""
+    return launch(tmp_path_factory.mktemp("stopped") / "run", pools, stop_at=3)
+
+
+@pytest.fixture
+def half(stopped, tmp_path):
+    return shutil.copytree(stopped, tmp_path / "half")
+
+
+@pytest.mark.parametrize("field, value", [
+    ("lr", 0.5), ("seed", 3), ("dim", 64), ("semantic", "false"), ("physical_blocks", "0"), ("batch_size", 8),
+    ("process", "vpred"), ("world_seed", 2), ("threads", 2), ("data_dir", "x"), ("val_clips", 5),
+    ("precision", "bf16"),
+    ("init_from", "x")])
+def test_resume_refuses_a_changed_field_by_name(field, value, half):
+    before = contents(half)
+    with pytest.raises(UserError, match=rf"--resume cannot change --{field}: "):
+        again(half, f"--{field}", value)
+    assert contents(half) == before
+
+
+def test_resume_names_all_changed_fields(half):
+    with pytest.raises(UserError, match="cannot change --seed, --lr: "):
+        again(half, "--lr", 0.5, "--seed", 4)
+
+
+def test_resume_lets_the_rest_change(half, tmp_path, pools):
+    moved, elsewhere = half.rename(tmp_path / "moved"), shutil.copytree(pools, tmp_path / "pools")
+    again(moved, "--physics_steps", 6, "--log_every", 3, "--eval_every", 4, "--save_every", 5,
+          "--preview_steps", 2,
+          "--guidance", 2.0, "--pool_dir", elsewhere)
+    assert checkpoint(moved, "step000012.pt")["step"] == 12
+    assert [line["step"] for line in steps(moved)] == [0, 1, 2, 3, 6, 9]
+
+
+def test_resume_needs_no_preset_again(half):
+    train.main(config.parse(["--out_dir", str(half), "--resume", "--stop_at", "4"], ""))
+    assert "step000004.pt" in names(half)
+
+
+@pytest.mark.parametrize("base_steps, stop", [(2, 4), (8, 8), (5, 8)])
+def test_resume_refuses_base_steps_that_stage_one_has_passed(base_steps, stop, go):
+    """Steps count from the border: moved behind what is done, it would turn learning rates negative."""
+    run = go(stop_at=stop)
+    with pytest.raises(UserError, match="--base_steps"):
+        again(run, "--base_steps", base_steps)
+
+
+def test_stage_one_may_be_prolonged_while_it_lasts(half):
+    again(half, "--base_steps", 8)
+    assert [line["stage"] for line in steps(half)] == ["base"] * 8 + ["physics"] * 4
+
+
+def test_resume_of_what_is_no_run(half, tmp_path):
+    with pytest.raises(UserError, match="is no run folder"):
+        again(tmp_path / "nowhere")
+    (half / "checkpoints" / "step000003.pt").unlink()
+    with pytest.raises(UserError, match="no checkpoint to resume from"):
+        again(half)
+
+
+def test_a_folder_with_a_run_is_not_overwritten(stopped, pools):
+    before = contents(stopped)
+    with pytest.raises(UserError,
+                       match="already holds a run: go on with --resume, or give another --out_dir"):
+        launch(stopped, pools)
+    assert contents(stopped) == before
+
+
+def test_a_run_folder_that_cannot_be_is_refused(tmp_path, pools):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="cannot be made"):
+        launch(tmp_path / "file" / "run", pools)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json"])
+@pytest.mark.parametrize("share", [0, 0.5])
+def test_resume_of_a_half_written_run_folder(name, share, half):
+    path = half / name
+    path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
+    with pytest.raises(UserError, match=name):
+        again(half)
+
+
+def test_resume_refuses_other_clips(half, monkeypatch):
+    # as another world.py would, these clips get another key
+    monkeypatch.setattr(data, "FORMAT", data.FORMAT + 1)
+    with pytest.raises(UserError, match="The clips of the world are not those"):
+        again(half)
+
+
+PIPES = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -1,0 +1,316 @@
+"""Videos of every kind and their annotations:
+pixels at their times, windows, WISA's answers, what cannot be read."""
+import json
+
+import av
+import numpy as np
+import pytest
+
+import common.files
+import common.video
+import physics.phenomena
+import data
+from config import UserError, preset
+from videos import CORNERS, annotate, counts, gif, movie, opened, pool_cfg, quarters_of, turn
+
+SHAPES = {  # file -> how it is made, and the first four frames' numbers at 8 frames a second
+    "h264.mp4": (dict(), [0, 1, 2, 3]),  # k / 8 s at 10 frames a second: 0, 1.25, 2.5, 3.75
+    "sixty.mp4": (dict(rate=60, n=30, step=8), [0, 7, 15, 22]),
+    "mpeg4.mp4": (dict(codec="mpeg4"), [0, 1, 2, 3]),
+    "xvid.avi": (dict(codec="mpeg4"), [0, 1, 2, 3]),
+    "vp9.webm": (dict(codec="libvpx-vp9"), [0, 1, 2, 3]),
+    "vertical.mp4": (dict(height=90, width=30), [0, 1, 2, 3]),
+    "wide.webm": (dict(codec="libvpx-vp9", height=32, width=128), [0, 1, 2, 3]),
+    "odd.mp4": (dict(pix_fmt="yuv444p", height=37, width=51), [0, 1, 2, 3]),
+    "deep.mp4": (dict(pix_fmt="yuv420p10le"), [0, 1, 2, 3]),
+    "grey.mp4": (dict(pix_fmt="gray"), [0, 1, 2, 3]),
+    "alpha.mkv": (dict(codec="ffv1", pix_fmt="bgra"), [0, 1, 2, 3]),
+    "sound.mp4": (dict(audio=True), [0, 1, 2, 3]),
+    "tiny.mp4": (dict(height=8, width=10, pix_fmt="yuv444p"), [0, 1, 2, 3]),
+}
+
+
+def test_every_shape_of_video_gives_its_pixels_at_its_times(tmp_path):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    for name, (how, _) in SHAPES.items():
+        movie(folder / name, **{"n": 8, **how})
+    gif(folder / "odd.gif", [70, 130, 90, 30, 210, 60, 40, 200], height=35, width=41)
+    expected = {**{name: want for name, (_, want) in SHAPES.items()}, "odd.gif": [0, 1, 2, 4]}
+    annotate(folder, {name: name for name in expected})
+    pool = opened(pool_cfg(tmp_path, data_dir=str(folder), windows=1))
+    assert sorted(pool.captions) == sorted(expected) and "skipped" not in pool.summary
+    for clip, name in zip(pool.video, pool.captions):
+        step = SHAPES.get(name, ({},))[0].get("step", 10)
+        assert counts(clip, step) == expected[name], name
+        colours = CORNERS.reshape(4, 3)[:3].astype(float)
+        if name == "grey.mp4":
+            colours = np.repeat(colours @ [[.299], [.587], [.114]], 3, 1)
+        assert np.abs(quarters_of(clip).reshape(-1, 4, 3)[:, :3] - colours).max() < 12, name
+
+
+@pytest.mark.parametrize("degrees", [90, 180, 270])
+def test_rotation_metadata_is_honoured(tmp_path, degrees):
+    path = tmp_path / "turned.mp4"
+    movie(path, height=64, width=48)
+    upright, = common.video.read_windows(path, pool_cfg(tmp_path, windows=1))
+    turn(path, degrees)
+    turned, = common.video.read_windows(path, pool_cfg(tmp_path, windows=1))
+    want = np.rot90(quarters_of(upright), -degrees // 90, axes=(1, 2))  # quarter turns clockwise
+    assert np.abs(quarters_of(turned) - want).max() < 3
+    assert np.abs(quarters_of(turned) - quarters_of(upright)).max() > 100
+
+
+def test_crop_is_central_and_covers(tmp_path):
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, 20:40, 0] = np.arange(20) * 12  # the central square holds a ramp
+    frame = av.VideoFrame.from_ndarray(wide, format="rgb24")
+    assert np.array_equal(common.video.fit(frame, 20, 20), wide[:, 20:40])
+    tall = common.video.fit(av.VideoFrame.from_ndarray(wide.transpose(1, 0, 2).copy(), format="rgb24"), 10, 20)
+    assert np.array_equal(tall[:, 0, 0] // 12, np.arange(5, 15))
+
+
+def test_a_window_says_where_it_was(tmp_path):
+    movie(tmp_path / "long.mp4", n=60, height=48, width=64)
+    # 6 s hold twelve of half a second
+    first, second, third = common.video.windows_of(tmp_path / "long.mp4", pool_cfg(tmp_path, windows=3))
+    assert [w.start for w in (first, second, third)] == [1.0, 3.0, 5.0]
+    assert [w.number for w in (first, second, third)] == [0, 1, 2]
+    assert second.taken == 3 and second.size == (48, 64) and second.crop == (8, 0, 56, 48)
+    turn(tmp_path / "long.mp4", 90)
+    turned = common.video.windows_of(tmp_path / "long.mp4", pool_cfg(tmp_path, windows=1))[0]
+    assert turned.size == (64, 48) and turned.crop == (0, 8, 48, 56)
+
+
+def test_resizing_is_antialiased(tmp_path):
+    stripes = np.zeros((64, 64, 3), np.uint8)
+    stripes[:, ::2] = 255
+    small = common.video.fit(av.VideoFrame.from_ndarray(stripes, format="rgb24"), 16, 16)
+    assert np.abs(small[:, 1:-1].astype(int) - 127).max() <= 4
+
+
+def test_variable_frame_rate_follows_time_stamps(tmp_path):
+    shown = [0, .05, .26, .30, .62, .70, .71, 1.3]
+    for name, codec in (("v.mp4", "libx264"), ("v.webm", "libvpx-vp9")):
+        movie(tmp_path / name, codec, n=8, step=30, times=shown)
+        clip, = common.video.read_windows(tmp_path / name, pool_cfg(tmp_path, windows=1, frames=8))
+        assert counts(clip, 30) == [np.searchsorted(shown, k / 8 + .001, "right") - 1 for k in range(8)], name
+
+
+def test_time_stamps_rounded_to_milliseconds_lose_no_frame(tmp_path):
+    movie(tmp_path / "thirty.webm", "libvpx-vp9", n=24, rate=30)
+    clip, = common.video.read_windows(tmp_path / "thirty.webm", pool_cfg(tmp_path, windows=1, frames=24, fps=30.0))
+    assert counts(clip) == list(range(24))
+
+
+def test_windows_follow_each_other_and_are_spread(tmp_path):
+    # ten windows of four frames, three frames are left over
+    movie(tmp_path / "long.mp4", n=43, rate=8, step=5)
+    every = common.video.read_windows(tmp_path / "long.mp4", pool_cfg(tmp_path, windows=99))
+    assert [counts(clip, 5) for clip in every] == np.arange(40).reshape(10, 4).tolist()
+    three = common.video.read_windows(tmp_path / "long.mp4", pool_cfg(tmp_path, windows=3))
+    assert [counts(clip, 5)[0] for clip in three] == [4, 20, 32]  # the windows 1, 5 and 8
+
+
+@pytest.mark.parametrize("name, codec", [
+    ("s.mp4", "libx264"), ("s.webm", "libvpx-vp9"), ("s.avi", "mpeg4"), ("s.gif", "")])
+def test_long_videos_are_entered_in_the_middle_where_possible(tmp_path, monkeypatch, name, codec):
+    if codec:
+        movie(tmp_path / name, codec, n=480, rate=8, height=32, width=32)
+    else:
+        # a GIF holds changes only: it is walked through
+        gif(tmp_path / name, [120] * 500, height=32, width=32)
+    steps, advance = [], common.video.Player.advance
+    monkeypatch.setattr(common.video.Player, "advance", lambda self: (steps.append(1), advance(self)))
+    clips = common.video.read_windows(tmp_path / name, pool_cfg(tmp_path, windows=2))
+    for clip, start in zip(clips, (120, 360), strict=True):
+        rate = 8 if codec else 1 / .12
+        assert counts(clip) == [int((start + k) / 8 * rate + .01) % 25 for k in range(4)]
+    assert (len(steps) < 150) == bool(codec)
+
+
+def test_damaged_files_give_the_windows_that_decode(tmp_path):
+    for name, codec, options in (("cut.webm", "libvpx-vp9", {}),
+                                 ("cut.mp4", "libx264", {"movflags": "faststart"})):
+        path = tmp_path / name
+        movie(path, codec, n=40, rate=8, step=5, noise=True, **options)
+        whole = path.read_bytes()
+        path.write_bytes(whole[:int(len(whole) * .6)])
+        starts = [counts(clip, 5) for clip in common.video.read_windows(path, pool_cfg(tmp_path, windows=99))]
+        assert 3 <= len(starts) <= 7 and starts == np.arange(4 * len(starts)).reshape(-1, 4).tolist(), name
+
+
+def test_bad_files_are_skipped_counted_named_and_silent(tmp_path, capfd):
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    movie(folder / "good.mp4")
+    movie(folder / "good2.mp4")
+    movie(folder / "one.mp4", n=1)
+    gif(folder / "one.gif", [100])
+    (folder / "zero.mp4").write_bytes(b"")
+    (folder / "text.mp4").write_text("not a video\n" * 50)
+    (folder / "half.mp4").write_bytes((folder / "good.mp4").read_bytes()[:900])
+    noisy = bytearray((folder / "good.mp4").read_bytes())
+    noisy[60:400] = bytes(range(170)) * 2
+    (folder / "scrambled.mp4").write_bytes(noisy)
+    (folder / "folder.mp4").mkdir()
+    with av.open(str(folder / "sound.mp4"), "w") as out:
+        sound = out.add_stream("aac", rate=16000, layout="mono")
+        block = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        block.sample_rate = 16000
+        out.mux(sound.encode(block))
+        out.mux(sound.encode())
+    annotate(folder, {name: "a caption" for name in (
+        "good.mp4", "one.mp4", "one.gif", "zero.mp4", "text.mp4", "half.mp4", "sound.mp4", "nowhere.mp4",
+        "folder.mp4")}
+        | {"good2.mp4": "another", "scrambled.mp4": "scrambled", "empty.mp4": " "})
+    pool = data.open_pool(pool_cfg(tmp_path, data_dir=str(folder), windows=1))
+    out, err = capfd.readouterr()
+    assert out.strip().splitlines()[-1] == pool.summary
+    assert not [line for line in err.replace("\r", "\n").splitlines() if line.strip()
+                and "reading videos" not in line]
+    usable = 3 if "scrambled" in pool.captions else 2
+    assert f"{usable} clips from {usable} videos" in pool.summary
+    assert f"skipped {12 - usable}:" in pool.summary
+    folder_again = common.video.Folder(pool_cfg(tmp_path, data_dir=str(folder), windows=1))
+    list_of_all = folder_again.skipped + [f"{v.name} ({c})"
+                                          for v, c in folder_again.read() if isinstance(c, str)]
+    reasons = dict(entry[:-1].split(" (", 1) for entry in list_of_all)
+    assert reasons["zero.mp4"] == "empty file"
+    assert reasons["nowhere.mp4"] == "missing" == reasons["folder.mp4"]
+    assert reasons["one.mp4"].startswith("too short") and reasons["one.gif"].startswith("too short")
+    assert reasons["sound.mp4"] == "no picture in it" and reasons["empty.mp4"] == "no caption"
+    assert "Invalid data" in reasons["text.mp4"] and "Invalid data" in reasons["half.mp4"]
+
+
+def test_long_lists_of_bad_files_are_cut():
+    assert common.files.listed(map(str, range(11))) == "0, 1, 2, 3, 4, 5, 6, 7 and 3 more"
+    assert common.files.listed(["\ud800"]) == "?"  # JSON may hold half a surrogate pair, a terminal may not
+
+
+# ------------------------------------------------------------------------------------------------ annotations
+def folder_of(tmp_path, annotations, names=("a.mp4",)):
+    folder = tmp_path / "videos"
+    folder.mkdir(exist_ok=True)
+    for name in names:
+        (folder / name).write_bytes(b"x")
+    file = tmp_path / "annotations.json"
+    file.write_text(annotations if isinstance(annotations, str) else json.dumps(annotations),
+                    encoding="utf-8-sig")
+    return common.video.Folder(pool_cfg(tmp_path, data_dir=str(folder), annotations=str(file)))
+
+
+def names_of(indices):
+    return [(*physics.phenomena.CATEGORIES, *common.video.OTHER_SLOTS)[i] for i in indices]
+
+
+FLAT = {"phys_law": "stress", "n0": "soil: 1.2 to 1.6 g/cm3", "file": "a.mp4", "label": "Deformation ",
+        "q0": "Deformation, collision", "q1": "no obvious thermodynamic phenomenon.", "q2": "scattering",
+        "q3": "no",
+        "q4": "1. object decomposition and splitting\n2. liquid objects appearance\n3. no change",
+        "en_caption": "the long one", "en_caption_1": "short"}
+FLAT_NAMES = ["collision", "deformation", "scattering", "no obvious thermodynamic phenomenon",
+              "camera motion no",
+              "liquids objects appearance", "object decomposition and splitting", "no change"]
+
+
+@pytest.mark.parametrize("shape", ["list", "data", "nested"])
+def test_wisa_records(tmp_path, shape):
+    answers = {key: value for key, value in FLAT.items() if key[0] in "qn"}
+    nested = {"captions": "the long one", "video_id": "a", "file": None, "physical_annotation": answers}
+    folder = folder_of(tmp_path, {"list": [FLAT], "data": {"data": [FLAT]}, "nested": [nested]}[shape])
+    video, = folder.videos.values()
+    assert video.caption == "the long one" and video.path.name == "a.mp4"
+    assert names_of(video.categories) == FLAT_NAMES and not folder.unknown and not folder.skipped
+
+
+WISA = [  # the answers of WISA's three published examples, and their collection category
+    (dict(q0="deformation, collision", q1="no obvious thermodynamic phenomenon.", q2="scattering", q3="no",
+          q4="1. object decomposition and splitting\n2. gas objects appearance\n3. no change",
+          label="Deformation "),
+     ["collision", "deformation", "scattering", "no obvious thermodynamic phenomenon", "camera motion no",
+      "gas objects appearance",
+      "object decomposition and splitting", "no change"]),
+    (dict(q0="liquid motion, deformation", q1="solidification, melting", q2="reflection, refraction", q3="no",
+          q4="1. liquid objects appearance\n2. solid objects appearance\n"
+             "3. object decomposition and splitting\n4. no change",
+          label="Solidification"),
+     ["liquid motion", "deformation", "melting", "solidification", "reflection", "refraction",
+      "camera motion no", "liquids objects appearance",
+      "solid objects appearance", "object decomposition and splitting", "no change"]),
+    (dict(q0="liquid motion, deformation", q1="no obvious thermodynamic phenomenon.",
+          q2="no obvious optical phenomenon", q3="no",
+          q4="1. liquids objects appearance\n2. no change", label="Solid Objects Appearance"),
+     ["liquid motion", "deformation", "no obvious thermodynamic phenomenon", "no obvious optical phenomenon",
+      "camera motion no",
+      "liquids objects appearance", "no change"]),
+]
+
+
+@pytest.mark.parametrize("answers, names", WISA)
+def test_wisas_published_answers_parse_without_a_guess(answers, names):
+    known, unknown = common.video.parse_labels(answers)
+    assert sorted(names_of(known)) == sorted(names) and unknown == []
+    seventeen = [name for name in names_of(known) if name in data.category_names(preset("debug"))]
+    assert seventeen == [name for name in physics.phenomena.CATEGORIES if name in names]
+
+
+def test_captions_long_or_short_with_or_without_the_law(tmp_path):
+    folder = folder_of(tmp_path,
+                       [FLAT, {"file": "b.mp4", "caption": "the only one"},
+                        {"file": "c.mp4", "en_caption": "long alone"}],
+                       names=("a.mp4", "b.mp4", "c.mp4"))
+
+    def read(*how):
+        again = common.video.Folder(folder.cfg, *how)
+        return [video.caption for video in again.videos.values()], again.skipped
+
+    assert read() == read("long", False) == (["the long one", "the only one", "long alone"], [])
+    assert read("long", True) == (["the long one stress", "the only one", "long alone"], [])
+    assert read("short", False) == (["short", "the only one"], ["c.mp4 (no caption)"])
+    assert read("short", True) == (["short stress", "the only one"], ["c.mp4 (no caption)"])
+
+
+def test_labels_match_as_whole_names_only():
+    known, unknown = common.video.parse_labels({
+        "q0": "rigid-body motion; no collision, 2) Elastic Motions", "q1": ["melting", "vaporisation"],
+        "q2": "interference and diffraction\nunnatural light source. reflection", "q3": "Yes.",
+        "q4": "1. no change 2. yes"})
+    assert names_of(known) == ["rigid body motion", "elastic motion", "melting",
+                               "interference and diffraction",
+                               "camera motion yes", "no change"]
+    assert unknown == ["no collision", "vaporisation", "unnatural light source. reflection", "yes"]
+    assert len(common.video.LABELS) == 29
+
+
+def test_records_that_cannot_be_used_are_named(tmp_path):
+    folder = folder_of(tmp_path, [
+        {"file": "a.mp4", "caption": "fine"}, {"file": "./a.mp4", "caption": "again"}, {"file": "a.mp4"},
+        {"caption": "no file"}, 7, {"file": "b.mp4", "caption": "b"}, {"video_id": 12, "caption": "number"},
+        {"file": 3.5, "caption": ["x"]}, {"file": "nul\0.mp4", "caption": "b"},
+        {"file": "elsewhere.mp4", "video_id": "second", "caption": [" listed ", "2"]}],
+                       names=("a.mp4", "second.webm"))
+    assert [v.caption for v in folder.videos.values()] == ["fine", "listed"]
+    assert folder.skipped == [
+        "./a.mp4 (named twice)", "a.mp4 (no caption)", "record 4 (names no file)", "record 5 (not an object)",
+        "b.mp4 (missing)", "12 (missing)", "record 8 (names no file)", "nul\0.mp4 (missing)"]
+
+
+def test_paths_that_leave_the_folder_are_refused(tmp_path):
+    outside = tmp_path / "outside.mp4"
+    movie(outside)
+    names = ["../outside.mp4", str(outside), "inner/../../outside.mp4", "..", "inner/../a.mp4"]
+    folder = folder_of(tmp_path, {name: "c" for name in names})
+    assert [video.path.name for video in folder.videos.values()] == ["a.mp4"]
+    assert folder.skipped == [f"{name} (outside the folder)" for name in names[:4]]
+
+
+@pytest.mark.parametrize("text, words", [
+    ("{", "is not JSON"), ("[" * 100000, "is not JSON"), ("3", "another shape"), ('"a"', "another shape"),
+    ("[1, 2]", "another shape"), ('{"a.mp4": 1}', "another shape"), ('{"data": 3}', "another shape"),
+    ("null", "another shape")])
+def test_annotations_of_another_kind_are_one_sentence(tmp_path, text, words):
+    with pytest.raises(UserError, match=words) as error:
+        folder_of(tmp_path, text)
+    assert "annotations.json" in str(error.value) and "{file: caption}" in str(error.value)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,198 @@
+"""Official models end to end:
+clips against diffusers' pipelines, the branch trained on a cache, resumed, sampled."""
+import dataclasses
+import json
+import re
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+import torch
+
+diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install -r requirements-extra.txt")
+pytest.importorskip("ftfy", reason="needs ftfy: pip install -r requirements-extra.txt")
+
+import common.store  # noqa: E402
+import official.clips  # noqa: E402
+import config  # noqa: E402
+import experts  # noqa: E402
+import model  # noqa: E402
+import sample  # noqa: E402
+import train  # noqa: E402
+from config import UserError  # noqa: E402
+from helpers import tiny_official  # noqa: E402
+from tiny_weights import LINEAGES, PROMPT, SIZE, pipeline  # noqa: E402
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name, solver, steps, more", [
+    ("cogvideox", "", 5, {}), ("cogvideox", "dpm", 5, {}), ("cogvideox", "dpm", 7, dict(dynamic=True)),
+    ("1.5", "", 4, {}),
+    ("wan", "", 6, {}), ("wan", "wan-euler", 5, {}), ("wan", "", 4, dict(negative="smoke rises")),
+], ids=str)
+def test_clips_are_those_of_diffusers_pipeline(weights, name, solver, steps, more):
+    """The same folder, prompt and seed:
+    frames in [-1, 1] differ by less than 1e-3, so bytes by one level at most."""
+    folder, sizes = weights[name], dict(height=16, width=32, frames=9)
+    scheduler = {"dpm": diffusers.CogVideoXDPMScheduler,
+                 "wan-euler": diffusers.FlowMatchEulerDiscreteScheduler}.get(solver)
+    pipe = pipeline(name, folder, scheduler)
+    if solver == "wan-euler":
+        pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+    extra = dict(use_dynamic_cfg=True) if more.get("dynamic") else {}
+    theirs = pipe(PROMPT, more.get("negative", ""), height=16, width=32, num_frames=9,
+                  num_inference_steps=steps, guidance_scale=4.0,
+                  generator=torch.Generator().manual_seed(3), output_type="np", **extra).frames[0]
+    loaded = official.clips.load_official(folder, **sizes)
+    ours = next(official.clips.generate_official(folder, loaded, [PROMPT], seed=3, steps=steps, guidance=4.0,
+                                         solver=solver, **more))
+    assert ours.shape == theirs.shape and ours.std() > 2
+    assert np.abs(ours / 255 - theirs).max() < 0.5 / 255 + 1e-3
+
+
+def settings(lineage, folders, filled, out, **fields):
+    quick = dict(physics_steps=6, warmup=1, physics_lr=1e-2, log_every=1, eval_every=3, save_every=100,
+                 val_clips=2)
+    places = dict(weights=str(folders[lineage]), cache=str(filled[lineage]), out_dir=str(out))
+    return config.check(tiny_official(lineage,
+                                      **{**SIZE, **quick, **places, "checkpointing": True, **fields}))
+
+
+def checkpoint(run, step=6):
+    return torch.load(run / "checkpoints" / f"step{step:06d}.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("name", LINEAGES)
+def test_the_branch_trains_on_a_cache_resumes_to_the_bit_and_samples(weights, caches, tmp_path, name):
+    cfg = settings(name, weights, caches, tmp_path / "whole")
+    train.main(cfg)
+    whole = checkpoint(tmp_path / "whole")
+    assert not any(key.startswith("backbone.")
+                   for key in whole["model"]), "frozen official weights are not stored again"
+    lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert sum("loss" in line for line in lines) == 6
+    assert all(line["loss"] > 0 for line in lines if "loss" in line) and "held_out" in lines[-1]
+
+    half = dataclasses.replace(cfg, out_dir=str(tmp_path / "half"))
+    train.main(dataclasses.replace(half, stop_at=3))
+    train.main(dataclasses.replace(half, resume=True))
+    again = checkpoint(tmp_path / "half")
+    assert all(torch.equal(value, again[part][key]) for part in ("model", "ema")
+               for key, value in whole[part].items())
+    published = [tmp_path / run / "branch.safetensors" for run in ("whole", "half")]
+    assert published[0].read_bytes() == published[1].read_bytes()
+
+    with pytest.raises(UserError, match="--weights"):
+        sample.load_run(tmp_path / "whole")
+    loaded = official.clips.load_official(weights[name], branch=str(published[0]), frames=9, height=16, width=32)
+    bare = official.clips.load_official(weights[name], frames=9, height=16, width=32)
+    assert isinstance(loaded[1], experts.ProPhy) and loaded[1].inject[0].weight.abs().max() > 0
+    clips = [next(official.clips.generate_official(weights[name], one, [PROMPT], steps=3)) for one in (loaded, bare)]
+    assert clips[0].shape == clips[1].shape == (9, 16, 32, 3) and not np.array_equal(*clips)
+
+
+def test_checkpointing_goes_through_the_blocks_again_and_changes_no_bit(
+        weights, caches, tmp_path, monkeypatch):
+    calls, attend = {True: 0, False: 0}, model.attend
+
+    def counted(*args):
+        calls[flag] += 1
+        return attend(*args)
+    monkeypatch.setattr(model, "attend", counted)
+    for flag in (True, False):
+        train.main(settings("wan", weights, caches, tmp_path / str(flag), checkpointing=flag))
+    # self- and cross-attention of the two physical blocks, and of the two backbone blocks behind the first of
+    # them
+    again = 2 * 2 + 2 * 2
+    assert calls[True] - calls[False] == 6 * again
+    a, b = checkpoint(tmp_path / "True"), checkpoint(tmp_path / "False")
+    assert all(torch.equal(value, b["model"][key]) for key, value in a["model"].items())
+
+
+def test_the_best_weights_are_published_and_a_finished_run_that_lost_them_makes_them_again(
+        weights, caches, tmp_path, capsys):
+    cfg = settings("wan", weights, caches, tmp_path, eval_every=2)
+    train.main(cfg)
+    about, stored = common.store.read_about(tmp_path / "branch.safetensors"), checkpoint(tmp_path)
+    scores = {line["step"]: line["held_out"]["diffusion"]
+              for line in map(json.loads, (tmp_path / "log.jsonl").open()) if "held_out" in line}
+    assert about["held_out"] == min(scores.values()) == scores[about["step"]]
+    assert not (tmp_path / "checkpoints" / "best.pt").exists()
+    kept = json.loads((tmp_path / "config.json").read_text())
+    assert about["categories_present"] == kept["categories_present"]
+    card = (tmp_path / "README.md").read_text()
+    assert f"{min(scores.values()):.4f}" in card and "license: unknown" in card
+    assert f"--weights {cfg.weights} --branch {tmp_path / 'branch.safetensors'}" in capsys.readouterr().out
+
+    (tmp_path / "branch.safetensors").unlink()
+    train.main(dataclasses.replace(cfg, resume=True))
+    tensors, about = common.store.read_tensors(tmp_path / "branch.safetensors")
+    assert (about["step"], about["held_out"]) == (6, scores[6])
+    assert tensors.keys() == stored["ema"].keys()
+    assert all(torch.equal(value, stored["ema"][key]) for key, value in tensors.items())
+
+
+def test_a_backbone_that_was_trained_along_is_not_published(weights, caches, tmp_path):
+    train.main(settings("wan", weights, caches, tmp_path, freeze_backbone=False, physics_steps=3))
+    assert (tmp_path / "checkpoints" / "best.pt").exists() and not (tmp_path / "branch.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", LINEAGES)
+def test_a_bf16_backbone_with_a_float32_branch_trains(weights, caches, tmp_path, name):
+    """As on a GPU: frozen weights stored in half the room; what trains, and its averages, stay float32."""
+    train.main(settings(name, weights, caches, tmp_path, precision="bf16", lora_rank=2))
+    stored = checkpoint(tmp_path)
+    assert all(value.dtype == torch.float32 for part in ("model", "ema") for value in stored[part].values())
+    assert stored["model"]["inject.0.weight"].abs().max() > 0
+    assert any(key.endswith(".up") and value.abs().max() > 0 for key, value in stored["model"].items())
+
+
+def test_lora_alone_trains_its_corrections_only(weights, caches, tmp_path):
+    train.main(settings("cogvideox", weights, caches, tmp_path, physical_blocks="", lora_rank=2))
+    stored = checkpoint(tmp_path)["model"]
+    assert stored and all(key.endswith((".down", ".up")) for key in stored)
+    assert all(value.abs().max() > 0 for key, value in stored.items())
+
+
+def test_what_does_not_fit_is_one_sentence(weights, caches, tmp_path):
+    for fields, word in ((dict(depth=4), "--depth"), (dict(cache=str(caches["wan"])), "lineage"),
+                         (dict(weights=str(tmp_path / "none")), "none"),
+                         (dict(cache=str(tmp_path / "none")), "none"), (dict(frames=13), "frames")):
+        with pytest.raises(UserError, match=word):
+            train.main(settings("cogvideox", weights, caches, tmp_path / "run", **fields))
+    for fields, word in ((dict(lora_targets="to_q,nothing"), "--lora_targets"),
+                         (dict(frames=10), "1 \\+ 4 m"), (dict(cache=""), "--cache"),
+                         (dict(base_steps=5), "--base_steps"), (dict(width=40), "16")):
+        with pytest.raises(UserError, match=word):
+            settings("cogvideox", weights, caches, tmp_path / "run", **fields)
+
+
+def test_sample_command_with_official_weights(weights, tmp_path, capsys):
+    sample.main(["--weights", str(weights["wan"]), "--prompt", PROMPT, "--steps", "2", "--frames", "9",
+                 "--height", "16", "--width", "32", "--out", str(tmp_path / "c.gif")])
+    assert iio.imread(tmp_path / "c.gif").shape == (9, 16, 32, 3) and "wrote" in capsys.readouterr().out
+    for flags, word in ((["--solver", "dpm"], "dpm"), (["--dynamic"], "CogVideoX"),
+                        (["--frames", "8"], "1 \\+ 4 m"), (["--invert_experts"], "--branch"),
+                        (["--run", "."], "not both"), (["--show_routing"], "routing")):
+        with pytest.raises(UserError, match=word):
+            sample.main(["--weights", str(weights["wan"]), "--prompt", PROMPT, "--height", "16", "--width",
+                         "32", *flags])
+    with pytest.raises(UserError, match="--weights"):
+        sample.main(["--prompt", PROMPT])
+
+
+@pytest.mark.parametrize("preset", ["full", "wan-14b", "small", "small-wan"])
+def test_dry_run_counts_without_weights(preset, capsys):
+    """Forward FLOPs of the backbone against the closed formula of the architecture."""
+    train.main(config.check(config.preset(preset, dry_run=True)))
+    out = capsys.readouterr().out
+    cfg = config.preset(preset)
+    N, L, D = int(np.prod(cfg.grid)), cfg.text_len, cfg.dim
+    F = cfg.ffn or 4 * D
+    if cfg.lineage == "wan":
+        flops = 2 * (6 * D * D + 2 * D * F) * N + 4 * D * D * L + 4 * N * N * D + 4 * N * L * D
+    else:
+        flops = 2 * 12 * D * D * (N + L) + 4 * (N + L) ** 2 * D
+    said = float(re.search(r"backbone forward ([\d.,e-]+), step", out)[1].replace(",", ""))
+    assert abs(said - cfg.depth * flops / 1e12) < 0.01 * said
+    assert "141 GB: " in out and f"{N:,} video" in out
