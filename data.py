@@ -4,14 +4,15 @@
     videos            --encode.py-->  cache on disk  --Latents.batch(positions)-->  Batch of latents
 
 Either source is turned once into a pool: clips of the training size as bytes, captions, categories,
-and the exact masks of synthetic clips (common/pool.py). A pool is named by a hash of all that shapes
-it, so runs with the same settings share it. common/video.py says how clips are cut from videos, and
-official/cache.py reads what encode.py made of them.
+and the exact masks of synthetic clips (common/pool.py). A pool is named by a hash of all that
+shapes it, so runs with the same settings share it. common/video.py says how clips are cut from
+videos, and official/cache.py reads what encode.py made of them.
 
 Everything behind a pool or a cache is a pure function of the position in the stream (order, caption
 dropout, targets): a restart has no state to restore.
 
-Letters: B clips, F frames, H W pixels or token grid, N video tokens, L text tokens, E_cat categories.
+Letters: B clips, F frames, H W pixels or token grid, N video tokens, L text tokens, E_cat
+categories.
 """
 import functools
 import hashlib
@@ -38,17 +39,17 @@ from physics.phenomena import CATEGORIES
 
 HELD_OUT = 1_000_000_000  # the world's indices from here on are never trained on
 POSITIVE = 0.25  # a token is positive when at least this share of its area is covered
-POOL_FROM = 1000  # fewer synthetic clips than this are drawn before other processes would have started
+POOL_FROM = 1000  # fewer synthetic clips are drawn before other processes would have started
 
 
 def category_names(cfg: Config) -> tuple[str, ...]:
-    """Names of the E_cat categories: WISA's 17 laws, with cfg.categories = 29 also its other slots."""
+    """Names of the E_cat categories: WISA's 17 laws, with categories = 29 also its other slots."""
     return (*CATEGORIES, *OTHER_SLOTS)[:cfg.categories]
 
 
 @dataclass
 class Batch:
-    """What one step needs, from any source: pixels, or latents where a VAE stands before the network."""
+    """What one step needs, from any source: pixels, or latents for a network behind a VAE."""
     video: Tensor | None  # (B, 3, F, H, W) float32 in [-1, 1]; None where there are latents
     text: Tensor  # (B, L) int64 word ids, 0 = pad; beside latents embeddings (B, L, D_text) float32
     text_length: Tensor  # (B,) int64; 0 = the caption was dropped or is empty
@@ -58,7 +59,7 @@ class Batch:
     target_mask: Tensor  # (B, N, E_cat) float32, 1 where `target` says anything
     index: Tensor  # (B,) int64 position in the stream
     latent: Tensor | None = None  # (B, C, F, H, W) float32 in the network's own scale
-    # A teacher's attention (uniform = 1), NaN where it says nothing; align.py makes targets of both:
+    # A teacher's attention (uniform = 1), NaN where it says nothing; align.py makes targets of it:
     maps: Tensor | None = None  # (B, N, E_cat) float32, for each phenomenon
     background: Tensor | None = None  # (B, N) float32, for a generic question
 
@@ -129,15 +130,15 @@ class Tokenizer:
             words = None
         if (not isinstance(words, list) or not all(isinstance(word, str) for word in words)
                 or len(set(words)) != len(words)):
-            raise UserError(f"{path} is not a tokenizer: a JSON object with a list of different words "
-                            "is expected.")
+            raise UserError(f"{path} is not a tokenizer: a JSON object with a list of different "
+                            "words is expected.")
         return cls(words)
 
 
 # --- the token grid -----------------------------------------------------------------------------
 @functools.lru_cache
 def area_weights(n: int, size: int) -> Tensor:
-    """(n, size): share of cell j of `size` equal cells that pixel i of n covers. Columns sum to one."""
+    """(n, size): share of cell j of `size` equal cells that pixel i of n covers. Columns sum to 1."""
     pixel = np.arange(n)[:, None] * size  # both in units of 1 / (n size)
     cell = np.arange(size)[None] * n
     overlap = np.minimum(pixel + size, cell + n) - np.maximum(pixel, cell)
@@ -266,7 +267,7 @@ class VideoClips:
                 yield PoolClip(window.video, video.caption, video.categories, source)
 
     def split(self, names: list[str]) -> tuple[list[int], list[int], str]:
-        """Rows to train on, rows held out, and a summary. Raises UserError where there is no clip."""
+        """Rows to train on, rows held out, and a summary. Raises UserError without any clip."""
         skipped = self.folder.skipped_sentence()
         if not names:
             reason = skipped or "; the annotations name no video"
@@ -328,8 +329,8 @@ class Stream:
         return self.maps.covers(self.pool.names[row])
 
     def teacher_maps(self, sources: list) -> tuple[Tensor | None, Tensor | None]:
-        """A teacher's maps (B, N, E_cat) and background (B, N) for clips from `sources`; NaN where it
-        says nothing."""
+        """A teacher's maps (B, N, E_cat) and background (B, N) for clips from `sources`; NaN where
+        it says nothing."""
         if not self.maps:
             return None, None
         cfg = self.cfg
@@ -405,8 +406,8 @@ class Clips(Stream):
         """target, target_mask (B, N, E_cat) of the exact masks. Every token of a present category
         counts. Both are zero where there are no masks, or where a teacher's maps stand in for them.
 
-        `negatives` above 0 also pulls the maps of absent categories to zero (ours): then all maps can
-        be read side by side.
+        `negatives` above 0 also pulls the maps of absent categories to zero (ours): then all maps
+        can be read side by side.
         """
         target = torch.zeros(len(rows), math.prod(self.cfg.grid), self.cfg.categories)
         target_mask = torch.zeros_like(target)
@@ -422,6 +423,7 @@ class Clips(Stream):
         masks = np.unpackbits(packed, axis=-1, count=math.prod(size)).reshape(-1, *size)
 
         target_mask += self.cfg.negatives
-        target[clip, :, category] = covered(torch.from_numpy(masks), self.cfg.grid).float()  # (n, N)
+        is_covered = covered(torch.from_numpy(masks), self.cfg.grid)  # (n, N)
+        target[clip, :, category] = is_covered.float()
         target_mask[clip, :, category] = 1
         return target, target_mask

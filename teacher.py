@@ -300,7 +300,7 @@ def annotate_by_shuffling(work: Work, pool: data.Pool, todo: dict[int, str], oth
         swap |= {rows[to]: rows[of] for to, of in zip(order, np.roll(order, 1))}
     for row, file in todo.items():
         found = other.of.get(pool.names[swap[row]])
-        read = other.read(found[0][2]) if found else None
+        read = other.store.read(found[0][2]) if found else None
         if read:
             tensors, about = read
             work.store.write(work.store.clips / file, tensors, {**about, "file": pool.names[row]})

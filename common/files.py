@@ -173,7 +173,8 @@ def map_in_processes(function: Callable, items: list, workers: int, chunk: int) 
         with without_main_script():
             for _ in range(workers):  # each call that finds no idle process starts one
                 executor.submit(int)
-        yield from bounded_map(executor, function, items, group=4 * chunk * workers, chunksize=chunk)
+        group = 4 * chunk * workers
+        yield from bounded_map(executor, function, items, group, chunksize=chunk)
 
 
 def follow_parent() -> None:
@@ -190,8 +191,8 @@ def follow_parent() -> None:
 def without_main_script() -> Iterator[None]:
     """Processes that are spawned inside do not import the script that this process runs.
 
-    Python imports it in each of them in case a function is defined there. Ours are not, and train.py
-    would import torch, which takes seconds.
+    Python imports it in each of them in case a function is defined there. Ours are not, and
+    train.py would import torch, which takes seconds.
     """
     script = sys.modules["__main__"]
     sys.modules["__main__"] = types.ModuleType("__main__")

@@ -129,8 +129,8 @@ def build(path: Path, source, settings: dict, progress: bool) -> None:
         reason = e.strerror or e
         raise Stopped(f"The clips could not be written to {path.parent}: {reason}.") from None
     except concurrent.futures.BrokenExecutor:
-        raise Stopped("A process drawing clips died, for want of memory perhaps: fewer --threads need "
-                      "less.") from None
+        raise Stopped("A process drawing clips died, for want of memory perhaps: fewer --threads "
+                      "need less.") from None
 
 
 def write(folder: Path, source, settings: dict, progress: bool) -> None:

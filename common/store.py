@@ -48,8 +48,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict, tag: str)
 
 
 def read_about(path: Path) -> dict:
-    """What the header says. Raises ValueError with the reason for a file that is missing or damaged,
-    OSError for a disk that is."""
+    """What the header says. Raises ValueError with the reason where the file is missing or damaged,
+    OSError where the disk cannot be read."""
     try:
         with safetensors.safe_open(path, "pt") as file:
             return json.loads((file.metadata() or {})["about"])
@@ -77,7 +77,7 @@ class Kind:
     manifest: str  # name of the file with the settings
     command: str  # who writes it
     holds: str  # what a file holds, in a word
-    row: type  # NamedTuple of what index.json says of a file; `file` and `video` are its first fields
+    row: type  # NamedTuple of what index.json says of a file, which is its first field
 
 
 class Store:
@@ -130,7 +130,7 @@ class Store:
         write_tensors(path, tensors, {**about, "key": self.key}, self.tag)
 
     def name(self, identity: list) -> str:
-        """NAME of an item: what its files begin with. identity: whatever tells it from all others."""
+        """NAME of an item: what its files begin with. identity: what tells it from all others."""
         return digest([self.key, *identity])[:24]
 
     def files_there(self) -> dict[str, list[str]]:
@@ -197,36 +197,37 @@ class Store:
             raise UserError(f"There is no {e.filename}: {kind.command} makes it, once it has gone "
                             "through.") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise UserError(f"{folder} is not what {kind.command} left there: its {kind.manifest} or "
-                            "index.json is damaged.") from None
+            raise UserError(f"{folder} is not what {kind.command} left there: its {kind.manifest} "
+                            "or index.json is damaged.") from None
         if stale:
             raise UserError(f"{folder} is stale: its index.json is of other settings than its "
                             f"{kind.manifest}; run {kind.command} again.")
         return store
 
-    def read(self, path: Path) -> tuple[dict[str, Tensor], dict] | None:
-        """The tensors of a file and what its header says; None for a damaged file.
+    def load(self, path: Path) -> tuple[dict[str, Tensor], dict]:
+        """The tensors of a file and what its header says.
 
-        That it is damaged is said once. Raises UserError where it is stale.
+        Raises ValueError or OSError where it is damaged, UserError where it is stale.
         """
-        if path in self.damaged:
-            return None
-        try:
-            tensors, about = read_tensors(path)
-        except (OSError, ValueError) as e:
-            self.damaged.add(path)
-            reason = getattr(e, "strerror", None) or e
-            tqdm.write(f"{path} is left out ({reason}); delete it and run {self.kind.command} again to "
-                       "mend it.", file=sys.stderr)
-            return None
-        self.check_key(path, about)
-        return tensors, about
-
-    def check_key(self, path: Path, about: dict) -> None:
-        """Raises UserError where a file is of other settings than its store."""
+        tensors, about = read_tensors(path)
         if about["key"] != self.key:
             raise UserError(f"{path} is stale, made with other settings than {self.kind.manifest} "
                             f"beside it says: delete it and run {self.kind.command} again.")
+        return tensors, about
+
+    def read(self, file: str) -> tuple[dict[str, Tensor], dict] | None:
+        """As `load`, of a clip's file; None where it is damaged, which is said once."""
+        path = self.clips / file
+        if path in self.damaged:
+            return None
+        try:
+            return self.load(path)
+        except (OSError, ValueError) as e:
+            self.damaged.add(path)
+            reason = getattr(e, "strerror", None) or e
+            tqdm.write(f"{path} is left out ({reason}); delete it and run {self.kind.command} "
+                       "again to mend it.", file=sys.stderr)
+            return None
 
 
 def clip_file(name: str, number: int, taken: int) -> str:
@@ -241,4 +242,5 @@ def is_complete(files: list[str]) -> bool:
 
 def fits(row) -> bool:
     """Has every field of a NamedTuple the type that its class promises?"""
-    return all(isinstance(value, kind) for value, kind in zip(row, type(row).__annotations__.values()))
+    kinds = type(row).__annotations__.values()
+    return all(isinstance(value, kind) for value, kind in zip(row, kinds))

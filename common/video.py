@@ -1,14 +1,15 @@
 """Videos: what annotations say of them, which clips are cut from them, and how they are decoded.
 
-*Time*: a clip's k-th frame is the one shown k/fps seconds after its start. Time stamps count, within
-a millisecond, so variable frame rates work. A video is cut into consecutive windows of `frames`
-such frames; if there are more than `windows` of them, that many are taken, evenly spread. A shorter
-video is skipped. *Space*: a frame is turned as the file says, then its largest centred rectangle of
-the wanted shape is resized with antialiasing. *Colour*: 8-bit RGB; alpha is dropped. *Bad files* are
-skipped, counted and named; of a file that is damaged halfway those windows are used that decode.
+*Time*: a clip's k-th frame is the one shown k/fps seconds after its start. Time stamps count,
+within a millisecond, so variable frame rates work. A video is cut into consecutive windows of
+`frames` such frames; if there are more than `windows` of them, that many are taken, evenly spread.
+A shorter video is skipped. *Space*: a frame is turned as the file says, then its largest centred
+rectangle of the wanted shape is resized with antialiasing. *Colour*: 8-bit RGB; alpha is dropped.
+*Bad files* are skipped, counted and named; of a file that is damaged halfway those windows are used
+that decode.
 
-Captions come from `--annotations FILE`, else from captions.json in the folder: {file: caption}, or a
-list of WISA's records. Left out on purpose: sound, mirroring, non-square pixels.
+Captions come from `--annotations FILE`, else from captions.json in the folder: {file: caption}, or
+a list of WISA's records. Left out on purpose: sound, mirroring, non-square pixels.
 """
 import collections
 import concurrent.futures
@@ -87,7 +88,7 @@ class Window:
 
 # --- annotations --------------------------------------------------------------------------------
 def normalise_label(label: str) -> str:
-    """A label without case, numbers, punctuation and plural s, which WISA's annotators use freely."""
+    """A label without case, numbers, punctuation and plural s, which WISA's annotators vary."""
     return " ".join(word.removesuffix("s") for word in re.findall(r"[a-z]+", label.lower()))
 
 
@@ -127,7 +128,7 @@ def first_text(record: dict, fields: Iterable[str]) -> str:
 
 
 def split_by_video(names: list[str], val_clips: int) -> tuple[list[int], list[int], str]:
-    """Rows to train on, rows held out, and a summary; `names` says of each row which video it is of.
+    """Rows to train on, rows held out, and a summary. names: the video that each row is of.
 
     One in twenty videos (not clips) is held out, chosen by a hash of its name: runs of every seed
     are validated on the same, and adding videos moves few from one side to the other.
@@ -171,7 +172,8 @@ def read_records(file: Path) -> list:
 class Folder:
     """The videos of a folder that its annotations name."""
 
-    def __init__(self, folder, annotations: str = "", captions: str = "long", phys_law: bool = False):
+    def __init__(self, folder, annotations: str = "", captions: str = "long",
+                 phys_law: bool = False):
         """Reads the annotations; no video. Raises UserError where they are missing or odd.
 
         captions: the long or the short one of a WISA record. phys_law: with the record's field of
@@ -381,7 +383,7 @@ class Player:
         if self.now is None:
             return None
         if self.ended:
-            # The last picture stays until the end. One before damage does not stay for what was lost.
+            # The last picture stays until the end; one before damage does not stay for what is lost.
             last = self.time(self.now)
             whole = self.times[-1] - last < 2 * self.gap
             if t >= (self.end if whole else last + self.gap) + TOLERANCE:

@@ -3,9 +3,9 @@
     cache.json, clips/NAME-NofM.safetensors, index.json     as common/store.py says
     empty.safetensors                                       the embedding of the empty caption
 
-A clip's file holds the latent's mean (CogVideoX: and std), the text embedding and the 29 categories.
-It is read when its clip is asked for, never before. If it is damaged, the next clip that can be read
-stands in for it: which one depends on the files alone.
+A clip's file holds the latent's mean (CogVideoX: and std), the text embedding and the 29
+categories. It is read when its clip is asked for, never before. If it is damaged, the next clip
+that can be read stands in for it: which one depends on the files alone.
 
 Letters: B clips, C F H W the latent and its grid, L text tokens, N video tokens, E_cat categories.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.files import digest, read_json
-from common.store import Kind, Store, clip_file, read_tensors
+from common.store import Kind, Store, clip_file
 from common.video import LABELS, Cut, Folder, Video, Window, pixels, split_by_video
 from config import Config, Stopped, UserError, stream
 from data import Batch, Stream
@@ -63,7 +63,8 @@ def settings_of(args, lineage: Lineage, weights: Path, dtype: torch.dtype) -> di
 class Encoder:
     """Makes the files of videos."""
 
-    def __init__(self, store: Store, text: TextEncoder, vae: VAE, dtype: torch.dtype, text_batch: int):
+    def __init__(self, store: Store, text: TextEncoder, vae: VAE, dtype: torch.dtype,
+                 text_batch: int):
         self.store = store
         self.text = text
         self.vae = vae
@@ -92,14 +93,15 @@ class Encoder:
             embeddings, lengths = self.text(padded, self.text_batch)
             self.cut_captions += self.text.too_long(captions)
             read = folder.read(cut, threads, [video for _, video in group])
-            for (name, video), (_, windows), embedding, length in zip(group, read, embeddings, lengths):
+            for (name, _), (video, windows), *words in zip(group, read, embeddings, lengths):
                 for window in windows:
                     file = clip_file(name, window.number, window.taken)
-                    if file not in have and not self.write_clip(file, video, window, embedding, length):
+                    if file not in have and not self.write_clip(file, video, window, *words):
                         folder.skipped.append(f"{video.name} (its latent is not finite)")
                 bar.update()
 
-    def write_clip(self, file: str, video: Video, window: Window, embedding: Tensor, length) -> bool:
+    def write_clip(self, file: str, video: Video, window: Window, embedding: Tensor,
+                   length: Tensor) -> bool:
         """One clip's file. False where its latent is not finite."""
         latent = self.vae.encode(pixels(window.video)[None])
         if not all(part.isfinite().all() for part in latent.values()):
@@ -142,8 +144,8 @@ class Cache:
 
 
 def open_cache(cfg: Config, folder: Path, expected: dict | None = None) -> Cache:
-    """The cache in `folder`, if it is of cfg's lineage and sizes, and of the other settings `expected`,
-    such as official.folder.identity(weights). Opens no clip. Raises UserError."""
+    """The cache in `folder`, if it is of cfg's lineage and sizes, and of the other settings
+    `expected`, such as official.folder.identity(weights). Opens no clip. Raises UserError."""
     store = Store.open(folder, CACHE)
     fields = ("lineage", "frames", "height", "width", "channels", "text_dim", "text_len")
     wanted = {field: getattr(cfg, field) for field in fields}
@@ -151,8 +153,8 @@ def open_cache(cfg: Config, folder: Path, expected: dict | None = None) -> Cache
         if store.settings.get(field) != value:
             change = f"change --{field}, or " if field in fields else ""
             raise UserError(f"The clips in {folder} were made with {field} "
-                            f"{store.settings.get(field)}, and this run has {value}: {change}encode "
-                            "again into another folder.")
+                            f"{store.settings.get(field)}, and this run has {value}: {change}"
+                            "encode again into another folder.")
     if not store.rows:
         raise UserError(f"There is no clip in {folder}: encode.py made none.")
     files, names, captions, categories = map(list, zip(*store.rows))
@@ -172,20 +174,23 @@ class Latents(Stream):
         super().__init__(cfg, cache, maps)
         path = cache.store.folder / EMPTY
         try:
-            self.empty, about = read_tensors(path)
+            tensors, _ = cache.store.load(path)
         except (OSError, ValueError) as e:
             reason = getattr(e, "strerror", None) or e
-            raise UserError(f"{path}, the embedding of the empty caption, cannot be read ({reason}): "
-                            "run encode.py again.") from None
-        cache.store.check_key(path, about)
+            raise UserError(f"{path}, the embedding of the empty caption, cannot be read "
+                            f"({reason}): run encode.py again.") from None
+        self.empty = tensors["text"]
 
     def clip(self, row: int, among: list[int]) -> tuple[int, dict, dict]:
-        """A row's number, its tensors and what its file says of them. A row that is damaged is replaced
-        by the next in the list `among`, in which it is, that can be read. Raises Stopped without any."""
+        """A row's number, its tensors, and what its file says of them.
+
+        A damaged row is replaced by the next one that can be read in the list `among`, in which it
+        stands. Raises Stopped where there is none.
+        """
         store = self.pool.store
         at = among.index(row)
         for candidate in (*among[at:], *among[:at]):
-            found = store.read(store.clips / self.pool.files[candidate])
+            found = store.read(self.pool.files[candidate])
             if found:
                 return candidate, *found
         raise Stopped(f"No clip in {store.folder} can be read any more.")
@@ -201,18 +206,20 @@ class Latents(Stream):
         # Words: the empty caption stands in for a dropped one. Zeros were not worth storing.
         drop = self.dropped(positions) if train else torch.zeros(len(positions), dtype=torch.bool)
         text_len = self.pool.store.settings["text_len"]
-        texts = [self.empty["text"] if gone else clip["text"] for gone, clip in zip(drop, clips)]
-        texts = [F.pad(text.float(), (0, 0, 0, text_len - len(text))) for text in texts]  # (L, D_text)
+        texts = [self.empty if gone else clip["text"] for gone, clip in zip(drop, clips)]
+        texts = [F.pad(text.float(), (0, 0, 0, text_len - len(text))) for text in texts]
         lengths = [0 if gone else about["text_length"] for gone, about in zip(drop, abouts)]
 
         latents = [self.latent(clip, p, train) for clip, p in zip(clips, positions)]
-        sources = [[about["file"], about["times"][0], about["size"], about["crop"]] for about in abouts]
+        sources = [[about["file"], about["times"][0], about["size"], about["crop"]]
+                   for about in abouts]
         maps, background = self.teacher_maps(sources)
-        silent = torch.zeros(len(rows), math.prod(self.cfg.grid), self.cfg.categories)  # no exact masks
+        silent = torch.zeros(len(rows), math.prod(self.cfg.grid), self.cfg.categories)
         return Batch(
             video=None, latent=torch.stack(latents), text=torch.stack(texts),
             text_length=torch.tensor(lengths), caption=[self.pool.captions[row] for row in rows],
-            categories=self.categories[rows], target=silent, target_mask=torch.zeros_like(silent),
+            categories=self.categories[rows],
+            target=silent, target_mask=torch.zeros_like(silent),  # there are no exact masks
             index=torch.tensor(positions), maps=maps, background=background)
 
     def latent(self, clip: dict[str, Tensor], position: int, train: bool) -> Tensor:

@@ -151,7 +151,7 @@ def test_a_killed_worker_is_one_sentence(tmp_path, monkeypatch):
         raise concurrent.futures.BrokenExecutor("died")
         yield
 
-    monkeypatch.setattr(data.World, "draw", dies)
+    monkeypatch.setattr(data.SyntheticClips, "draw", dies)
     with pytest.raises(Stopped, match="drawing clips died"):
         opened(pool_cfg(tmp_path))
 
@@ -182,7 +182,7 @@ data.open_pool(cfg, progress=False)
 def test_reading_ahead_is_in_order_and_bounded():
     begun = []
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        results = common.files.ahead(executor, lambda i: begun.append(i) or i, list(range(20)), group=3)
+        results = common.files.bounded_map(executor, lambda i: begun.append(i) or i, list(range(20)), group=3)
         assert [next(results) for _ in range(4)] == [0, 1, 2, 3]
         executor.submit(int).result()
         assert len(begun) <= 9

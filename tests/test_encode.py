@@ -109,7 +109,7 @@ def test_bf16_is_what_float32_gives_to_rounding(weights, videos, caches, tmp_pat
     fill_cache(videos, weights["cogvideox"], tmp_path / "out", dtype="bf16",
                annotations=tmp_path / "one.json")
     tensors, _ = common.store.read_tensors(next((tmp_path / "out" / "clips").iterdir()))
-    reference, _ = common.store.read_tensors(exact.pool.folder / "clips" / exact.pool.files[0])
+    reference, _ = common.store.read_tensors(exact.pool.store.clips / exact.pool.files[0])
     for name in ("mean", "std", "text"):
         assert tensors[name].dtype == torch.bfloat16
         assert (tensors[name].float() - reference[name]).norm() < 0.05 * reference[name].norm(), name

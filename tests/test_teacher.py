@@ -56,10 +56,10 @@ def test_a_map_is_the_eager_models_attention_to_the_file(maps, small_vlm, films)
     kind = transformers.Qwen2_5_VLForConditionalGeneration
     eager = kind.from_pretrained(small_vlm, attn_implementation="eager").eval()
     tokenizer = vlm_qwen.VLM(small_vlm).tokenizer
-    cfg = preset("small", data_dir=str(films), frames=9, fps=8.0, height=32, width=48)
+    cut = common.video.Cut(frames=9, fps=8.0, windows=4, height=32, width=48)
     for name, taken in (("a.mp4", 0), ("long.mp4", 1)):
         tensors, about = maps_of(maps, name)[taken]
-        frames = common.video.windows_of(films / name, cfg)[taken].video[[0, 0, 2, 3, 6, 7]]
+        frames = common.video.windows_of(films / name, cut)[taken].video[[0, 0, 2, 3, 6, 7]]
         asked = [(f"{physics.phenomena.CATEGORIES[c]}?", about["answers"][physics.phenomena.CATEGORIES[c]], one)
                  for c, one in zip(about["categories"], tensors["maps"])]
         for question, answer, stored in (*asked, ("behind?", about["background"], tensors["background"])):
@@ -96,16 +96,16 @@ def test_of_a_video_begun_the_rest_is_made(maps_copy, small_vlm, films, capsys):
 def test_a_full_disk_is_one_sentence(small_vlm, films, tmp_path, monkeypatch):
     def full(path, *_):
         raise OSError(28, "No space left on device", str(path))
-    monkeypatch.setattr(vlm_maps, "write_tensors", full)
+    monkeypatch.setattr(common.store, "write_tensors", full)
     assert "No space left on device" in sentence(make_maps, films, small_vlm, tmp_path / "out", error=Stopped)
 
 
 def test_one_bad_clip_of_a_group_costs_itself_alone(tmp_path):
     def look(empty):
         return vlm_qwen.Look("" if empty else "words", torch.rand(1, 1, 2, 2, 2), empty)
-    store, skipped = vlm_maps.Store(tmp_path / "out", {}, "x"), []
+    store, skipped = common.store.Store.create(tmp_path / "out", vlm_maps.MAPS, {}), []
     group = [(f"{i}.safetensors",
-              vlm_maps.Shown(f"clip {i}", None, 4.0, [0.0, 0.5], (8, 8), (0, 0, 8, 8), ["melting"]))
+              vlm_maps.VLMClip(f"clip {i}", None, 4.0, [0.0, 0.5], (8, 8), (0, 0, 8, 8), ["melting"]))
              for i in range(4)]
     asked = []
 
@@ -287,7 +287,7 @@ def test_the_tiny_teacher_from_the_command_line_to_a_trained_branch(tmp_path, ca
     own, mixed = (vlm_maps.Maps(vlm_maps.world_maps(cfg, pool, name)) for name in ("tiny_vlm", "mixed"))
 
     def held(maps):
-        return {name: maps.read(files[0][2]) for name, files in maps.of.items()}
+        return {name: maps.store.read(files[0][2]) for name, files in maps.of.items()}
     a, b = held(own), held(mixed)
     signature = lambda found: sorted(tensors["background"].numpy().tobytes() for tensors, _ in found.values())
     assert set(b) <= set(a) and set(signature(b)) <= set(signature(a))

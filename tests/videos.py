@@ -10,6 +10,7 @@ from PIL import Image
 
 import config
 import data
+from common import video
 
 # the last one counts the frames
 CORNERS = np.array([[[200, 30, 30], [30, 180, 40]], [[40, 60, 210], [0, 0, 0]]])
@@ -25,6 +26,15 @@ def pool_cfg(tmp_path, **overrides):
 def opened(cfg):
     return data.open_pool(cfg, progress=False)
 
+
+def windows_in(path, **cut):
+    """The windows of a video, cut as `pool_cfg` says but for what is given."""
+    small = dict(frames=4, fps=8.0, windows=4, height=16, width=16)
+    return video.windows_of(path, video.Cut(**{**small, **cut}))
+
+
+def clips_in(path, **cut):
+    return [window.video for window in windows_in(path, **cut)]
 
 
 def picture(level, height=48, width=64):

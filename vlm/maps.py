@@ -82,8 +82,8 @@ def frames_for_vlm(n: int, fps: float, merged: int, uniform: int = 0) -> tuple[n
         return uniform_frames(n, uniform), uniform * fps / n
     frames = aligned_frames(n)
     if merged != 2:
-        raise VLMError(f"Time axes do not fit: this VLM merges {merged} frames, aligned sampling makes "
-                       "pairs; give --sample N.")
+        raise VLMError(f"Time axes do not fit: this VLM merges {merged} frames, aligned sampling "
+                       "makes pairs; give --sample N.")
     return frames, fps / 2  # pairs, four frames apart
 
 
@@ -92,7 +92,8 @@ def clip_for_vlm(window: Window, source: str, names: list[str], fps: float, merg
     """What of a window the VLM is shown. Raises VLMError."""
     frames, rate = frames_for_vlm(len(window.video), fps, merged, uniform)
     times = window.start + row_middles(frames, merged) / fps
-    return VLMClip(source, window.video[frames], rate, times.tolist(), window.size, window.crop, names)
+    return VLMClip(source, window.video[frames], rate, times.tolist(), window.size, window.crop,
+                   names)
 
 
 def full_frame(path: Path, vlm: VLM, most: int) -> tuple[int, int]:
@@ -103,7 +104,7 @@ def full_frame(path: Path, vlm: VLM, most: int) -> tuple[int, int]:
 
 def windows_for_vlm(path: Path, vlm: VLM, frames: int, fps: float, most_windows: int,
                     most_pixels: int) -> list[Window]:
-    """The windows of a video at the VLM's size; of a short one the largest 1 + 4 m frames that it has.
+    """The windows of a video at the VLM's size; of a short one the most frames 1 + 4 m that it has.
 
     Raises ValueError with the reason when there are none, or what the decoder raises.
     """
@@ -150,7 +151,8 @@ class Tally:
         said = {
             "denied": "answers deny the phenomenon, so that their maps are left out",
             "empty": "answers hold nothing but special tokens, likewise",
-            "little": f"maps have under {LITTLE:.0%} of the attention on the video (a broken prompt?)",
+            "little": f"maps have under {LITTLE:.0%} of the attention on the video "
+                      "(a broken prompt?)",
             "alike": f"maps are nearly the background's (cosine above {ALIKE})"}
         counts = {name: getattr(self, name) for name in said}
         return "".join(f"; {counts[name]} {what}" for name, what in said.items() if counts[name])
@@ -257,16 +259,12 @@ class Maps:
         self.of: dict[str, list] = {}  # {video: (start, end, file) of each of its maps}
         for row in self.store.rows:
             self.of.setdefault(row.video, []).append((row.start, row.end, row.file))
-        self.key = digest([self.store.key, sorted(self.of.items())])  # of settings and what is there
-
-    def read(self, file: str) -> tuple[dict[str, Tensor], dict] | None:
-        """The tensors of a map file and what its header says; None where it is damaged. Raises
-        UserError where it is of other settings."""
-        return self.store.read(self.store.clips / file)
+        # The key is of the settings and of what is there.
+        self.key = digest([self.store.key, sorted(self.of.items())])
 
     def overlaps(self, video: str, when: np.ndarray) -> list[tuple[float, str]]:
-        """(seconds in common, file) of each map of this video with a clip whose tokens are at `when`;
-        negative where they are apart."""
+        """(seconds in common, file) of each map of this video with a clip whose tokens are at
+        `when`; negative where they are apart."""
         return [(min(end, when[-1]) - max(start, when[0]), file)
                 for start, end, file in self.of.get(video, ())]
 
@@ -280,18 +278,19 @@ class Maps:
                   n_categories: int) -> tuple[Tensor, Tensor] | None:
         """Maps (N, E_cat) and background (N,) on the tokens of a clip, float32; None without a map.
 
-        source: where the clip is from, as in a PoolClip. times (s,): when its tokens are, in seconds
-        from its start. NaN outside of what the teacher saw, and for categories that it was not asked
-        for. Raises UserError for a stale map.
+        source: where the clip is from, as in a PoolClip. times (s,): when its tokens are, in
+        seconds from its start. NaN outside of what the teacher saw, and for categories that it was
+        not asked for. Raises UserError for a stale map.
         """
         video, start, _, (left, top, right, bottom) = source
         when = start + times
         overlaps = self.overlaps(video, when)
-        found = self.read(max(overlaps)[1]) if overlaps else None  # most seconds in common
+        found = self.store.read(max(overlaps)[1]) if overlaps else None  # most seconds in common
         if found is None:
             return None
         tensors, about = found
-        maps = torch.cat([tensors["maps"], tensors["background"][None]]).double()  # (R + 1, t, h, w)
+        maps = torch.cat([tensors["maps"], tensors["background"][None]])
+        maps = maps.double()  # (R + 1, t, h, w)
 
         # Weights from the map's cells to the clip's tokens, along time, height and width.
         _, _, h, w = maps.shape

@@ -57,7 +57,7 @@ def test_a_new_text_is_whole_before_it_takes_the_old_name(tmp_path, monkeypatch)
 def test_an_existing_pool_is_not_built_again(tmp_path, monkeypatch):
     cfg = pool_cfg(tmp_path)
     opened(cfg)
-    monkeypatch.setattr(data.World, "fill", lambda *_: pytest.fail("built again"))
+    monkeypatch.setattr(data.SyntheticClips, "clips", lambda *_: pytest.fail("built again"))
     opened(cfg)
 
 
@@ -105,11 +105,11 @@ def test_half_built_pools_are_ignored_and_cleaned(tmp_path):
 
 
 def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
-    def dies(self, add, progress):
-        add(np.zeros((4, 16, 16, 3), np.uint8), "half", [0], {})
+    def dies(self, progress):
+        yield data.PoolClip(np.zeros((4, 16, 16, 3), np.uint8), "half", [0], ["a clip"])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(data.World, "fill", dies)
+    monkeypatch.setattr(data.SyntheticClips, "clips", dies)
     with pytest.raises(KeyboardInterrupt):
         opened(pool_cfg(tmp_path))
     assert list((tmp_path / "pools").iterdir()) == []
@@ -117,21 +117,21 @@ def test_an_interrupted_build_leaves_nothing(tmp_path, monkeypatch):
 
 def test_two_runs_build_once(tmp_path, monkeypatch, capsys):
     import fcntl
-    cfg, built, fill, flock = pool_cfg(tmp_path), [], data.World.fill, fcntl.flock
+    cfg, built, clips, flock = pool_cfg(tmp_path), [], data.SyntheticClips.clips, fcntl.flock
     begun, waits = threading.Event(), threading.Event()
 
-    def slow(self, add, progress):
+    def slow(self, progress):
         built.append(1)
         begun.set()
         assert waits.wait(60)  # the second run stands before the lock while the first still builds
-        return fill(self, add, progress)
+        yield from clips(self, progress)
 
     def seen(handle, how):
         if not how & fcntl.LOCK_NB:
             waits.set()
         return flock(handle, how)
 
-    monkeypatch.setattr(data.World, "fill", slow)
+    monkeypatch.setattr(data.SyntheticClips, "clips", slow)
     monkeypatch.setattr("fcntl.flock", seen)
     with concurrent.futures.ThreadPoolExecutor(2) as runs:
         first = runs.submit(opened, cfg)

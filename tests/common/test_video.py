@@ -11,7 +11,19 @@ import common.video
 import physics.phenomena
 import data
 from config import UserError, preset
-from videos import CORNERS, annotate, counts, gif, movie, opened, pool_cfg, quarters_of, turn
+from videos import (
+    CORNERS,
+    annotate,
+    clips_in,
+    counts,
+    gif,
+    movie,
+    opened,
+    pool_cfg,
+    quarters_of,
+    turn,
+    windows_in,
+)
 
 SHAPES = {  # file -> how it is made, and the first four frames' numbers at 8 frames a second
     "h264.mp4": (dict(), [0, 1, 2, 3]),  # k / 8 s at 10 frames a second: 0, 1.25, 2.5, 3.75
@@ -53,9 +65,9 @@ def test_every_shape_of_video_gives_its_pixels_at_its_times(tmp_path):
 def test_rotation_metadata_is_honoured(tmp_path, degrees):
     path = tmp_path / "turned.mp4"
     movie(path, height=64, width=48)
-    upright, = common.video.read_windows(path, pool_cfg(tmp_path, windows=1))
+    upright, = clips_in(path, windows=1)
     turn(path, degrees)
-    turned, = common.video.read_windows(path, pool_cfg(tmp_path, windows=1))
+    turned, = clips_in(path, windows=1)
     want = np.rot90(quarters_of(upright), -degrees // 90, axes=(1, 2))  # quarter turns clockwise
     assert np.abs(quarters_of(turned) - want).max() < 3
     assert np.abs(quarters_of(turned) - quarters_of(upright)).max() > 100
@@ -65,27 +77,27 @@ def test_crop_is_central_and_covers(tmp_path):
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, 20:40, 0] = np.arange(20) * 12  # the central square holds a ramp
     frame = av.VideoFrame.from_ndarray(wide, format="rgb24")
-    assert np.array_equal(common.video.fit(frame, 20, 20), wide[:, 20:40])
-    tall = common.video.fit(av.VideoFrame.from_ndarray(wide.transpose(1, 0, 2).copy(), format="rgb24"), 10, 20)
+    assert np.array_equal(common.video.fit_frame(frame, 20, 20), wide[:, 20:40])
+    tall = common.video.fit_frame(av.VideoFrame.from_ndarray(wide.transpose(1, 0, 2).copy(), format="rgb24"), 10, 20)
     assert np.array_equal(tall[:, 0, 0] // 12, np.arange(5, 15))
 
 
 def test_a_window_says_where_it_was(tmp_path):
     movie(tmp_path / "long.mp4", n=60, height=48, width=64)
     # 6 s hold twelve of half a second
-    first, second, third = common.video.windows_of(tmp_path / "long.mp4", pool_cfg(tmp_path, windows=3))
+    first, second, third = windows_in(tmp_path / "long.mp4", windows=3)
     assert [w.start for w in (first, second, third)] == [1.0, 3.0, 5.0]
     assert [w.number for w in (first, second, third)] == [0, 1, 2]
     assert second.taken == 3 and second.size == (48, 64) and second.crop == (8, 0, 56, 48)
     turn(tmp_path / "long.mp4", 90)
-    turned = common.video.windows_of(tmp_path / "long.mp4", pool_cfg(tmp_path, windows=1))[0]
+    turned = windows_in(tmp_path / "long.mp4", windows=1)[0]
     assert turned.size == (64, 48) and turned.crop == (0, 8, 48, 56)
 
 
 def test_resizing_is_antialiased(tmp_path):
     stripes = np.zeros((64, 64, 3), np.uint8)
     stripes[:, ::2] = 255
-    small = common.video.fit(av.VideoFrame.from_ndarray(stripes, format="rgb24"), 16, 16)
+    small = common.video.fit_frame(av.VideoFrame.from_ndarray(stripes, format="rgb24"), 16, 16)
     assert np.abs(small[:, 1:-1].astype(int) - 127).max() <= 4
 
 
@@ -93,22 +105,22 @@ def test_variable_frame_rate_follows_time_stamps(tmp_path):
     shown = [0, .05, .26, .30, .62, .70, .71, 1.3]
     for name, codec in (("v.mp4", "libx264"), ("v.webm", "libvpx-vp9")):
         movie(tmp_path / name, codec, n=8, step=30, times=shown)
-        clip, = common.video.read_windows(tmp_path / name, pool_cfg(tmp_path, windows=1, frames=8))
+        clip, = clips_in(tmp_path / name, windows=1, frames=8)
         assert counts(clip, 30) == [np.searchsorted(shown, k / 8 + .001, "right") - 1 for k in range(8)], name
 
 
 def test_time_stamps_rounded_to_milliseconds_lose_no_frame(tmp_path):
     movie(tmp_path / "thirty.webm", "libvpx-vp9", n=24, rate=30)
-    clip, = common.video.read_windows(tmp_path / "thirty.webm", pool_cfg(tmp_path, windows=1, frames=24, fps=30.0))
+    clip, = clips_in(tmp_path / "thirty.webm", windows=1, frames=24, fps=30.0)
     assert counts(clip) == list(range(24))
 
 
 def test_windows_follow_each_other_and_are_spread(tmp_path):
     # ten windows of four frames, three frames are left over
     movie(tmp_path / "long.mp4", n=43, rate=8, step=5)
-    every = common.video.read_windows(tmp_path / "long.mp4", pool_cfg(tmp_path, windows=99))
+    every = clips_in(tmp_path / "long.mp4", windows=99)
     assert [counts(clip, 5) for clip in every] == np.arange(40).reshape(10, 4).tolist()
-    three = common.video.read_windows(tmp_path / "long.mp4", pool_cfg(tmp_path, windows=3))
+    three = clips_in(tmp_path / "long.mp4", windows=3)
     assert [counts(clip, 5)[0] for clip in three] == [4, 20, 32]  # the windows 1, 5 and 8
 
 
@@ -122,7 +134,7 @@ def test_long_videos_are_entered_in_the_middle_where_possible(tmp_path, monkeypa
         gif(tmp_path / name, [120] * 500, height=32, width=32)
     steps, advance = [], common.video.Player.advance
     monkeypatch.setattr(common.video.Player, "advance", lambda self: (steps.append(1), advance(self)))
-    clips = common.video.read_windows(tmp_path / name, pool_cfg(tmp_path, windows=2))
+    clips = clips_in(tmp_path / name, windows=2)
     for clip, start in zip(clips, (120, 360), strict=True):
         rate = 8 if codec else 1 / .12
         assert counts(clip) == [int((start + k) / 8 * rate + .01) % 25 for k in range(4)]
@@ -136,7 +148,7 @@ def test_damaged_files_give_the_windows_that_decode(tmp_path):
         movie(path, codec, n=40, rate=8, step=5, noise=True, **options)
         whole = path.read_bytes()
         path.write_bytes(whole[:int(len(whole) * .6)])
-        starts = [counts(clip, 5) for clip in common.video.read_windows(path, pool_cfg(tmp_path, windows=99))]
+        starts = [counts(clip, 5) for clip in clips_in(path, windows=99)]
         assert 3 <= len(starts) <= 7 and starts == np.arange(4 * len(starts)).reshape(-1, 4).tolist(), name
 
 
@@ -172,10 +184,10 @@ def test_bad_files_are_skipped_counted_named_and_silent(tmp_path, capfd):
     usable = 3 if "scrambled" in pool.captions else 2
     assert f"{usable} clips from {usable} videos" in pool.summary
     assert f"skipped {12 - usable}:" in pool.summary
-    folder_again = common.video.Folder(pool_cfg(tmp_path, data_dir=str(folder), windows=1))
-    list_of_all = folder_again.skipped + [f"{v.name} ({c})"
-                                          for v, c in folder_again.read() if isinstance(c, str)]
-    reasons = dict(entry[:-1].split(" (", 1) for entry in list_of_all)
+    folder_again = common.video.Folder(folder)
+    for _ in folder_again.read(common.video.Cut(frames=4, fps=8.0, windows=1, height=16, width=16), threads=2):
+        pass
+    reasons = dict(entry[:-1].split(" (", 1) for entry in folder_again.skipped)
     assert reasons["zero.mp4"] == "empty file"
     assert reasons["nowhere.mp4"] == "missing" == reasons["folder.mp4"]
     assert reasons["one.mp4"].startswith("too short") and reasons["one.gif"].startswith("too short")
@@ -184,8 +196,8 @@ def test_bad_files_are_skipped_counted_named_and_silent(tmp_path, capfd):
 
 
 def test_long_lists_of_bad_files_are_cut():
-    assert common.files.listed(map(str, range(11))) == "0, 1, 2, 3, 4, 5, 6, 7 and 3 more"
-    assert common.files.listed(["\ud800"]) == "?"  # JSON may hold half a surrogate pair, a terminal may not
+    assert common.files.join_some(map(str, range(11))) == "0, 1, 2, 3, 4, 5, 6, 7 and 3 more"
+    assert common.files.join_some(["\ud800"]) == "?"  # JSON may hold half a surrogate pair, a terminal may not
 
 
 # ------------------------------------------------------------------------------------------------ annotations
@@ -197,7 +209,7 @@ def folder_of(tmp_path, annotations, names=("a.mp4",)):
     file = tmp_path / "annotations.json"
     file.write_text(annotations if isinstance(annotations, str) else json.dumps(annotations),
                     encoding="utf-8-sig")
-    return common.video.Folder(pool_cfg(tmp_path, data_dir=str(folder), annotations=str(file)))
+    return common.video.Folder(folder, str(file))
 
 
 def names_of(indices):
@@ -262,7 +274,7 @@ def test_captions_long_or_short_with_or_without_the_law(tmp_path):
                        names=("a.mp4", "b.mp4", "c.mp4"))
 
     def read(*how):
-        again = common.video.Folder(folder.cfg, *how)
+        again = common.video.Folder(folder.dir, str(tmp_path / "annotations.json"), *how)
         return [video.caption for video in again.videos.values()], again.skipped
 
     assert read() == read("long", False) == (["the long one", "the only one", "long alone"], [])

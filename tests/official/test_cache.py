@@ -45,7 +45,7 @@ def test_cache_reads_back_what_diffusers_gives_for_the_file(weights, videos, cac
         about = common.store.read_about(caches[lineage] / "clips" / cache.files[row])
         window = next(w
                       for w in common.video.windows_of(videos / record["file"],
-                                               cache_cfg(lineage)) if w.start == about["times"][0])
+                                               common.video.Cut(windows=4, **SIZE)) if w.start == about["times"][0])
         posterior = theirs.vae.encode(common.video.pixels(window.video)[None]).latent_dist
         if lineage == "wan":
             mean, std = latent_scale(theirs.vae)
@@ -113,7 +113,7 @@ def test_a_batch_is_a_function_of_seed_and_position(caches):
 
 def test_opening_reads_no_clip(caches, monkeypatch):
     read = []
-    monkeypatch.setattr(official.cache, "read_tensors",
+    monkeypatch.setattr(common.store, "read_tensors",
                         lambda path, real=common.store.read_tensors: read.append(path.name) or real(path))
     latents = latents_of("wan", caches["wan"])
     assert read == ["empty.safetensors"]

@@ -37,38 +37,39 @@ def test_area_where_cells_grow_and_interpolation_where_they_shrink():
     rng = np.random.default_rng(0)
     for n, m in ((12, 4), (12, 12), (12, 5), (45, 26), (30, 17), (8, 1)):
         values = torch.from_numpy(rng.standard_normal(n))
-        weights = torch.from_numpy(vlm_maps.axis_weights(np.linspace(3, 7, n + 1), np.linspace(3, 7, m + 1)))
+        weights = torch.from_numpy(vlm_maps.axis_weights(np.linspace(3, 7, n + 1), np.linspace(3, 7, m + 1))[0])
         assert torch.allclose(weights @ values,
                               data.resample(values[None, None].float(), (1, 1, m)).flatten().double(),
                               atol=1e-6)
     for n, m in ((17, 30), (26, 45), (4, 12), (3, 4), (2, 90)):
         values = torch.from_numpy(rng.standard_normal(n))
-        weights = torch.from_numpy(vlm_maps.axis_weights(np.linspace(0, 1, n + 1), np.linspace(0, 1, m + 1)))
+        weights = torch.from_numpy(vlm_maps.axis_weights(np.linspace(0, 1, n + 1), np.linspace(0, 1, m + 1))[0])
         right = F.interpolate(values.view(1, 1, 1, n), (1, m), mode="bilinear", align_corners=False).flatten()
         assert torch.allclose(weights @ values, right)
 
 
 def test_cells_with_their_middle_outside_are_nan():
     # cells of one, middles -1.5 ... 5.5
-    weights = vlm_maps.axis_weights(np.linspace(0, 4, 5), np.linspace(-2, 6, 9))
-    assert np.isnan(weights).any(1).tolist() == [True] * 2 + [False] * 4 + [True] * 2
+    weights, seen = vlm_maps.axis_weights(np.linspace(0, 4, 5), np.linspace(-2, 6, 9))
+    assert (~seen).tolist() == [True] * 2 + [False] * 4 + [True] * 2
     assert np.allclose(weights[2:6], np.eye(4))
     # of the first and last only a half lies inside
-    weights = vlm_maps.axis_weights(np.linspace(0, 4, 3), np.linspace(-1, 5, 4))
+    weights, seen = vlm_maps.axis_weights(np.linspace(0, 4, 3), np.linspace(-1, 5, 4))
     assert np.allclose(weights, [[1, 0], [.5, .5], [0, 1]])
-    weights = vlm_maps.axis_weights(np.linspace(0, 1, 3), np.linspace(-1, 2, 13))
-    assert np.isnan(weights).any(1).tolist() == [True] * 4 + [False] * 4 + [True] * 4
+    weights, seen = vlm_maps.axis_weights(np.linspace(0, 1, 3), np.linspace(-1, 2, 13))
+    assert (~seen).tolist() == [True] * 4 + [False] * 4 + [True] * 4
 
 
 def test_a_ramp_over_time_stays_that_ramp():
     have, want = np.array([0, 2.5, 6.5, 10.5]) / 8, np.linspace(0, 10.5, 31) / 8
-    assert np.allclose(vlm_maps.time_weights(have, want) @ have, want)
-    assert np.allclose(vlm_maps.time_weights(have, have), np.eye(4))
+    assert np.allclose(vlm_maps.time_weights(have, want)[0] @ have, want)
+    assert np.allclose(vlm_maps.time_weights(have, have)[0], np.eye(4))
     # half a step: 1.25 / 8 and 2 / 8
-    late = vlm_maps.time_weights(have, np.array([-.17, -.15, 10.5 / 8 + .24, 10.5 / 8 + .26]))
-    assert np.isnan(late).any(1).tolist() == [True, False, False, True]
+    late, seen = vlm_maps.time_weights(have, np.array([-.17, -.15, 10.5 / 8 + .24, 10.5 / 8 + .26]))
+    assert (~seen).tolist() == [True, False, False, True]
     assert late[1].tolist() == [1, 0, 0, 0] and late[2, 3] == 1
-    assert vlm_maps.time_weights(np.array([1.0]), np.array([0.0, 9.0])).tolist() == [[1], [1]]
+    alone, seen = vlm_maps.time_weights(np.array([1.0]), np.array([0.0, 9.0]))
+    assert alone.tolist() == [[1], [1]] and seen.all()
 
 
 def test_times_of_tokens_are_those_of_their_frames():
@@ -87,7 +88,7 @@ def test_times_of_tokens_are_those_of_their_frames():
 
 # ------------------------------------------------------------------------------------------ on anybody's grid
 def window(frames, start=0.0, size=(480, 720), shape=(480, 720)):
-    return common.video.Window(np.zeros((frames, 2, 2, 3), np.uint8), 0, 1, start, size, common.video.central(*size, *shape))
+    return common.video.Window(np.zeros((frames, 2, 2, 3), np.uint8), 0, 1, start, size, common.video.central_crop(*size, *shape))
 
 
 def ramp(x, y, t):
@@ -98,18 +99,19 @@ def ramp(x, y, t):
 def planted(tmp_path):
     """A folder of one map of a 480 x 720 video, 49 frames at 8 a second from second 2 on:
     a ramp along x, y and t, and a background that is 3 everywhere."""
-    seen = vlm_maps.shown(window(49, start=2.0), "v.mp4", ["melting"], 8.0, 2)
+    seen = vlm_maps.clip_for_vlm(window(49, start=2.0), "v.mp4", ["melting"], 8.0, 2)
     y, x = (np.arange(17) + .5) * 480 / 17, (np.arange(26) + .5) * 720 / 26
     values = ramp(x, y[:, None], np.array(seen.times)[:, None, None])
-    about = dict(key="k", file="v.mp4", times=seen.times, size=[480, 720], crop=list(seen.crop),
+    key = common.files.digest({})  # of no settings at all
+    about = dict(key=key, file="v.mp4", times=seen.times, size=[480, 720], crop=list(seen.crop),
                  categories=[6], answers={}, background="")
     (tmp_path / "clips").mkdir()
     common.store.write_tensors(tmp_path / "clips" / "m.safetensors",
                        {"maps": torch.from_numpy(values)[None], "background": torch.full((13, 17, 26), 3.)},
                        about, "x")
-    (tmp_path / "maps.json").write_text(json.dumps(dict(key="k", settings={})))
+    (tmp_path / "maps.json").write_text(json.dumps(dict(key=key, settings={})))
     (tmp_path / "index.json").write_text(
-        json.dumps(dict(key="k", clips=[["m.safetensors", "v.mp4", seen.times[0], seen.times[-1]]])))
+        json.dumps(dict(key=key, clips=[["m.safetensors", "v.mp4", seen.times[0], seen.times[-1]]])))
     return tmp_path
 
 
@@ -129,7 +131,7 @@ def middles(cfg, source):
     ("small", 3.0, (480, 720), (32, 32))])
 def test_a_linear_map_comes_back_linear_at_the_right_places(planted, name, start, size, shape):
     cfg = preset(name, data_dir="" if name != "small" else "x")
-    source = ["v.mp4", start, list(size), list(common.video.central(*size, *shape))]
+    source = ["v.mp4", start, list(size), list(common.video.central_crop(*size, *shape))]
     maps, background = vlm_maps.Maps(planted).on_tokens(source, data.token_times(cfg), cfg.grid, cfg.categories)
     N = math.prod(cfg.grid)
     assert maps.shape == (N, 17) and background.shape == (N,)
@@ -147,15 +149,15 @@ def test_a_linear_map_comes_back_linear_at_the_right_places(planted, name, start
 
 def test_time_is_the_identity_on_the_frames_that_the_teacher_saw():
     cfg = preset("cogvideox-5b")
-    times = np.array(vlm_maps.shown(window(49, start=7.5), "v", [], 8.0, 2).times)
+    times = np.array(vlm_maps.clip_for_vlm(window(49, start=7.5), "v", [], 8.0, 2).times)
     assert np.allclose(times, 7.5 + data.token_times(cfg))
-    assert np.allclose(vlm_maps.time_weights(times, 7.5 + data.token_times(cfg)), np.eye(13))
-    even = vlm_maps.shown(window(49), "v", [], 8.0, 2, uniform=16)
+    assert np.allclose(vlm_maps.time_weights(times, 7.5 + data.token_times(cfg))[0], np.eye(13))
+    even = vlm_maps.clip_for_vlm(window(49), "v", [], 8.0, 2, uniform=16)
     assert np.allclose(even.times, vlm_maps.uniform_frames(49, 16).reshape(8, 2).mean(1) / 8)
     assert even.fps == 16 * 8 / 49
-    odd = vlm_maps.shown(window(49), "v", [], 8.0, 2, uniform=5)
+    odd = vlm_maps.clip_for_vlm(window(49), "v", [], 8.0, 2, uniform=5)
     assert np.allclose(odd.times, [(4 + 14) / 16, (24 + 34) / 16, 44 / 8])  # the last frame stands twice
-    assert "Time axes do not fit" in sentence(vlm_maps.shown, window(49), "v", [], 8.0, 4,
+    assert "Time axes do not fit" in sentence(vlm_maps.clip_for_vlm, window(49), "v", [], 8.0, 4,
                                               error=vlm_qwen.VLMError)
 
 
@@ -252,6 +254,8 @@ def test_stale_and_damaged_folders_are_one_sentence(maps_copy, tmp_path):
                                np.zeros(1), (1, 2, 2), 17)
     stored = json.loads((maps_copy / "maps.json").read_text())
     (maps_copy / "maps.json").write_text(json.dumps({**stored, "key": "another"}))
+    assert "damaged" in say()  # the key is not of these settings
+    (maps_copy / "maps.json").write_text(json.dumps({"key": common.files.digest({}), "settings": {}}))
     assert "stale" in say()
     (maps_copy / "index.json").write_text("[]")
     assert "damaged" in say()
@@ -421,7 +425,7 @@ def test_a_vlms_maps_of_the_world_are_those_of_each_clip_alone(saliency, small_v
     for row in (0, 7, 15):
         name, start, size, crop = pool.sources[row]
         (_, _, file), = found.of[name]
-        tensors, about = found.read(file)
+        tensors, about = found.store.read(file)
         names = [physics.phenomena.CATEGORIES[c] for c in pool.categories[row]]
         settings = model.settings(answer="a {name}", question="{name}?", background="behind?")
         looks = model.look([pool.video[row]], 4.0, [[*(f"{name}?" for name in names), "behind?"]], settings,
@@ -482,7 +486,8 @@ def test_resume_with_other_maps_is_refused(runs, saliency, tmp_path):
     try:
         for name in ("maps.json", "index.json"):
             (folder / name).write_text(
-                json.dumps({**json.loads((folder / name).read_text()), "key": "another"}))
+                json.dumps({**json.loads((folder / name).read_text()), "settings": {},
+                            "key": common.files.digest({})}))
         said = sentence(train.main, config.parse(again, ""))
         assert "the maps of --teacher" in said
     finally:

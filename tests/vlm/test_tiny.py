@@ -195,7 +195,7 @@ def test_a_map_that_is_the_mask_wins_the_report_and_its_opposite_loses(tiny, mon
     """The report's plumbing with a VLM that looks exactly where truth is,
     and one that looks everywhere else."""
     clips = vlm_report.of_clips(CFG, 6)
-    shape = lambda truth: vlm_maps.Shown("", truth.video, truth.fps, [], (), (), [])
+    shape = lambda truth: (truth.video, truth.fps)
     grid = (2, 8, 8)
 
     def looking(sign):
@@ -225,7 +225,7 @@ def test_the_report_counts_what_is_affirmed_and_is_not_there(tiny, monkeypatch):
         return [[vlm_qwen.Look(answer, torch.rand(1, 3, 2, 8, 8), False) for answer in (*answers, "nothing")]]
     monkeypatch.setattr(tiny, "look_for", look_for)
     found = vlm_report.report(tiny, tiny.settings(), clips, None, 0,
-                           lambda t: vlm_maps.Shown("", t.video, t.fps, [], (), (), []))
+                           lambda t: (t.video, t.fps))
     wrong = [names[-1] == asked[0][1][-1] for _, names in asked]
     assert all(len(names) == len(here) + 1 and names[-1] not in here for here, names in asked)
     assert not all(wrong)
