@@ -26,7 +26,6 @@ import world
 from common.pictures import annotate, enlarge, save_gif, tint
 from common.score import auc
 from config import Config, UserError
-from physics.phenomena import backdrop
 from vlm.maps import DENIAL, axis_weights, time_weights, weigh
 from vlm.qwen import VLM, AnswerAttention
 from vlm.settings import KINDS, Settings, layers_of
@@ -49,11 +48,11 @@ class Truth:
 
 def held_out_truths(cfg: Config, n: int) -> list[list[Truth]]:
     """The phenomena of each of n clips that nothing was trained on."""
-    empty = (backdrop(cfg.height, cfg.width) * 255 + .5).astype(np.uint8)  # (3, H, W)
+    empty = world.empty_room(cfg.height, cfg.width)  # (H, W, 3)
     clips = []
     for index in range(FIRST, FIRST + n):
-        clip = world.make_clip(cfg.world_seed, index, **data.world_settings(cfg))
-        difference = np.abs(clip.video.astype(int) - np.moveaxis(empty, 0, -1))
+        clip = world.make_clip(cfg.world_seed, index, **world.drawing(cfg))
+        difference = np.abs(clip.video.astype(int) - empty)
         objects = (difference > STANDS_OUT).any(-1)
         clips.append([Truth(clip.video, cfg.frames, actor.phenomenon, actor.mask,
                             objects | actor.mask) for actor in clip.actors])

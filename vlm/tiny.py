@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import data
 import world
 from common.files import write_text
 from common.libraries import library
@@ -123,7 +122,7 @@ def lessons(clip: world.Clip, still: bool, rng: np.random.Generator) -> list[tup
 def draw_clip(cfg: Config, rng: np.random.Generator, **drawing) -> world.Clip:
     """A clip of the training split, with a look-alike in every scene that has room for one: a glass
     or a candle alone must not give the answer away."""
-    drawing = {**data.world_settings(cfg), "decoys": 1.0, **drawing}
+    drawing = {**world.drawing(cfg), "decoys": 1.0, **drawing}
     return world.make_clip(cfg.world_seed, int(rng.integers(cfg.world_clips)), **drawing)
 
 
