@@ -59,7 +59,7 @@ class State:
         self.seconds = 0.0  # that they took
         torch.manual_seed(cfg.seed)
         if cfg.weights:
-            from official.backbone import open_backbone
+            from official import open_backbone
             self.model, self.fingerprint = open_backbone(cfg, self.device)
         else:
             self.model = build_backbone(cfg, vocabulary).to(self.device)
@@ -271,8 +271,8 @@ def by_noise(per_clip: Tensor, t: Tensor) -> list[float | None]:
 def main(cfg: Config) -> None:
     """Raises UserError before work starts, and Stopped when it cannot go on."""
     if cfg.dry_run:
-        from official.cost import plan
-        return plan(config.check(cfg))
+        from official import cost
+        return cost.plan(config.check(cfg))
     if cfg.init_from:  # stage one is skipped, whatever its length
         cfg = dataclasses.replace(cfg, base_steps=0)
     cfg, why = resolve(use_threads(config.check(cfg)))
@@ -287,19 +287,18 @@ def open_clips(cfg: Config, run: Path):
     What an official model learns from was encoded beforehand, words and all: no tokenizer then.
     """
     if cfg.latent:
-        from official.cache import Latents, open_cache
-        from official.folder import identity
-        pool = open_cache(cfg, cfg.cache, identity(cfg.weights))
+        from official import cache
+        pool = cache.open_cache(cfg, cfg.cache, cache.identity(cfg.weights))
     else:
         pool = data.open_pool(cfg)
     if cfg.resume:  # before the maps are opened: those of other clips would not be found
         check_data(cfg, run, pool.key)
     maps = None  # without --teacher there are the world's exact masks, or none
     if cfg.teacher:
-        from vlm.maps import open_maps
+        from vlm import open_maps
         maps = open_maps(cfg, pool)
     if cfg.latent:
-        return Latents(cfg, pool, maps), None
+        return cache.Latents(cfg, pool, maps), None
 
     if cfg.resume:  # a resumed run needs its own folder only
         tokenizer = data.Tokenizer.load(run / "tokenizer.json")
@@ -430,8 +429,8 @@ def validate(state: State, clips: data.Clips, run: Path, log: Log) -> None:
 
 def publish(state: State, clips: data.Clips, run: Path, loss: float) -> None:
     """branch.safetensors and its card: the averaged branch, for others with the same weights."""
-    import official.branch
-    official.branch.publish(state, run, loss, clips.categories_present)
+    from official import branch
+    branch.publish(state, run, loss, clips.categories_present)
 
 
 def preview(state: State, run: Path, tokenizer: data.Tokenizer, prompts: dict) -> None:

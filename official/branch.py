@@ -15,7 +15,8 @@ from common.store import checksum, write_tensors
 from config import BRANCH, NETWORK, Config, UserError, marked
 from experts import ProPhy
 from model import build_backbone
-from official.folder import FLOATS, fingerprint, network_folder
+from common.libraries import FLOATS, fingerprint
+from official.folder import network_folder
 from official.weights import read_config
 
 

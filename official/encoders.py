@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from common.files import read_json
 from common.libraries import library, library_error_as_sentence
 from config import Stopped, UserError
-from official.folder import lineage_of, load
+from common.libraries import load
+from official.folder import lineage_of
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from common.files import whole_folder
 from config import Config, Stopped, UserError
 from experts import ProPhy, merge_lora
 from official.branch import write_branch
-from official.folder import fingerprint
+from common.libraries import fingerprint
 from official.weights import load_pretrained, save_pretrained
 
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")  # of a folder of weights, beside its transformer

@@ -22,7 +22,8 @@ import config
 from common.files import join_some, read_json, whole_file, write_text
 from config import Config, Stopped, UserError
 from model import MODELS, Backbone
-from official.folder import FLOATS, network_folder, tensor_files
+from common.libraries import FLOATS, tensor_files
+from official.folder import network_folder
 
 # Our name -> the checkpoint's, as regular expressions.
 COG_NAMES = (

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.files import read_json
-from common.libraries import library, library_error_as_sentence
+from common.libraries import fingerprint, library, library_error_as_sentence, load
 from config import Stopped
 from vlm.attention import ATTENTION, RowMaps, library_changed, register_attention
 from vlm.pixels import Pictures
@@ -122,7 +122,6 @@ class VLM:
     @classmethod
     def from_folder(cls, folder, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "VLM":
         """Reads config, weights (safetensors), tokenizer and settings. Raises UserError."""
-        from official.folder import load  # not at the top: official/cache.py imports vlm/maps.py
         folder = Path(folder)
         check_family(folder)
         transformers = library("transformers")
@@ -140,7 +139,6 @@ class VLM:
 
     def identity(self, settings: Settings, **more) -> dict:
         """All that shapes a map but the video, for maps.json. more: settings of the caller."""
-        from official.folder import fingerprint
         asked = dataclasses.asdict(settings)
         layers = layers_of(asked.pop("layers"), self.n_layers)
         words = json.dumps([CUES, self.template])
