@@ -138,7 +138,10 @@ class Tokenizer:
 # --- the token grid -----------------------------------------------------------------------------
 @functools.lru_cache
 def area_weights(n: int, size: int) -> Tensor:
-    """(n, size): share of cell j of `size` equal cells that pixel i of n covers. Columns sum to 1."""
+    """(n, size): share of cell j of `size` equal cells that pixel i of n covers.
+
+    Columns sum to one.
+    """
     pixel = np.arange(n)[:, None] * size  # both in units of 1 / (n size)
     cell = np.arange(size)[None] * n
     overlap = np.minimum(pixel + size, cell + n) - np.maximum(pixel, cell)

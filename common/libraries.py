@@ -12,8 +12,8 @@ def library(name: str):
     try:
         module = importlib.import_module(name)
     except ImportError as e:
-        raise UserError(f"Official weights need {name}, which cannot be imported ({e}): pip install "
-                        "-r requirements-extra.txt.") from None
+        raise UserError(f"Official weights need {name}, which cannot be imported ({e}): pip "
+                        "install -r requirements-extra.txt.") from None
     if name in ("transformers", "diffusers"):  # their remarks and bars go, their errors stay
         logging = importlib.import_module(f"{name}.utils.logging")
         logging.set_verbosity_error()

@@ -383,7 +383,8 @@ class Player:
         if self.now is None:
             return None
         if self.ended:
-            # The last picture stays until the end; one before damage does not stay for what is lost.
+            # The last picture stays until the end. One before damage does not stay for what is
+            # lost.
             last = self.time(self.now)
             whole = self.times[-1] - last < 2 * self.gap
             if t >= (self.end if whole else last + self.gap) + TOLERANCE:
