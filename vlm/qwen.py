@@ -427,4 +427,3 @@ def full_memory_as_sentence(vlm: VLM, videos: int, shape: tuple, batch: int):
             "smaller VLM.") from None
 
 
-Look = AnswerAttention  # its old name, which vlm/maps.py still uses
