@@ -69,17 +69,15 @@ def generate_official(weights, loaded, prompts: list[str], *, negative: str = ""
         keep = torch.float32 if cfg.lineage == "wan" else dtype  # Wan's latents stay float32 from step to step
         noise = process.randn((1, cfg.channels, *grid), generator, keep).to(device)
         which = [i, len(prompts)][:copies]
-        text, length, captionless = words[which].to(device, dtype), lengths[which].to(device), None
+        text, length = words[which].to(device, dtype), lengths[which].to(device)
 
         def denoise(x_t, t):
-            nonlocal captionless
             out = []
             for y, n in zip(text.split(1), length.split(1)):  # one after the other: half the memory of both at once
                 given = (x_t.to(dtype), t, y, n)
                 out.append(model(*given, edit)[0] if isinstance(model, ProPhy) else model(*given))
-            captionless = out[-1]
-            return out[0]
-        x = process.sample(denoise, noise, steps, guidance, lambda x_t, t: captionless, solver=solver or first_choice,
-                           dynamic=dynamic, generator=generator)
+            return out[0], out[1] if copies == 2 else None
+        x = process.sample(denoise, noise, steps, guidance, solver=solver or first_choice, dynamic=dynamic,
+                           generator=generator)
         frames = vae.decode(x[:, :, grid[0] - wanted :])[0]  # (3, F, H, W)
         yield ((frames.nan_to_num().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
