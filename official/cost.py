@@ -23,8 +23,8 @@ def input_size(cfg: Config) -> tuple[int, int, int, int]:
 def block_cost(backbone: nn.Module, cfg: Config) -> tuple[float, float, int, int]:
     """One block on one clip, forward, on the meta device and in bf16, as torch counts it.
 
-    -> FLOPs of its linear layers, and of its attention; bytes that autograd keeps of it, and bytes of
-    its input. Scores of attention are left out, as no fused kernel keeps them.
+    -> FLOPs of its linear layers, and of its attention; bytes that autograd keeps of it, and bytes
+    of its input. Scores of attention are left out, as no fused kernel keeps them.
     """
     backbone.bfloat16()
     x = torch.zeros(1, *input_size(cfg)).bfloat16()
@@ -46,15 +46,27 @@ def block_cost(backbone: nn.Module, cfg: Config) -> tuple[float, float, int, int
     def back(saved: Tensor) -> Tensor:
         return saved
 
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, back):
+    counter = FlopCounterMode(display=False)
+    with counter, torch.autograd.graph.saved_tensors_hooks(keep, back):
         backbone.blocks[0](tokens, condition)
     flops = counter.get_flop_counts()["Global"]
     attention = sum(n for operation, n in flops.items() if "attention" in str(operation))
     return sum(flops.values()) - attention, attention, sum(kept.values()), tokens.nbytes
 
 
+def block_flops(cfg: Config) -> float:
+    """FLOPs of a block's matrix products on one clip, forward and backward.
+
+    Backward costs two products for each one of the forward. What a fused attention kernel computes
+    again is not counted, as it is not in the usual figures.
+    """
+    with torch.device("meta"):
+        linear, attention, *_ = block_cost(build_backbone(cfg), cfg)
+    return 3 * (linear + attention)
+
+
 def plan(cfg: Config) -> None:
-    """--dry_run: parameters, tokens, FLOPs and memory of a step, from shapes alone, without weights.
+    """--dry_run: parameters, tokens, FLOPs and memory of a step, from shapes alone.
 
     Embeddings, head, routers and experts (a percent or two) are left out of FLOPs and activations.
     """
@@ -82,7 +94,7 @@ def plan(cfg: Config) -> None:
     step = (cfg.depth + copies) * block + (passed * in_backbone + copies * in_branch)
     again = (passed + copies) * block
 
-    # Frozen weights lie there in bf16, trained ones in float32, with gradient, two moments and average.
+    # Frozen weights are kept in bf16; trained ones in float32, with gradient, moments and average.
     weights = 2 * (total - trained) + 4 * trained
     states = 16 * trained
     plain = (passed + copies) * kept * cfg.batch_size
@@ -99,6 +111,6 @@ def plan(cfg: Config) -> None:
           f"gradients, optimizer and average {states / GIB:,.1f}, activations {plain / GIB:,.1f}, "
           f"with --checkpointing {lean / GIB:,.1f} (batch {cfg.batch_size})")
     for card in CARDS:
-        room = 0.94 * card * 1e9 - weights - states  # kernels' workspace and fragmentation take some
+        room = 0.94 * card * 1e9 - weights - states  # workspace and fragmentation take the rest
         fits = "fits with --checkpointing" if lean < room else "does not fit"
         print(f"{card} GB: {'fits' if plain < room else fits}")
