@@ -46,8 +46,9 @@ BLOCKS = 256  # samples of a file
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """{tensor: its file} of all .safetensors files in a folder, or of those that its index names; their headers are
-    read. Raises UserError with one sentence for what is missing, damaged or pickled."""
+    """{tensor: its file} of all .safetensors files in a folder, or of those that its index names;
+    their headers are read. Raises UserError with one sentence for what is missing, damaged or
+    pickled."""
     files = sorted(folder.glob("*.safetensors"))
     for index in sorted(folder.glob("*.safetensors.index.json")):
         named = read_json(index).get("weight_map")
@@ -58,7 +59,8 @@ def tensor_files(folder: Path) -> dict[str, Path]:
         if missing:
             raise UserError(f"{folder} lacks {join_some(missing)}, which its {index.name} names.")
     if not files:
-        raise UserError(f"{folder} holds no .safetensors file; pickled weights (.bin, .pt) are not opened.")
+        raise UserError(f"{folder} holds no .safetensors file; pickled weights (.bin, .pt) are not "
+                        "opened.")
     found = {}
     for path in files:
         try:
@@ -70,7 +72,8 @@ def tensor_files(folder: Path) -> dict[str, Path]:
 
 
 def check_weights(folder: Path) -> None:
-    """Raises UserError with one sentence unless the folder's safetensors files are all there, whole, and of floats."""
+    """Raises UserError with one sentence unless the folder's safetensors files are all there,
+    whole, and of floats."""
     for path in set(tensor_files(folder).values()):
         with safetensors.safe_open(path, "pt") as file:
             for name in file.keys():
@@ -79,8 +82,8 @@ def check_weights(folder: Path) -> None:
 
 
 def load(kind, folder: Path, **how) -> nn.Module:
-    """A model of a library's class, in eval mode, on the CPU. Raises UserError with one sentence for weights that are
-    missing, damaged, pickled, of another shape, or not finite."""
+    """A model of a library's class, in eval mode, on the CPU. Raises UserError with one sentence
+    for weights that are missing, damaged, pickled, of another shape, or not finite."""
     read_json(folder / "config.json")
     check_weights(folder)
     with library_error_as_sentence(folder):
@@ -96,8 +99,9 @@ def load(kind, folder: Path, **how) -> nn.Module:
 
 
 def fingerprint(folder: Path) -> str:
-    """A hash that tells weights apart: small files whole; of a large one its size and 256 blocks spread over it, since
-    training moves every weight and twenty gigabytes need not be read for that."""
+    """A hash that tells weights apart: small files whole; of a large one its size and 256 blocks
+    spread over it, since training moves every weight and twenty gigabytes need not be read for
+    that."""
     sha = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES):
         size = path.stat().st_size

@@ -1,7 +1,6 @@
-"""A folder of official weights: which lineage it is, whether its files are whole, what tells it from another."""
+"""A folder of official weights: which lineage it is, and what tells it from another."""
 from dataclasses import dataclass
 from pathlib import Path
-
 
 import config
 from common.files import read_json
@@ -54,14 +53,14 @@ def lineage_of(weights: Path) -> Lineage:
         if name == "cogvideox" and transformer.get("patch_size_t"):
             preset = "cogvideox1.5-5b"
     own = config.preset(preset)
-    return Lineage(name, vae, text, reader, own.text_len, own.frames, own.fps, own.height, own.width,
-                   own.guidance)
+    return Lineage(name, vae, text, reader, own.text_len,
+                   own.frames, own.fps, own.height, own.width, own.guidance)
 
 
 def identity(weights: Path) -> dict[str, str]:
-    """{part: fingerprint} of what a cache is made with, as its settings have it. CogVideoX-2B and 5B share their VAE
-    but for the scale in its config: a cache of one is wrong for the other, and nothing but this would tell. Raises
-    UserError for a part that is not there."""
+    """{part: fingerprint} of what a cache is made with, as its settings have it. CogVideoX-2B and
+    5B share their VAE but for the scale in its config: a cache of one is wrong for the other, and
+    nothing but this would tell. Raises UserError for a part that is not there."""
     parts = {name: Path(weights) / name for name in ("vae", "text_encoder", "tokenizer")}
     for part in parts.values():
         if not part.is_dir():
