@@ -130,8 +130,8 @@ def encode_folder(flags: Flags, lineage: Lineage) -> None:
             if not has_empty:
                 encoder.write_empty()
             todo = {name: videos[name] for name in missing}
-            there = len(mine) - len(todo)
-            with tqdm(total=len(mine), initial=there, desc="encoding", unit="video") as bar:
+            with tqdm(total=len(mine), initial=len(mine) - len(missing),
+                      desc="encoding", unit="video") as bar:
                 encoder.write_videos(folder, todo, have, cut, threads, bar)
             made, cut_captions = encoder.made, encoder.cut_captions
         index = store.write_index(videos, lambda file, video: CacheRow(

@@ -46,9 +46,11 @@ BLOCKS = 256  # samples of a file
 
 
 def tensor_files(folder: Path) -> dict[str, Path]:
-    """{tensor: its file} of all .safetensors files in a folder, or of those that its index names;
-    their headers are read. Raises UserError with one sentence for what is missing, damaged or
-    pickled."""
+    """{tensor: its file} of all .safetensors files in a folder, or of those that its index names.
+
+    Their headers are read. Raises UserError with one sentence for what is missing, damaged,
+    pickled, or not of floats.
+    """
     files = sorted(folder.glob("*.safetensors"))
     for index in sorted(folder.glob("*.safetensors.index.json")):
         named = read_json(index).get("weight_map")
@@ -65,27 +67,22 @@ def tensor_files(folder: Path) -> dict[str, Path]:
     for path in files:
         try:
             with safetensors.safe_open(path, "pt") as file:
-                found |= dict.fromkeys(file.keys(), path)
+                for name in file.keys():
+                    dtype = file.get_slice(name).get_dtype()
+                    if dtype not in FLOATS:
+                        raise UserError(f"{name} in {path} is stored as {dtype}; floating point "
+                                        "is needed.")
+                    found[name] = path
         except (safetensors.SafetensorError, OSError, ValueError) as e:
             raise UserError(f"{path} is damaged or no safetensors file ({e}).") from None
     return found
-
-
-def check_weights(folder: Path) -> None:
-    """Raises UserError with one sentence unless the folder's safetensors files are all there,
-    whole, and of floats."""
-    for path in set(tensor_files(folder).values()):
-        with safetensors.safe_open(path, "pt") as file:
-            for name in file.keys():
-                if file.get_slice(name).get_dtype() not in FLOATS:
-                    raise UserError(f"{name} in {path} is not stored as floating point numbers.")
 
 
 def load(kind, folder: Path, **how) -> nn.Module:
     """A model of a library's class, in eval mode, on the CPU. Raises UserError with one sentence
     for weights that are missing, damaged, pickled, of another shape, or not finite."""
     read_json(folder / "config.json")
-    check_weights(folder)
+    tensor_files(folder)  # says what is wrong, before anything large is read
     with library_error_as_sentence(folder):
         model, info = kind.from_pretrained(str(folder), use_safetensors=True, local_files_only=True,
                                            output_loading_info=True, **how)

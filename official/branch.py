@@ -34,9 +34,10 @@ def read_branch(path: Path, weights: Path) -> tuple[Config, dict[str, Tensor]]:
     try:
         with safetensors.safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
-            slices = {name: file.get_slice(name) for name in file.keys()}
-            found = {name: (part.get_shape(), part.get_dtype() in FLOATS)
-                     for name, part in slices.items()}
+            found = {}
+            for name in file.keys():
+                part = file.get_slice(name)
+                found[name] = (part.get_shape(), part.get_dtype() in FLOATS)
     except FileNotFoundError:
         raise UserError(f"There is no {path}: a run of train.py makes it at its first "
                         "validation.") from None
@@ -81,9 +82,10 @@ def branch_config(about: dict, theirs: Config) -> Config:
     """What a branch's header describes, beside a backbone of `theirs`. Raises UserError where that
     is another one, and KeyError, TypeError or ValueError for a header that describes nothing."""
     for name in marked(NETWORK):
-        if about["fits"][name] != getattr(theirs, name):
-            raise UserError(f"it was trained beside a model of --{name} {about['fits'][name]}, not "
-                            f"{getattr(theirs, name)}.")
+        fitting = about["fits"][name]
+        found = getattr(theirs, name)
+        if fitting != found:
+            raise UserError(f"it was trained beside a model of --{name} {fitting}, not {found}.")
     fields = config.stored_fields({name: about["branch"][name] for name in marked(BRANCH)})
     return config.check(dataclasses.replace(theirs, base_steps=0, dry_run=True, **fields))
 

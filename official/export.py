@@ -8,7 +8,6 @@
 weights needs none of this: its branch.safetensors is attached to the official folder itself.
 """
 import dataclasses
-import json
 import os
 import shutil
 from pathlib import Path
@@ -16,7 +15,7 @@ from pathlib import Path
 import torch
 
 import config
-from common.files import whole_folder
+from common.files import read_json, whole_folder
 from common.libraries import fingerprint
 from config import Config, Stopped, UserError
 from experts import ProPhy, merge_lora
@@ -38,7 +37,7 @@ def export_run(run: Path, out: Path, checkpoint: str = "best") -> None:
         raise UserError(f"{out} is there already: give another --out.")
     path = run / "checkpoints" / f"{checkpoint}.pt"
     model, stored = trained_model(cfg, path)
-    present = json.loads((run / "config.json").read_text()).get("categories_present", [])
+    present = read_json(run / "config.json").get("categories_present", [])
 
     # LoRA's corrections become part of the matrices they correct: nobody else's tools know of them.
     branch = {name: p for name, p in model.branch_state().items()
