@@ -39,7 +39,6 @@ Rope = tuple[Tensor, Tensor]  # cos and sin of the angles by which q and k turn,
 @dataclass
 class Condition:
     """What blocks and head need beside the tokens."""
-
     time: Tensor  # CogVideoX: (B, D_time) silu of the time embedding; Wan: (B, 6, D) modulation
     rope: Rope
     n_text: int  # text tokens in front of the video tokens
@@ -95,13 +94,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def mlp(into: int, inner: int, out: int, activation: nn.Module | None = None) -> nn.Sequential:
-    activation = activation or nn.GELU(approximate="tanh")
-    return nn.Sequential(nn.Linear(into, inner), activation, nn.Linear(inner, out))
+    """Two linear layers with an activation between them."""
+    between = activation or nn.GELU(approximate="tanh")
+    return nn.Sequential(nn.Linear(into, inner), between, nn.Linear(inner, out))
 
 
 class LayerNorm32(nn.LayerNorm):
     """LayerNorm computed, and returned, in float32 whatever tokens and weights are stored in."""
-
     def __init__(self, dim: int, affine: bool = False):
         super().__init__(dim, eps=1e-6, elementwise_affine=affine)
 
@@ -112,7 +111,6 @@ class LayerNorm32(nn.LayerNorm):
 
 class Attention(nn.Module):
     """Attention of x to itself, or to a context. The norm of q and k sees each head, or all."""
-
     def __init__(self, dim: int, heads: int, across_heads: bool = False):
         super().__init__()
         self.heads = heads
@@ -161,6 +159,7 @@ def grid_angles(axes: list[Tensor], channels: Grid) -> Tensor:
 
 
 def integers(grid: Grid, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Places 0, 1, 2 ... along each axis."""
     return [torch.arange(n, dtype=dtype) for n in grid]
 
 
@@ -225,7 +224,8 @@ def positions(cfg: Config, grid: Grid, n_text: int, device: torch.device):
 
 
 # --- words, for models trained here -----------------------------------------------------------
-class TextBlock(nn.Module):  # a plain pre-norm transformer block
+class TextBlock(nn.Module):
+    """A plain pre-norm transformer block."""
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
@@ -267,7 +267,6 @@ class TextEncoder(nn.Module):
 
 class Backbone(nn.Module):
     """What both lineages have in common: text in, position added, one block after the other."""
-
     def __init__(self, cfg: Config, vocabulary: int):
         super().__init__()
         self.cfg = cfg
@@ -307,7 +306,6 @@ class Backbone(nn.Module):
 # --- CogVideoX --------------------------------------------------------------------------------
 class ExpertNorm(nn.Module):
     """Expert adaLN: one LayerNorm for all tokens, then each stream's own shift and scale."""
-
     def __init__(self, dim: int, time_dim: int):
         super().__init__()
         self.linear = nn.Linear(time_dim, 6 * dim)
@@ -361,7 +359,6 @@ class CogBlock(nn.Module):
 
 class CogVideoX(Backbone):
     """t is 0..999 (the step of the official models), text is 226 tokens of T5, padding and all."""
-
     def __init__(self, cfg: Config, vocabulary: int = 0):
         super().__init__(cfg, vocabulary)
         dim = cfg.dim
@@ -445,7 +442,6 @@ class WanBlock(nn.Module):
 
 class Wan(Backbone):
     """t is 1000 sigma, text is 512 tokens of umT5: zeros stand for padding, and are attended."""
-
     def __init__(self, cfg: Config, vocabulary: int = 0):
         super().__init__(cfg, vocabulary)
         dim = cfg.dim

@@ -1,17 +1,22 @@
-"""From a run folder to clips one can look at: GIF or MP4, the routers drawn beside them, experts inverted.
+"""From a run folder to clips one can look at: GIF or MP4, with the routers' maps or experts inverted.
 
     python sample.py --run runs/small --prompt "a red ball bounces on the left"
-    python sample.py --run runs/small --prompt "..." --show_routing      which phenomenon the router sees where
-    python sample.py --run runs/small --prompt "..." --invert_experts    the paper's Figure 8: same noise, other experts
-    python sample.py --weights DIR --prompt "..." [--branch FILE]        an official model, bare or with a branch
+    python sample.py --run runs/small --prompt "..." --show_routing
+                                        which phenomenon the router sees where
+    python sample.py --run runs/small --prompt "..." --invert_experts
+                                        the paper's Figure 8: the same noise, other experts
+    python sample.py --weights DIR --prompt "..." [--branch FILE]
+                                        an official model, bare or with a branch
 
-    run folder --load_run--> model --generate--> clips + what the routers said --cells, sheet--> one moving picture
+    run folder --load_run--> model --generate--> clips, routing --cells, sheet--> one moving picture
 
-A clip is a function of (seed, its index), whatever else is in its batch. In float32 another batch size makes the matrix
-library add in another order (3e-6 where pixels span -1..1), which moves one number in 30,000 by one level of 255.
-Filling every batch up to one size would undo even that and make a single clip eight times as slow. Nothing trains here.
+A clip is a function of (seed, its index), whatever else is in its batch. In float32 another batch
+size makes the matrix library add in another order (3e-6 where pixels span -1..1), which moves one
+number in 30,000 by one level of 255. Filling every batch up to one size would undo even that and
+make a single clip eight times as slow. Nothing trains here.
 
-Letters: n clips, B clips of a batch, F H W video, T' h w token grid, E_s semantic experts, E_cat phenomena.
+Letters: n clips, B clips of a batch, L words, F H W video, T' h w token grid, E_s semantic experts,
+E_cat phenomena.
 """
 import dataclasses
 import json
@@ -41,36 +46,47 @@ from common.pictures import (
     sheet,
 )
 from common.run import pick_device, pick_precision
+from common.video import to_bytes
 from config import Config, UserError, flag
 from experts import ProPhy, invert
 from model import build_backbone
 
 
-# --- clips ------------------------------------------------------------------------------------------------------------
-def generate(model, process: diffusion.Process, tokenizer: data.Tokenizer, cfg: Config, prompts: list[str], *,
-             indices=None, seed: int = 0, steps: int = 25, guidance: float = 1.5, edit=None, batch: int = 8,
-             precision: str = "fp32", progress: bool = True) -> tuple[np.ndarray, list[ClipRouting | None]]:
-    """One clip a prompt: videos uint8 (n, F, H, W, 3), and a ClipRouting a clip (None if the model is a bare backbone).
+# --- clips --------------------------------------------------------------------------------------
+def generate(model, process: diffusion.Process, tokenizer: data.Tokenizer, cfg: Config,
+             prompts: list[str], *, indices=None, seed: int = 0, steps: int = 25,
+             guidance: float = 1.5, edit=None, batch: int = 8, precision: str = "fp32",
+             progress: bool = True) -> tuple[np.ndarray, list[ClipRouting | None]]:
+    """One clip a prompt: videos uint8 (n, F, H, W, 3), and a ClipRouting a clip (None if the model
+    is a bare backbone).
 
-    `model` is a CogVideoX or a ProPhy in eval mode. A clip's noise belongs to (seed, its index): its place in the list
-    unless `indices` says otherwise. `edit` changes the semantic logits (experts.invert). Guidance sets the prompt
-    against an empty caption under the same `edit`; guidance 1 never asks for the empty one. Routing is that of the step
-    nearest t = 0.5: late enough for objects to be there, early enough for the routers to matter still.
+    `model` is a Backbone or a ProPhy in eval mode. A clip's noise belongs to (seed, its index): its
+    place in the list unless `indices` says otherwise. `edit` changes the semantic logits
+    (experts.invert). Guidance sets the prompt against an empty caption under the same `edit`;
+    guidance 1 never asks for the empty one. Routing is that of the step nearest t = 0.5: late enough
+    for objects to be there, early enough for the routers to matter still.
     """
-    device, branch = next(model.parameters()).device, isinstance(model, ProPhy)
+    device = next(model.parameters()).device
+    branch = isinstance(model, ProPhy)
     indices = range(len(prompts)) if indices is None else indices
-    looked_at = min(process.times(steps)[:-1], key=lambda t: abs(t - 0.5))
-    shape, videos, routings = (3, cfg.frames, cfg.height, cfg.width), [], []
-    bar = tqdm(total=math.ceil(len(prompts) / batch) * steps, desc="sampling, edited" if edit else "sampling",
-               unit="step", disable=not progress, dynamic_ncols=True)
+    routing_time = min(process.times(steps)[:-1], key=lambda t: abs(t - 0.5))
+    copies = 1 if guidance == 1 else 2
+    videos, routings = [], []
+    total = math.ceil(len(prompts) / batch) * steps
+    bar = tqdm(total=total, desc="sampling, edited" if edit else "sampling", unit="step",
+               disable=not progress, dynamic_ncols=True)
     for start in range(0, len(prompts), batch):
-        ids, n_words = zip(*(tokenizer.encode(prompt, cfg.text_len) for prompt in prompts[start : start + batch]))
-        text, length, B = torch.stack(ids).to(device), torch.tensor(n_words, device=device), len(ids)  # (B, L), (B,)
-        noise = process.draw(seed, indices[start : start + B], shape)[1].to(device)
-        copies = 1 if guidance == 1 else 2
-        if copies == 2:  # with and without caption in one forward: up to 1.6 times as fast on a CPU, never slower
-            text, length = torch.cat([text, 0 * text]), torch.cat([length, 0 * length])
-        said = {}  # the routing of the newest step, and the one of the step that is shown
+        text, length = tokenizer.encode_all(prompts[start:start + batch], cfg.text_len)
+        B = len(text)
+        text = text.to(device)  # (B, L)
+        length = length.to(device)  # (B,)
+        if copies == 2:
+            # With and without caption in one forward: up to 1.6 times as fast on a CPU, never slower.
+            text = torch.cat([text, torch.zeros_like(text)])
+            length = torch.cat([length, torch.zeros_like(length)])
+        shape = (3, cfg.frames, cfg.height, cfg.width)
+        noise = process.draw(seed, indices[start:start + B], shape)[1].to(device)
+        said = {}  # the routing of the newest step, and of the step that is shown
 
         def denoise(x_t, t):
             x_t, t = x_t.repeat(copies, 1, 1, 1, 1), t.repeat(copies)
@@ -81,41 +97,50 @@ def generate(model, process: diffusion.Process, tokenizer: data.Tokenizer, cfg: 
             return out[:B], out[B:] if copies == 2 else None
 
         def watch(t):
-            if t == looked_at:
+            if t == routing_time:
                 said["shown"] = said.get("newest")
             bar.update()
 
         with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
             x = process.sample(denoise, noise, steps, guidance, watch)
-        levels = ((x.nan_to_num().clamp(-1, 1) + 1) * 127.5).round().byte()
-        videos.append(levels.permute(0, 2, 3, 4, 1).cpu().numpy())  # (B, 3, F, H, W) -> (B, F, H, W, 3)
-        routings += [clip_routing(said["shown"], i, looked_at, cfg.grid) if branch else None for i in range(B)]
+        videos.append(to_bytes(x).cpu().numpy())
+        for i in range(B):
+            shown = clip_routing(said["shown"], i, routing_time, cfg.grid) if branch else None
+            routings.append(shown)
     bar.close()
     return np.concatenate(videos), routings
 
 
 def clip_routing(routing, i: int, t: float, grid: tuple[int, int, int]) -> ClipRouting:
     """What a batch's Routing, made at diffusion time t, says of its clip i."""
-    lift, rho = (None if r is None else r[i].float().cpu().numpy() for r in (routing.refinement_lift, routing.semantic))
-    return ClipRouting(None if lift is None else lift.reshape(*grid, -1), rho, t)  # (N, E_cat) -> (T', h, w, E_cat)
+    def of_clip(values):
+        return None if values is None else values[i].float().cpu().numpy()
+
+    lift = of_clip(routing.refinement_lift)  # (N, E_cat)
+    if lift is not None:
+        lift = lift.reshape(*grid, -1)  # (T', h, w, E_cat)
+    return ClipRouting(lift, of_clip(routing.semantic), t)
 
 
-# --- run folder -------------------------------------------------------------------------------------------------------
+# --- run folder ---------------------------------------------------------------------------------
 def load_run(run_dir, checkpoint: str = "best", device: str = "cpu"):
-    """-> cfg, model (averaged weights, eval mode), process, tokenizer, dict(step, stage, categories_present).
+    """-> cfg, model (averaged weights, eval mode), process, tokenizer, dict(step, stage,
+    categories_present).
 
-    checkpoint: best | last | base (the end of stage one) | a file in checkpoints/. The model is a CogVideoX before it
-    has its branch and a ProPhy after. Weights are read without unpickling code. Raises UserError for what is missing or
-    broken.
+    checkpoint: best | last | base (the end of stage one) | a file in checkpoints/. The model is a
+    Backbone before it has its branch and a ProPhy after. Weights are read without unpickling code.
+    Raises UserError for what is missing or broken.
     """
     run = Path(run_dir)
     cfg = config.check(config.load(run / "config.json"))
     if cfg.latent and not cfg.freeze_backbone:
-        raise UserError(f"{run} trained an official backbone along (--freeze_backbone false): sample.py cannot make its "
-                        "clips yet.")
+        raise UserError(f"{run} trained an official backbone along (--freeze_backbone false): python "
+                        f"encode.py --export {run} --out DIR writes it, and sample.py --weights DIR "
+                        "--branch DIR/branch.safetensors makes its clips.")
     if cfg.latent:
-        raise UserError(f"{run} is a branch for official weights: sample.py --weights {cfg.weights} --branch "
-                        f"{run}/branch.safetensors makes its clips, and no law is measured on them.")
+        raise UserError(f"{run} is a branch for official weights: sample.py --weights {cfg.weights} "
+                        f"--branch {run}/branch.safetensors makes its clips, and no law is measured "
+                        "on them.")
     tokenizer = data.Tokenizer.load(run / "tokenizer.json")
     path = find_checkpoint(run / "checkpoints", checkpoint)
     try:
@@ -124,28 +149,35 @@ def load_run(run_dir, checkpoint: str = "best", device: str = "cpu"):
             stored = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:  # a damaged archive raises one of many types
         raise UserError(f"{path} is damaged or no checkpoint ({type(e).__name__}).") from None
+
+    # Whatever does not fit shows in one of many errors; all of them mean the same.
     try:
         model = build_backbone(cfg, len(tokenizer))
         if stored["stage"] == "physics":
             model = ProPhy(model, cfg)
         model.load_state_dict(stored["model"])
-        strangers = model.load_state_dict(stored["ema"], strict=False).unexpected_keys  # it holds what was trained
+        averages = model.load_state_dict(stored["ema"], strict=False)  # it holds what was trained
         present = json.loads((run / "config.json").read_text()).get("categories_present", [])
-        info = dict(step=int(stored["step"]), stage=str(stored["stage"]), categories_present=[int(i) for i in present])
+        present = [int(i) for i in present]
+        info = dict(step=int(stored["step"]), stage=str(stored["stage"]), categories_present=present)
+        fits = not averages.unexpected_keys and all(0 <= i < cfg.categories for i in present)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError):
-        strangers = True
-    if strangers or not all(0 <= i < cfg.categories for i in info["categories_present"]):
-        raise UserError(f"{path} does not fit its run's config.json and tokenizer.json: they describe another model.")
+        fits = False
+    if not fits:
+        raise UserError(f"{path} does not fit its run's config.json and tokenizer.json: they describe "
+                        "another model.")
     return cfg, model.to(device).eval(), diffusion.build(cfg), tokenizer, info
 
 
 def find_checkpoint(folder: Path, name: str) -> Path:
-    """The file that best | last | base | a file's own name stands for. Raises UserError where there is none."""
-    steps = sorted((p for p in folder.glob("step*.pt") if p.stem[4:].isdigit()), key=lambda p: int(p.stem[4:]))
+    """The file that best | last | base | a file's own name stands for. Raises UserError where there
+    is none."""
+    steps = [path for path in folder.glob("step*.pt") if path.stem[4:].isdigit()]
     if name == "last" or (name == "best" and not (folder / "best.pt").is_file()):
         if not steps:
-            raise UserError(f"{folder} holds no checkpoint yet: train first, or wait for the first save.")
-        return steps[-1]
+            raise UserError(f"{folder} holds no checkpoint yet: train first, or wait for the first "
+                            "save.")
+        return max(steps, key=lambda path: int(path.stem[4:]))
     path = folder / (name if name.endswith(".pt") else f"{name}.pt")
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in folder.glob("*.pt"))) or "no checkpoint"
@@ -155,7 +187,8 @@ def find_checkpoint(folder: Path, name: str) -> Path:
 
 # --- files --------------------------------------------------------------------------------------
 def play_fps(cfg: Config) -> float:
-    """A world clip lasts one second, however many frames it has; videos play as they were sampled."""
+    """A synthetic clip lasts one second, however many frames it has; videos play as they were
+    sampled."""
     return cfg.fps if cfg.data_dir else cfg.frames
 
 
@@ -164,15 +197,16 @@ def preview(path, model, process, tokenizer, cfg: Config, prompts: list[str], *,
     """A GIF of one clip a prompt, at least 128 pixels high; with the branch, a heat map beside each.
 
     `present`: for each prompt the indices of the phenomena it names; the map with the highest peak
-    among them is shown. Without it there is no map: that of a phenomenon which is not there was never
-    trained there, and glows at random.
+    among them is shown. Without it there is no map: that of a phenomenon which is not there was
+    never trained there, and glows at random.
     """
     videos, routings = generate(model, process, tokenizer, cfg, prompts, seed=seed, steps=steps,
                                 guidance=guidance, precision=precision, progress=False)
     scale = max(scale, math.ceil(128 / cfg.height))
     names = data.category_names(cfg)
     cells = []
-    for clip, routing, prompt, named in zip(videos, routings, prompts, present or [()] * len(prompts)):
+    present = present or [()] * len(prompts)
+    for clip, routing, prompt, named in zip(videos, routings, prompts, present):
         beside = None
         if named and routing and routing.lift is not None:
             strongest = max(named, key=lambda c: routing.lift[..., c].max())
@@ -223,20 +257,20 @@ class Flags:
     def check(self) -> None:
         """Raises UserError with the first broken rule."""
         if not self.run and not self.weights:
-            raise UserError("Say which model: --run DIR (made by train.py), or --weights DIR (an official "
-                            "one).")
+            raise UserError("Say which model: --run DIR (made by train.py), or --weights DIR (an "
+                            "official one).")
         if self.run and self.weights:
-            raise UserError("Give --run or --weights, not both; what a run trained beside official weights "
-                            "is attached by --branch RUN/branch.safetensors.")
+            raise UserError("Give --run or --weights, not both; what a run trained beside official "
+                            "weights is attached by --branch RUN/branch.safetensors.")
         only = [f"--{name}" for name in OFFICIAL_ONLY if getattr(self, name)]
         if only and not self.weights:
             raise UserError(f"{', '.join(only)} belongs to --weights.")
         if self.weights and self.show_routing:
-            raise UserError("--show_routing is for models trained here; official ones have no picture of it "
-                            "yet.")
+            raise UserError("--show_routing is for models trained here; official ones have no picture "
+                            "of it yet.")
         if self.no_branch and (self.show_routing or self.invert_experts):
-            raise UserError("--show_routing and --invert_experts need the branch that --no_branch leaves "
-                            "out.")
+            raise UserError("--show_routing and --invert_experts need the branch that --no_branch "
+                            "leaves out.")
         if self.out and Path(self.out).suffix.lower() not in (".gif", ".mp4"):
             raise UserError(f"--out must end in .gif or .mp4, not {Path(self.out).name!r}.")
         for name in ("n", "steps"):
@@ -248,8 +282,8 @@ def with_defaults(flags: Flags, guidance: float) -> Flags:
     """The flags, with the numbers that depend on the model where none were given."""
     n, steps = (1, 50) if flags.weights else (4, 25)
     usual = {"n": n, "steps": steps, "guidance": guidance}
-    given = {name: value if getattr(flags, name) is None else getattr(flags, name) for name, value in usual.items()}
-    return dataclasses.replace(flags, **given)
+    missing = {name: value for name, value in usual.items() if getattr(flags, name) is None}
+    return dataclasses.replace(flags, **missing)
 
 
 def all_prompts(flags: Flags) -> list[str]:
@@ -268,7 +302,8 @@ def read_prompts(path: str) -> list[str]:
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--prompts {path} cannot be read as UTF-8 text ({type(e).__name__}).") from None
+        raise UserError(f"--prompts {path} cannot be read as UTF-8 text ({type(e).__name__})."
+                        ) from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"--prompts {path} holds no prompt.")
@@ -279,8 +314,8 @@ def warn(tokenizer: data.Tokenizer, cfg: Config, prompts: list[str]) -> None:
     """Say on stderr which words the run never read, and whether prompts are cut."""
     unknown = dict.fromkeys(word for prompt in prompts for word in tokenizer.unknown(prompt))
     if unknown:
-        print(f"Warning: the run never read {', '.join(unknown)}; the model cannot know what that is.",
-              file=sys.stderr)
+        print(f"Warning: the run never read {', '.join(unknown)}; the model cannot know what that "
+              "is.", file=sys.stderr)
     if any(len(tokenizer.split(prompt)) > cfg.text_len for prompt in prompts):
         print(f"Warning: prompts are cut after {cfg.text_len} words.", file=sys.stderr)
 
@@ -288,7 +323,9 @@ def warn(tokenizer: data.Tokenizer, cfg: Config, prompts: list[str]) -> None:
 def open_out(flags: Flags) -> Path:
     """The path to write, its folder made and found writable before any clip is."""
     name = re.sub(r"[^a-z0-9]+", "-", flags.prompt[0].lower())[:60].strip("-") or "clip"
-    name += "-bare" * flags.no_branch + "-routing" * flags.show_routing + "-inverted" * flags.invert_experts
+    name += "-bare" * flags.no_branch
+    name += "-routing" * flags.show_routing
+    name += "-inverted" * flags.invert_experts
     out = Path(flags.out or f"{flags.run or Path(flags.branch).parent}/samples/{name}.gif")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -301,7 +338,8 @@ def open_out(flags: Flags) -> Path:
 
 def main(argv: list[str]) -> None:
     """From the command line to clips. Raises UserError and Stopped."""
-    flags = config.parse_flags(Flags, argv, "Generate clips from a run folder, or with an official model.")
+    flags = config.parse_flags(Flags, argv,
+                               "Generate clips from a run folder, or with an official model.")
     flags = dataclasses.replace(flags, prompt=all_prompts(flags), prompts="")
     device = pick_device(flags.device)
     if flags.weights:
@@ -322,9 +360,11 @@ def main_run(flags: Flags, device: str) -> None:
     versions = {"plain": None, "inverted": invert} if flags.invert_experts else {"": None}
     prompts = [prompt for prompt in flags.prompt for _ in range(flags.n)]
     scale = flags.scale or max(1, round(256 / cfg.height))
-    cells = len(prompts) * len(versions) * (4 if flags.show_routing else 1)  # a routing cell is as large as four
+    size = 4 if flags.show_routing else 1  # a routing cell is as large as four clips
+    cells = len(prompts) * len(versions) * size
     if cells * cfg.frames * cfg.height * cfg.width * scale**2 > MOST_PIXELS:
-        raise UserError(f"{len(prompts)} clips at --scale {scale} make too large a picture: lower --n or --scale.")
+        raise UserError(f"{len(prompts)} clips at --scale {scale} make too large a picture: lower --n "
+                        "or --scale.")
     try:
         process.times(flags.steps)
     except ValueError as e:
@@ -336,8 +376,9 @@ def main_run(flags: Flags, device: str) -> None:
     made = {}
     for label, edit in versions.items():
         made[label] = generate(
-            model, process, tokenizer, cfg, prompts, indices=list(range(flags.n)) * len(flags.prompt),
-            seed=flags.seed, steps=flags.steps, guidance=flags.guidance, edit=edit, batch=flags.batch,
+            model, process, tokenizer, cfg, prompts,
+            indices=list(range(flags.n)) * len(flags.prompt), seed=flags.seed, steps=flags.steps,
+            guidance=flags.guidance, edit=edit, batch=flags.batch,
             precision=pick_precision(flags.precision, device))
 
     # One cell a clip; the versions of a clip stand side by side.
@@ -358,21 +399,27 @@ def check_routers(flags: Flags, model, names: dict[int, str], stage: str) -> Non
     semantic = getattr(model, "semantic", None)
     refinement = getattr(model, "refinement", None)
     if flags.show_routing and semantic is None and (refinement is None or not names):
-        raise UserError(f"--show_routing needs a router; this {stage} model of {flags.run} has none to show.")
+        raise UserError(f"--show_routing needs a router; this {stage} model of {flags.run} has none "
+                        "to show.")
     if flags.invert_experts and semantic is None:
-        raise UserError(f"--invert_experts needs a semantic router; this {stage} model of {flags.run} has none.")
+        raise UserError(f"--invert_experts needs a semantic router; this {stage} model of {flags.run} "
+                        "has none.")
 
 
 def main_official(flags: Flags, device: str) -> None:
-    """Clips of an official model, one file a clip: each is written when it is done, for it took minutes."""
+    """Clips of an official model, one file a clip: each is written when it is done, for it took
+    minutes."""
     from official import clips
-    dtype = torch.bfloat16 if pick_precision(flags.precision, device) == "bf16" else torch.float32
+    half = pick_precision(flags.precision, device) == "bf16"
+    dtype = torch.bfloat16 if half else torch.float32
     sizes = {name: getattr(flags, name) for name in ("frames", "height", "width")}
     branch = "" if flags.no_branch else flags.branch
-    loaded = cfg, model, process, _ = clips.load_official(flags.weights, device, dtype, branch, **sizes)
+    loaded = clips.load_official(flags.weights, device, dtype, branch, **sizes)
+    cfg, model, process, _ = loaded
     flags = with_defaults(flags, cfg.guidance)
     if flags.invert_experts and getattr(model, "semantic", None) is None:
-        raise UserError("--invert_experts needs a semantic router: give --branch, a file trained with one.")
+        raise UserError("--invert_experts needs a semantic router: give --branch, a file trained with "
+                        "one.")
     try:
         process.times(flags.steps, flags.solver or None)
         if flags.dynamic:
@@ -383,9 +430,9 @@ def main_official(flags: Flags, device: str) -> None:
 
     prompts = [prompt for prompt in flags.prompt for _ in range(flags.n)]
     made = clips.generate_official(
-        flags.weights, loaded, prompts, negative=flags.negative, seed=flags.seed, steps=flags.steps,
-        guidance=flags.guidance, solver=flags.solver, dynamic=flags.dynamic, tiled=flags.tiled,
-        edit=invert if flags.invert_experts else None, device=device, dtype=dtype)
+        flags.weights, loaded, prompts, negative=flags.negative, seed=flags.seed,
+        steps=flags.steps, guidance=flags.guidance, solver=flags.solver, dynamic=flags.dynamic,
+        tiled=flags.tiled, edit=invert if flags.invert_experts else None, device=device, dtype=dtype)
     for i, clip in enumerate(made):
         path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{i}")
         save(path, clip, flags.fps or cfg.fps)

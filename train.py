@@ -491,6 +491,7 @@ def parameters(state: State) -> str:
 
 
 def from_command_line(argv: list[str]) -> None:
+    """`main` with the config that a command line describes."""
     main(config.parse(argv, "Train nanoProPhy: a video DiT, then its physical branch."))
 
 

@@ -56,6 +56,7 @@ def table_head(columns) -> str:
 
 
 def table_line(cells) -> str:
+    """A row of a Markdown table."""
     return f"| {' | '.join(cells)} |"
 
 

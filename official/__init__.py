@@ -2,7 +2,7 @@
 
 Other files import from here; encode.py is this room's own command, and looks inside.
 """
-from official import branch, cache, clips, cost, weights
+from official import branch, cache, clips, cost, reference
 from official.backbone import open_backbone
 
-__all__ = ["branch", "cache", "clips", "cost", "open_backbone", "weights"]
+__all__ = ["branch", "cache", "clips", "cost", "open_backbone", "reference"]

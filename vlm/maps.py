@@ -165,7 +165,8 @@ class Answer(NamedTuple):
     density: Tensor  # (t, h, w), mean 1
 
 
-def map_answers(clip: VLMClip, looks: list[AnswerAttention], settings: Settings, tally: Tally) -> list[Answer]:
+def map_answers(clip: VLMClip, looks: list[AnswerAttention], settings: Settings,
+                tally: Tally) -> list[Answer]:
     """The answers that found their phenomenon, and behind them the one to the background question.
 
     looks: of each of clip.names, then of the background. Raises VLMError where that one is empty.
