@@ -52,18 +52,18 @@ class State:
 
     def __init__(self, cfg: Config, vocabulary: int):
         self.cfg = cfg
-        self.device = torch.device(cfg.device)
+        self.device = torch.device(cfg.device)  # `auto` is resolved by now
         self.process = diffusion.build(cfg)
         self.step = 0  # steps taken
         self.total = cfg.base_steps + cfg.physics_steps  # steps of both stages
         self.seconds = 0.0  # that they took
-        torch.manual_seed(cfg.seed)
+        torch.manual_seed(cfg.seed)  # of the initial weights alone
         if cfg.weights:
             from official import open_backbone
             self.model, self.fingerprint = open_backbone(cfg, self.device)
         else:
             self.model = build_backbone(cfg, vocabulary).to(self.device)
-        self.begin("base", cfg.lr)
+        self.begin("base", cfg.lr)  # where stage one has no steps, the loop leaves it at once
 
     def begin(self, stage: str, lr: float) -> None:
         """Fresh averages and optimizers for what this stage trains."""
@@ -76,7 +76,7 @@ class State:
 
     def attach_branch(self) -> None:
         """Stage two: the branch beside the *averaged* backbone, which a frozen one then stays."""
-        self.set_weights(self.ema)
+        self.set_weights(self.ema)  # these are the weights that one would publish
         torch.manual_seed(self.cfg.seed + 1)  # a run resumed at the border builds the same branch
         self.model = ProPhy(self.model, self.cfg).to(self.device)
         self.model.init_from_backbone()
@@ -95,7 +95,7 @@ class State:
         """
         losses, per_clip = losses_of(self, batch, t, eps)
         loss = total_loss(losses, self.cfg)  # Eq. 6
-        loss.backward()
+        loss.backward()  # fills p.grad of what this stage trains
         grad_norm = nn.utils.clip_grad_norm_(self.trained.values(), self.cfg.clip)
         finite = math.isfinite(loss.item()) and math.isfinite(grad_norm.item())
 
@@ -104,7 +104,7 @@ class State:
                 group["lr"] = lr
             if finite:
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)  # also where the step was skipped
         if finite:
             self.update_ema()
         return {"loss": loss, **losses}, per_clip, grad_norm, finite
@@ -168,11 +168,11 @@ class State:
         if self.publishable:  # official weights have files of their own
             model = {name: value for name, value in model.items() if name in self.trained}
         return {
-            "step": self.step,
+            "step": self.step,  # clips, noise and dropout follow from it
             "stage": self.stage,  # base | physics
-            "best": self.best,
-            "seconds": self.seconds,
-            "model": model,
+            "best": self.best,  # lowest held-out loss of this stage
+            "seconds": self.seconds,  # of training, over all restarts
+            "model": model,  # as trained, not averaged
             "ema": self.ema,  # of what this stage trains
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
@@ -181,13 +181,13 @@ class State:
         """Go on from the contents of a checkpoint. The state must be a fresh one."""
         if stored["stage"] == "physics":
             self.attach_branch()
-        official = self.model.state_dict() if self.cfg.weights else {}
+        official = self.model.state_dict() if self.cfg.weights else {}  # not in the file
         self.model.load_state_dict(official | stored["model"])
         for optimizer, moments in zip(self.optimizers, stored["optimizers"], strict=True):
             optimizer.load_state_dict(moments)
         with torch.no_grad():
             for name, average in self.ema.items():
-                average.copy_(stored["ema"][name])
+                average.copy_(stored["ema"][name])  # in place: others hold these tensors
         self.step = stored["step"]
         self.best = stored["best"]
         self.seconds = stored["seconds"]
@@ -224,10 +224,9 @@ def losses_of(state: State, batch: data.Batch, t: Tensor, eps: Tensor) -> tuple[
     per_clip = state.process.loss(prediction, x_t, t, batch.x, eps)
     losses = {"diffusion": per_clip.mean()}
 
-    # Which physics a clip holds (Eq. 3-4). A clip without a caption has nothing to be routed by,
-    # one without a label nothing to be compared with: neither counts.
+    # Which physics a clip holds (Eq. 3-4), of the clips that have a caption and a label.
     if routing and routing.semantic_lift is not None:
-        labelled = (batch.text_length > 0) & (batch.categories.sum(1) > 0)  # (B,)
+        labelled = align.labelled(batch.text_length, batch.categories)  # (B,)
         needed = 2 if cfg.coarse_loss == "relative" else 1  # "relative" compares pairs of clips
         if labelled.sum() >= needed:
             p_s, q_s = routing.semantic_lift[labelled], batch.categories[labelled]
