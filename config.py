@@ -58,6 +58,7 @@ def knob(default, *marks: str, choices: tuple = ()):
 
 @dataclass(frozen=True)
 class Config:
+    """All that a run of train.py depends on; a run folder's config.json holds it."""
     # --- the run
     config: str = "small"  # name of the preset the other fields start from
     out_dir: str = knob("", MAY_CHANGE)  # run folder; empty = runs/<config>
@@ -222,8 +223,7 @@ PRESETS = {
         dim=3072, depth=42, heads=48, positions="fitted", physical_blocks="6,13,20,27,34,41"),
     "cogvideox1.5-5b": COG | dict(
         dim=3072, depth=42, heads=48, positions="integer", fit_height=150, fit_width=150,
-        patch_t=2, frames=81, height=768, width=1360, fps=16.0,
-        physical_blocks="6,13,20,27,34,41"),
+        patch_t=2, frames=81, height=768, width=1360, fps=16.0, physical_blocks="6,13,20,27,34,41"),
     "wan-1.3b": WAN | dict(
         dim=1536, depth=30, heads=12, ffn=8960, physical_blocks="4,9,14,19,24,29"),
     "wan-14b": WAN | dict(dim=5120, depth=40, heads=40, ffn=13824, physical_blocks="9,19,29,39"),
@@ -257,8 +257,7 @@ def load(path: Path) -> Config:
     except FileNotFoundError:
         raise UserError(f"{path.parent} is no run folder: it has no {path.name}.") from None
     except (OSError, ValueError, RecursionError, UserError) as e:
-        reason = str(e).rstrip(".")
-        raise UserError(f"{path} is not a config of this version: {reason}.") from None
+        raise UserError(f"{path} is not a config of this version: {str(e).rstrip('.')}.") from None
 
 
 def stored_fields(stored: dict) -> dict:
@@ -400,12 +399,12 @@ def meanings(cls) -> dict[str, str]:
 
 
 def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError
-    return text.lower() == "true"
+    """True or false, from the word. Raises ValueError for any other."""
+    return bool(("false", "true").index(text.lower()))
 
 
 def flag_name(f: dataclasses.Field) -> str:
+    """The name of a field's flag, without its dashes."""
     return f.metadata.get("name") or f.name
 
 

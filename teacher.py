@@ -50,6 +50,7 @@ GROUP = 32  # synthetic clips that are looked at together
 # --- flags --------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Flags:
+    """The command line, but for the flags of Config."""
     # --- what to do
     videos: str = ""  # folder of videos: make their maps
     train_tiny: bool = False  # train a tiny VLM on synthetic clips, into --vlm, and make its maps

@@ -271,6 +271,7 @@ def preview(seed=0, size=64, frames=24, colour_cues=False, ood="", columns=3):
 
 @dataclass(frozen=True)
 class Flags:
+    """The command line."""
     preview: str = ""  # write a GIF of every phenomenon with its mask and caption to this file
     benchmark: bool = False  # count the clips a CPU-second at 12 x 32 x 32, on one thread
     seed: int = 0  # which world
@@ -285,6 +286,7 @@ class Flags:
 
 
 def main(argv) -> None:
+    """Write the preview, and time the drawing. Raises UserError."""
     flags = config.parse_flags(Flags, argv, "The physics world: look at it, or time its drawing.")
     try:
         if flags.preview:

@@ -188,14 +188,13 @@ def pack_questions(vlm: VLM, asked: list[list[tuple[str, str]]], grid: tuple[int
     end = [vlm.tokenizer.eos_token_id]
     rows = [[(words[question], words[answer] + end) for question, answer in row] for row in asked]
 
-    # The prompt stands first in every row.
-    B = len(rows)
+    # The prompt stands first in every row. Padding sees itself, since a softmax needs something.
     S = P + max(sum(len(question + answer) for question, answer in row) for row in rows)
-    ids = torch.zeros(B, S, dtype=torch.int64)
+    ids = torch.zeros(len(rows), S, dtype=torch.int64)
     ids[:, :P] = prompt
-    labels = torch.full((B, S), -100)  # cross_entropy ignores this value
-    positions = F.pad(whole_positions[:, :, kept], (0, S - P)).repeat(1, B, 1)
-    mask = torch.eye(S, dtype=torch.bool).repeat(B, 1, 1)  # padding sees itself: softmax needs one
+    labels = torch.full_like(ids, -100)  # cross_entropy ignores this value
+    positions = F.pad(whole_positions[:, :, kept], (0, S - P)).repeat(1, len(rows), 1)
+    mask = torch.eye(S, dtype=torch.bool).repeat(len(rows), 1, 1)
     mask[:, :P, :P] = torch.ones(P, P, dtype=torch.bool).tril()
 
     # Then the questions, one behind the other.
