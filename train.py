@@ -35,14 +35,13 @@ import sample
 from align import total_loss
 from common.optim import learning_rate, make_optimizers
 from common.run import (
-    Log, averaged_base, check_data, describe_run, description, load_newest, million, open_run,
-    resolve, save, save_and_prune, stop_at_full_disk, stop_requests, use_threads)
+    Log, averaged_base, by_noise, check_data, describe_run, description, load_newest, million,
+    open_run, resolve, save, save_and_prune, stop_at_full_disk, stop_requests, use_threads)
 from config import Config, Stopped, UserError
 from experts import ProPhy
 from model import build_backbone
 
 
-BINS = 4  # the log has the loss of so many equal ranges of t: the total hides which one improves
 HELD_OUT_SEED = 2**31  # noise of the held-out split, the same in every run
 
 
@@ -53,7 +52,7 @@ class State:
     def __init__(self, cfg: Config, vocabulary: int):
         self.cfg = cfg
         self.device = torch.device(cfg.device)  # `auto` is resolved by now
-        self.process = diffusion.build(cfg)
+        self.process = diffusion.build(cfg)  # how noise is added, and what is predicted
         self.step = 0  # steps taken
         self.total = cfg.base_steps + cfg.physics_steps  # steps of both stages
         self.seconds = 0.0  # that they took
@@ -67,7 +66,7 @@ class State:
 
     def begin(self, stage: str, lr: float) -> None:
         """Fresh averages and optimizers for what this stage trains."""
-        self.stage = stage
+        self.stage = stage  # base | physics
         self.best = math.inf  # lowest held-out loss of this stage
         prepare_blocks(self.model, self.cfg)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -217,7 +216,7 @@ def prepare_blocks(model: nn.Module, cfg: Config) -> None:
 def losses_of(state: State, batch: data.Batch, t: Tensor, eps: Tensor) -> tuple[dict, Tensor]:
     """Every term of Eq. 6 that this stage has, unweighted, and the diffusion loss a clip (B,)."""
     cfg = state.cfg
-    x_t = state.process.noise(batch.x, t, eps)
+    x_t = state.process.noise(batch.x, t, eps)  # (B, C, F, H, W), as prediction and eps are
     with torch.autocast(state.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
         out = state.model(x_t, state.process.model_time(t), batch.text, batch.text_length)
     prediction, routing = out if state.stage == "physics" else (out, None)
@@ -246,8 +245,9 @@ def losses_of(state: State, batch: data.Batch, t: Tensor, eps: Tensor) -> tuple[
 
 def held_out_loss(state: State, clips: data.Clips) -> dict[str, float]:
     """Losses of the averaged weights on the held-out clips, at the same times and noise always."""
-    n, size = len(clips.pool.held), state.cfg.batch_size
-    totals = {}
+    n = len(clips.pool.held)
+    size = state.cfg.batch_size
+    totals = {}  # a sum over clips, so that a shorter last batch weighs less
     with state.averaged():
         for first in range(0, n, size):
             positions = range(first, min(first + size, n))
@@ -259,13 +259,6 @@ def held_out_loss(state: State, clips: data.Clips) -> dict[str, float]:
     return totals
 
 
-def by_noise(per_clip: Tensor, t: Tensor) -> list[float | None]:
-    """Mean diffusion loss of each range of t, cleanest first; None where no clip fell."""
-    which = (t * BINS).long().clamp(max=BINS - 1)
-    found = [per_clip[which == b] for b in range(BINS)]
-    return [round(losses.mean().item(), 4) if len(losses) else None for losses in found]
-
-
 # --- the story ------------------------------------------------------------------------------------
 def main(cfg: Config) -> None:
     """Raises UserError before work starts, and Stopped when it cannot go on."""
@@ -275,7 +268,7 @@ def main(cfg: Config) -> None:
     if cfg.init_from:  # stage one is skipped, whatever its length
         cfg = dataclasses.replace(cfg, base_steps=0)
     cfg, why = resolve(use_threads(config.check(cfg)))
-    run = open_run(cfg)
+    run = open_run(cfg)  # nothing was written before
     with stop_at_full_disk(run):
         train(cfg, run, why)
 
@@ -341,16 +334,16 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
     if tokenizer:
         tokenizer.save(run / "tokenizer.json")
     describe_run(run, cfg, why, clips.categories_present, clips.key)
-    log = Log(run / "log.jsonl", state.step)
+    log = Log(run / "log.jsonl", state.step)  # without the steps that will be taken again
     prompts = preview_prompts(clips)
     for sentence in why.values():
         print(sentence)
     warn(clips, cfg)
 
     # --- the loop
-    begun = state.step
+    begun = state.step  # where this process started
     bad = 0  # steps in a row that were not finite
-    clock = time.perf_counter() - state.seconds
+    clock = time.perf_counter() - state.seconds  # when the run would have started without a pause
     bar = tqdm(total=state.total, initial=begun, unit="step", smoothing=0.05, dynamic_ncols=True)
     with stop_requests() as requests, bar:
         if not state.stage_over:
@@ -385,6 +378,7 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
             # --------------------------------- the training step ----------------------------------
             positions = range(state.step * cfg.batch_size, (state.step + 1) * cfg.batch_size)
             batch = clips.batch(positions).to(state.device)
+            # Noise belongs to the position too, so that it never depends on the size of a batch.
             t, eps = state.process.draw(cfg.seed, positions, batch.x.shape[1:])
             t, eps = t.to(state.device), eps.to(state.device)
             lr = learning_rate(cfg, state.stage, state.stage_step)
@@ -444,7 +438,8 @@ def preview(state: State, run: Path, tokenizer: data.Tokenizer, prompts: dict) -
 
 def preview_prompts(clips: data.Clips, most: int = 8) -> dict[str, list[int]]:
     """{caption: its categories} of held-out clips, those first that show something new."""
-    shown, first, rest = set(), {}, {}
+    shown = set()  # categories that a prompt so far has
+    first, rest = {}, {}
     for row in clips.pool.held:
         present = clips.categories[row].nonzero().flatten().tolist()
         (first if set(present) - shown else rest)[clips.pool.captions[row]] = present

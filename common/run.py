@@ -21,10 +21,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import config
 from common.files import whole_file, write_text
 from config import Config, Stopped, UserError
+
+
+BINS = 4  # the log has the loss of so many equal ranges of t: the total hides which one improves
 
 
 # --- device and precision -------------------------------------------------------------------------
@@ -250,7 +254,7 @@ def same_architecture(source: str, theirs: Config, ours: Config, *marks: str) ->
                             f"{getattr(ours, name)}.")
 
 
-def averaged_base(cfg: Config, device: torch.device) -> dict[str, torch.Tensor]:
+def averaged_base(cfg: Config, device: torch.device) -> dict[str, Tensor]:
     """--init_from: the averaged backbone of another run of the same shape. Raises UserError."""
     other = Path(cfg.init_from)
     theirs = config.load(other / "config.json")
@@ -291,6 +295,13 @@ class Log:
     def write(self, **values) -> None:
         with self.path.open("a") as f:
             f.write(json.dumps(_tidy(values)) + "\n")
+
+
+def by_noise(per_clip: Tensor, t: Tensor) -> list[float | None]:
+    """Mean diffusion loss of each range of t, cleanest first; None where no clip fell."""
+    which = (t * BINS).long().clamp(max=BINS - 1)
+    found = [per_clip[which == b] for b in range(BINS)]
+    return [round(losses.mean().item(), 4) if len(losses) else None for losses in found]
 
 
 def _before(line: str, step: int) -> bool:
