@@ -11,12 +11,13 @@ beside its paper. The same classes are the small models trained here, which lear
 (`TextEncoder`), and with official weights in them (official/weights.py) the big ones, whose words
 come from a frozen T5. Image-to-video is left out: its inputs would double each `embed`.
 
-The block contract, which is all that experts.py knows of a backbone:
+The block contract, which a new backbone has to keep (experts.py uses nothing else):
     tokens, condition = backbone.embed(x, t, text, text_length)     patches, places, words
     tokens = block(tokens, condition)                   attention, then feed-forward
     tokens, found = block(tokens, condition, middle)    between them: tokens, found = middle(tokens)
     prediction = backbone.head(tokens, condition)       shaped as x
-`condition.n_text` says how many text tokens stand in front of the video tokens (none for Wan).
+`condition` has n_text (text tokens in front of the video tokens, none for Wan), grid, text and
+text_length; the backbone has `blocks` and `text_dim`. common/optim.py tells matrices by `blocks.`.
 
 Letters: B batch, C channels, F H W video, f h w grid of video tokens, N = f h w of them, L text
 tokens, S = n_text + N, D width, d = D / heads. `t` is diffusion time, never a place in the clip.

@@ -10,10 +10,9 @@
 
     run folder --load_run--> model --generate--> clips, routing --cells, sheet--> one moving picture
 
-A clip is a function of (seed, its index), whatever else is in its batch. In float32 another batch
-size makes the matrix library add in another order (3e-6 where pixels span -1..1), which moves one
-number in 30,000 by one level of 255. Filling every batch up to one size would undo even that and
-make a single clip eight times as slow. Nothing trains here.
+A clip is a function of (seed, its index), whatever else is in its batch. Another batch size
+changes rounding only: in float32 one number in 30,000 moves by one level of 255. Nothing trains
+here.
 
 Letters: n clips, B clips of a batch, L words, F H W video, T' h w token grid, E_s semantic experts,
 E_cat phenomena.
@@ -94,7 +93,7 @@ def generate(model, process: diffusion.Process, tokenizer: data.Tokenizer, cfg: 
                 out, said["newest"] = model(x_t, t, text, length, edit)
             else:
                 out = model(x_t, t, text, length)
-            return out[:B], out[B:] if copies == 2 else None
+            return out[:B], out[B:] if copies == 2 else None  # rows 0 .. B - 1 have captions
 
         def watch(t):
             if t == routing_time:
@@ -244,9 +243,9 @@ class Flags:
     width: int = 0  # --weights: pixels; 0 = as the model was trained
 
     # --- how they are made and shown
-    show_routing: bool = False  # with each clip, a heat map a trained phenomenon, expert weights
+    show_routing: bool = False  # with each clip, a heat map per trained phenomenon, expert weights
     invert_experts: bool = False  # flip the semantic router's logits; the two side by side
-    scale: int = 0  # screen pixels a pixel; 0 = so that a clip is about 256 high
+    scale: int = 0  # screen pixels per pixel; 0 = so that a clip is about 256 high
     fps: float = 0  # frames shown a second; 0 = as the clips were made
     batch: int = 8  # clips at a time
     tiled: bool = False  # --weights: decode in tiles, which needs less memory
