@@ -60,9 +60,10 @@ def coarse_loss(p_s: Tensor, q_s: Tensor, kind: str = "relative",
 def fine_align_loss(p_r: Tensor, target: Tensor, mask: Tensor, reduction: str = "mean") -> Tensor:
     """L_fine_align (Eq. 5): sum over M > 0 of M (P'_r - Q_r)^2; all three are (B, N, E_cat).
 
-    p_r: refinement probabilities, lifted to the categories and not bounded. mask: 0 leaves an entry out, and its
-    gradient is then exactly zero; values between 0 and 1 give it less weight. The mean (ours) is
-    over the mask's total, so the weight does not depend on the resolution. An empty mask gives 0.
+    p_r: refinement probabilities, lifted to the categories and not bounded. mask: 0 leaves an entry
+    out, and its gradient is then exactly zero; values between 0 and 1 give it less weight. The mean
+    (ours) is over the mask's total, so that the weight does not depend on the resolution. An empty
+    mask gives 0.
     """
     error = torch.where(mask > 0, mask * (p_r.float() - target).square(), 0)
     return error.sum() if reduction == "sum" else error.sum() / mask.sum().clamp(min=1e-6)

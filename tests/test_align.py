@@ -137,3 +137,10 @@ def test_each_clip_and_phenomenon_is_scaled_by_its_own_largest_difference():
     near(target, [[[1.0, 0.5], [0.5, 1.0]], [[0.0, 0.0], [0.0, 1.0]]])
     # equal to the background is not positive
     near(mask.float(), [[[1.0, 1.0], [1.0, 1.0]], [[0.0, 0.0], [0.0, 1.0]]])
+
+
+def test_only_clips_with_a_caption_and_a_label_are_compared():
+    """The second lost its caption for guidance, the third has no label, the fourth neither."""
+    length = torch.tensor([3, 0, 5, 0])
+    categories = torch.tensor([[0.0, 1.0], [1.0, 1.0], [0.0, 0.0], [0.0, 0.0]])
+    assert align.labelled(length, categories).tolist() == [True, False, False, False]

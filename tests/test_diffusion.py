@@ -46,6 +46,16 @@ def exact(process, x, eps, t):
     return {"x": x, "eps": eps, "v": true_v(process, x, eps, t).float()}[process.predict]
 
 
+def alone(network):
+    """A network as `sample` wants it: its output, and no unconditional one."""
+    return lambda x_t, model_time: (network(x_t, model_time), None)
+
+
+def both(network, unconditional):
+    """A network and another for the empty text, as `sample` wants them for guidance."""
+    return lambda x_t, model_time: (network(x_t, model_time), unconditional(x_t, model_time))
+
+
 # --- noising
 def test_flow_endpoints_are_exact():
     (x, eps), process = pair(3), diffusion.FlowMatching()
@@ -184,7 +194,8 @@ def test_the_network_receives_its_lineages_unit():
     step = diffusion.VPrediction().model_time(t)
     assert step.dtype == torch.int64 and step.tolist() == [0, 500, 999]  # 499.5 rounds to even
     heard = []
-    diffusion.VPrediction().sample(lambda x, t: heard.append(t.tolist()) or x, torch.randn(2, *SHAPE), 50)
+    network = alone(lambda x, t: heard.append(t.tolist()) or x)
+    diffusion.VPrediction().sample(network, torch.randn(2, *SHAPE), 50)
     assert heard == [[n, n] for n in range(999, 0, -20)]
 
 
@@ -214,7 +225,7 @@ def test_a_gaussian_is_sampled_to_its_mean_and_variance(kind):
     noise = torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(0))
     error = {}
     for steps in (125, 250, 500):
-        x = process.sample(denoiser(process, mean, sd), noise, steps)
+        x = process.sample(alone(denoiser(process, mean, sd)), noise, steps)
         error[steps] = (x - (mean + sd * noise)).abs().max().item()
         assert abs(x.mean() - (mean + sd * noise.mean())) < 1 / steps
         assert abs(x.std() / (sd * noise.std()) - 1) < 8 / steps
@@ -224,7 +235,7 @@ def test_a_gaussian_is_sampled_to_its_mean_and_variance(kind):
 def test_x_v_and_eps_predictions_give_equal_samples(kind):
     noise = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
     # mean 0: at pure noise eps says x = 0
-    samples = [p.sample(denoiser(p, 0.0, 0.5), noise, 10) for p in map(BOTH[kind], ("x", "v", "eps"))]
+    samples = [p.sample(alone(denoiser(p, 0.0, 0.5)), noise, 10) for p in map(BOTH[kind], ("x", "v", "eps"))]
     assert samples[0].std() > 0.2
     torch.testing.assert_close(samples[1], samples[0], atol=2e-5, rtol=0)
     torch.testing.assert_close(samples[2], samples[0], atol=2e-5, rtol=0)
@@ -238,7 +249,7 @@ def wavy(x_t, model_time):
 def visited(process, noise, steps, network=wavy, **how):
     """x_t as the network sees it at every step, and the sample at the end."""
     path = []
-    path.append(process.sample(lambda x, t: path.append(x) or network(x, t), noise, steps, **how))
+    path.append(process.sample(alone(lambda x, t: path.append(x) or network(x, t)), noise, steps, **how))
     return path
 
 
@@ -252,8 +263,9 @@ def test_the_default_solver_to_the_bit(kind):
         x = process.to_x(wavy(x_t, process.model_time(t)), x_t, t)
         a, s = (c.view(-1, 1, 1, 1, 1) for c in process.coefficients(t))
         x_t = process.noise(x, torch.full((2,), then), (x_t - a * x) / s) if then > 0 else x
-    assert torch.equal(process.sample(wavy, noise, 10), x_t)
-    assert torch.equal(process.sample(wavy, noise, 10, solver={"flow": "euler", "vpred": "ddim"}[kind]), x_t)
+    assert torch.equal(process.sample(alone(wavy), noise, 10), x_t)
+    by_name = process.sample(alone(wavy), noise, 10, solver={"flow": "euler", "vpred": "ddim"}[kind])
+    assert torch.equal(by_name, x_t)
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
@@ -294,7 +306,7 @@ def wan_scheduler(solver, steps, shift):
 def told(process, steps, solver):
     """What the network is told, step by step; one tensor."""
     heard = []
-    process.sample(lambda x, t: heard.append(t) or x, torch.zeros(1, *SHAPE), steps, solver=solver)
+    process.sample(alone(lambda x, t: heard.append(t) or x), torch.zeros(1, *SHAPE), steps, solver=solver)
     return torch.cat(heard)
 
 
@@ -439,7 +451,7 @@ def test_dpm_samples_the_gaussian_in_mean_and_variance():
     what is put in must match what is taken away."""
     process = diffusion.VPrediction("v")
     noise = torch.randn(200, *SHAPE, generator=torch.Generator().manual_seed(1))
-    x = process.sample(denoiser(process, 0.7, 0.4), noise, 200, solver="dpm",
+    x = process.sample(alone(denoiser(process, 0.7, 0.4)), noise, 200, solver="dpm",
                        generator=torch.Generator().manual_seed(0))
     assert abs(x.mean() - 0.7) < 0.01 and abs(x.std() - 0.4) < 0.01
     # the first noise is forgotten
@@ -467,18 +479,18 @@ def test_dpm_is_a_function_of_its_generators():
     process = diffusion.VPrediction()
     noise = torch.randn(3, *SHAPE)
     seeded = lambda *seeds: [torch.Generator().manual_seed(i) for i in seeds]
-    whole = process.sample(wavy, noise, 6, solver="dpm", generator=seeded(0, 1, 2))
-    assert all(torch.equal(process.sample(wavy, noise[i : i + 1], 6, solver="dpm", generator=seeded(i))[0],
-                           whole[i]) for i in range(3))
-    assert not torch.equal(process.sample(wavy, noise, 6, solver="dpm", generator=seeded(3, 1, 2))[0],
+    whole = process.sample(alone(wavy), noise, 6, solver="dpm", generator=seeded(0, 1, 2))
+    one = lambda i: process.sample(alone(wavy), noise[i : i + 1], 6, solver="dpm", generator=seeded(i))[0]
+    assert all(torch.equal(one(i), whole[i]) for i in range(3))
+    assert not torch.equal(process.sample(alone(wavy), noise, 6, solver="dpm", generator=seeded(3, 1, 2))[0],
                            whole[0])
-    assert process.sample(wavy, noise, 6, solver="dpm").isfinite().all()  # without one: torch's own
+    assert process.sample(alone(wavy), noise, 6, solver="dpm").isfinite().all()  # without one: torch's own
 
 
 def test_an_unknown_solver_is_refused_in_a_sentence(kind):
     process, other = BOTH[kind](), {"flow": "dpm", "vpred": "unipc"}[kind]
     for call in (lambda: process.times(5, other),
-                 lambda: process.sample(wavy, torch.zeros(1, *SHAPE), 5, solver=other)):
+                 lambda: process.sample(alone(wavy), torch.zeros(1, *SHAPE), 5, solver=other)):
         with pytest.raises(ValueError,
                            match=f"no solver '{other}': choose from {', '.join(process.solvers)}"):
             call()
@@ -489,13 +501,10 @@ def test_an_unknown_solver_is_refused_in_a_sentence(kind):
 @pytest.mark.parametrize("solver", list(diffusion.SOLVERS))
 def test_guidance_1_is_the_conditional_model(solver):
     process, noise = next(p("v") for p in BOTH.values() if solver in p.solvers), torch.randn(2, *SHAPE)
-
-    def never(x_t, t):
-        raise AssertionError("the unconditional network was called")
-
-    guided, free = (process.sample(wavy, noise, 5, solver=solver, generator=torch.Generator().manual_seed(0),
-                                   **how)
-                    for how in (dict(guidance=1, unconditional=never), {}))
+    poison = both(wavy, lambda x_t, model_time: torch.full_like(x_t, torch.nan))  # seen wherever it is used
+    guided, free = (process.sample(denoise, noise, 5, solver=solver,
+                                   generator=torch.Generator().manual_seed(0), **how)
+                    for denoise, how in ((poison, dict(guidance=1)), (alone(wavy), {})))
     assert torch.equal(guided, free)
 
 
@@ -504,9 +513,9 @@ def test_guidance_formula(kind, w):
     """u + w (c - u) at every step, which is the sample of a network that outputs just that."""
     process, noise = BOTH[kind]("v"), torch.randn(2, *SHAPE)
     other = lambda x, t: torch.cos(x) * 0.3
-    guided = process.sample(wavy, noise, 5, guidance=w, unconditional=other)
+    guided = process.sample(both(wavy, other), noise, 5, guidance=w)
     joined = lambda x, t: (1 - w) * other(x, t) + w * wavy(x, t)
-    torch.testing.assert_close(guided, process.sample(joined, noise, 5), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(guided, process.sample(alone(joined), noise, 5), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parity
@@ -529,32 +538,32 @@ def test_dynamic_guidance_leaps():
     assert sum(weights) / 50 == pytest.approx(3.8, abs=0.05)
     process, noise, other = diffusion.VPrediction(), torch.randn(2, *SHAPE), lambda x, t: torch.cos(x) * 0.3
     weight = lambda t: process.dynamic(6.0, int(t[0]), 10)
-    guided = process.sample(wavy, noise, 10, 6.0, other, dynamic=True)
+    guided = process.sample(both(wavy, other), noise, 10, 6.0, dynamic=True)
     joined = lambda x, t: other(x, t) + weight(t) * (wavy(x, t) - other(x, t))
-    torch.testing.assert_close(guided, process.sample(joined, noise, 10))
+    torch.testing.assert_close(guided, process.sample(alone(joined), noise, 10))
     with pytest.raises(ValueError, match="CogVideoX"):
-        diffusion.FlowMatching().sample(wavy, noise, 10, 6.0, other, dynamic=True)
+        diffusion.FlowMatching().sample(both(wavy, other), noise, 10, 6.0, dynamic=True)
 
 
 def test_guidance_is_float32_whatever_the_network_gives():
     noise, other = torch.randn(2, *SHAPE), lambda x, t: (torch.cos(x) * 0.3).bfloat16()
     network = lambda x, t: wavy(x, t).bfloat16()
     joined = lambda x, t: other(x, t).float() + 6.0 * (network(x, t).float() - other(x, t).float())
-    assert torch.equal(diffusion.VPrediction().sample(network, noise, 5, 6.0, other),
-                       diffusion.VPrediction().sample(joined, noise, 5))
+    assert torch.equal(diffusion.VPrediction().sample(both(network, other), noise, 5, 6.0),
+                       diffusion.VPrediction().sample(alone(joined), noise, 5))
 
 
 def test_a_sampled_clip_does_not_depend_on_its_batch(kind):
     process, noise = BOTH[kind]("x"), torch.randn(3, *SHAPE)
-    whole = process.sample(wavy, noise, 6)
-    assert all(torch.equal(process.sample(wavy, noise[i : i + 1], 6)[0], whole[i]) for i in range(3))
+    whole = process.sample(alone(wavy), noise, 6)
+    assert all(torch.equal(process.sample(alone(wavy), noise[i : i + 1], 6)[0], whole[i]) for i in range(3))
 
 
 def test_watch_hears_each_steps_start(kind):
     process = BOTH[kind]()
     for solver in (None, *process.solvers):
         heard = []
-        process.sample(wavy, torch.randn(1, *SHAPE), 7, watch=heard.append, solver=solver)
+        process.sample(alone(wavy), torch.randn(1, *SHAPE), 7, watch=heard.append, solver=solver)
         assert heard == process.times(7, solver)[:-1]
 
 

@@ -1,9 +1,11 @@
 """experts.py: the untrained branch changes nothing, dispatch is its naive loop,
 equations 1 and 2 by hand, who touches which rows."""
+import functools
 import itertools
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import config
 import experts
@@ -360,3 +362,14 @@ def test_switched_off_parts_have_no_routing_and_no_parameters():
     assert set(vars(net(*inputs())[1]).values()) == {None}
     assert {name.split(".")[0] for name, _ in net.named_parameters()} == {"backbone", "physical", "inject"}
     assert net(*inputs(), edit=experts.invert)[1].semantic is None
+
+
+def test_recomputation_writes_nothing_into_the_routing():
+    """Checkpointing runs the middle a second time, in backward: the routing stays that of the forward."""
+    net = awake(build())
+    for block in net.physical:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    prediction, routing = net(*inputs())
+    before = dict(vars(routing))
+    (prediction.square().mean() + routing.refinement_lift.square().mean()).backward()
+    assert len(before) == 6 and all(value is before[name] for name, value in vars(routing).items())

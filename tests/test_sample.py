@@ -79,8 +79,8 @@ def test_guidance_against_two_separate_calls(loaded, guidance):
     cfg, net, process, tokenizer, _ = loaded
     ids, n = tokenizer.encode(PROMPTS[1], cfg.text_len)
     text, length, noise = ids[None], torch.tensor([n]), process.draw(7, [0], (3, 4, 16, 16))[1]
-    x = process.sample(lambda x, t: net(x, t, text, length)[0], noise, 4, guidance,
-                       lambda x, t: net(x, t, torch.zeros_like(text), torch.tensor([0]))[0])
+    nothing = torch.zeros_like(text), torch.tensor([0])
+    x = process.sample(lambda x, t: (net(x, t, text, length)[0], net(x, t, *nothing)[0]), noise, 4, guidance)
     expected = ((x[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
     assert levels_apart(clips(loaded, PROMPTS[1:2], seed=7, guidance=guidance)[0][0], expected) <= 1
 

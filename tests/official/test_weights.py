@@ -226,10 +226,10 @@ def erf_gelu(patch, net):
 
 
 def height_before_width(patch, net):
-    def wrong(grid, dim, right=model.sines):
+    def wrong(grid, dim, right=model.sincos_table):
         t, w, h = right(grid, dim).split([dim // 4, 3 * dim // 8, 3 * dim // 8], 1)
         return torch.cat([t, h, w], 1)
-    patch(model, "sines", wrong)
+    patch(model, "sincos_table", wrong)
 
 
 def one_final_norm(patch, net):
