@@ -15,7 +15,7 @@ MAY_IMPORT = {  # an arrow never points up
     "train": "config world data encode diffusion model experts align sample evaluate",
     "sample": "config world data encode diffusion model experts",
     "evaluate": "config world data encode diffusion model experts align train sample",
-    "bench": "config diffusion model experts train",
+    "bench": "config data diffusion model experts train",
 }
 FILES = sorted(p for p in ROOT.glob("*.py"))
 STORIES = {"main", "train"}  # told from top to bottom, so they may be long
@@ -62,6 +62,14 @@ def test_the_method_is_free_of_everything_around_it(name):
 @pytest.mark.parametrize("name", ["config.py", "world.py"])
 def test_rooms_without_torch(name):
     assert not {n for n in imports(ROOT / name) if n.split(".")[0] == "torch"}
+
+
+def test_a_students_run_does_not_load_what_official_models_need():
+    """train.py imports official/ and vlm/ inside the functions that need them."""
+    found = {alias.name if isinstance(node, ast.Import) else node.module
+             for node in ast.parse((ROOT / "train.py").read_text()).body
+             if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
+    assert not {name for name in found if name.split(".")[0] in ("official", "vlm")}
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda p: p.name)
