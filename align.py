@@ -5,11 +5,15 @@
 
 L_coarse tells the semantic router *which* physics a clip holds, L_fine_align tells the refinement
 router *where* it is, and L_fine_balance keeps all of its experts in use. This file also says which
-clips and which tokens count. All functions are pure, and no vision-language model is needed here:
-teacher.py writes attention maps, and this file makes targets of them.
+clips enter L_coarse. All functions are pure. By default the target is the exact masks of the
+synthetic clips (data.py, `Clips.targets`); with --teacher it is made here, by `map_target`, of the
+attention maps that teacher.py has written.
+
+Experts have no names. A router's weights are therefore *lifted*: a small learned linear layer maps
+them from experts to the named phenomena, where they can be compared with labels and masks.
 
 Letters: B clips, N video tokens, E_s semantic and E_r refinement experts, E_cat phenomena,
-k experts a token.
+k experts per token.
 """
 import torch
 import torch.nn.functional as F
@@ -32,15 +36,15 @@ def coarse_loss(p_s: Tensor, q_s: Tensor, kind: str = "relative",
     """L_coarse (Eq. 3-4): clips with alike physics should be routed alike.
 
     p_s (B, E_cat): the semantic router's weights rho_s, lifted to the categories.
-    q_s (B, E_cat): multi-hot labels, at least one a clip (see `labelled`).
-    kind: "relative" compares the cosine similarity of every pair of clips in P_s and in Q_s; it
-    orders clips and names no class. "bce" reads p_s as logits and names classes: this is the
-    paper's ablation.
+    q_s (B, E_cat): multi-hot labels, at least one per clip (see `labelled`).
+    kind: "relative" compares the cosine similarity of every pair of clips in P_s and in Q_s, so
+    that no lifted weight needs a fixed meaning. "bce" reads p_s as logits of the named phenomena:
+    this is the paper's ablation.
     reduction: over pairs (over entries for "bce"). The paper prints a sum; the mean is ours,
-    because its weight does not grow with B^2.
+    because a sum over pairs grows with B^2.
 
-    Raises ValueError for a batch of one under "relative": it has no pair, and a silent zero would
-    teach nothing.
+    Raises ValueError for a batch of one under "relative", which has no pair. train.py does not
+    ask where fewer than two clips are labelled.
     """
     if kind == "bce":
         return F.binary_cross_entropy_with_logits(p_s.float(), q_s.float(), reduction=reduction)
@@ -56,7 +60,7 @@ def coarse_loss(p_s: Tensor, q_s: Tensor, kind: str = "relative",
 def fine_align_loss(p_r: Tensor, target: Tensor, mask: Tensor, reduction: str = "mean") -> Tensor:
     """L_fine_align (Eq. 5): sum over M > 0 of M (P'_r - Q_r)^2; all three are (B, N, E_cat).
 
-    p_r: refinement probabilities, lifted to the categories. mask: 0 leaves an entry out, and its
+    p_r: refinement probabilities, lifted to the categories and not bounded. mask: 0 leaves an entry out, and its
     gradient is then exactly zero; values between 0 and 1 give it less weight. The mean (ours) is
     over the mask's total, so the weight does not depend on the resolution. An empty mask gives 0.
     """

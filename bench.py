@@ -45,8 +45,7 @@ from common.score import table_head, table_line
 from config import Config, Stopped, UserError
 from data import Batch
 from model import build_backbone
-from official.cost import GIB, block_flops, input_size
-from official.reference import blocks_of, official_pair, their_model
+from official import cost, reference
 
 
 VOCABULARY = 120
@@ -89,6 +88,7 @@ def say(cells: Iterable[str]) -> None:
 
 
 def ms(seconds: float) -> str:
+    """Milliseconds, for a table."""
     return f"{seconds * 1e3:.0f}"
 
 
@@ -98,12 +98,14 @@ def faster(seconds: dict[str, float]) -> str:
 
 
 def autocast(cfg: Config):
+    """The precision of a training step."""
     bf16 = cfg.precision == "bf16"
     return torch.autocast(torch.device(cfg.device).type, torch.bfloat16, enabled=bf16)
 
 
 def compile_all(blocks: Iterable[nn.Module]) -> None:
-    torch.compiler.reset()  # code compiled for eight models in one process runs eager for the ninth
+    """Compile blocks anew: code for eight models in one process would run the ninth eagerly."""
+    torch.compiler.reset()
     for block in blocks:
         block.compile(dynamic=False)
 
@@ -232,13 +234,13 @@ def plain_step(cfg: Config, model: nn.Module, call: Callable, target: Tensor) ->
 
 def reference_table(cfg: Config, rounds: int) -> None:
     """Print the base's training step against diffusers'."""
-    theirs, call_theirs = their_model(replace(cfg, positions="integer", text_dim=cfg.dim))
+    theirs, call_theirs = reference.their_model(replace(cfg, positions="integer", text_dim=cfg.dim))
     ours = build_backbone(cfg, VOCABULARY).to(cfg.device)
     batch = random_batch(cfg)
     y = torch.randn(cfg.batch_size, cfg.text_len, cfg.dim, device=cfg.device)
     t = torch.rand(cfg.batch_size, device=cfg.device) * 999
     if cfg.compile == "on":
-        compile_all([*ours.blocks, *blocks_of(theirs)])
+        compile_all([*ours.blocks, *reference.blocks_of(theirs)])
 
     their_call = partial(call_theirs, batch.x, t, y)
     our_call = partial(ours, batch.x, t, batch.text, batch.text_length)
@@ -280,7 +282,7 @@ def official_sizes(device: str) -> dict[str, Config]:
 
 def official_inputs(cfg: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """x (B, C, F, H, W), t (B,), text (B, L, D_text) of the config's size."""
-    x = torch.randn(cfg.batch_size, *input_size(cfg), device=cfg.device, dtype=dtype)
+    x = torch.randn(cfg.batch_size, *cost.input_size(cfg), device=cfg.device, dtype=dtype)
     text = torch.randn(cfg.batch_size, cfg.text_len, cfg.text_dim, device=cfg.device, dtype=dtype)
     return x, torch.full((cfg.batch_size,), 500, device=cfg.device), text
 
@@ -337,11 +339,11 @@ def official_table(sizes: dict[str, Config], modes: list[str], rounds: int) -> N
                       "diffusers / ours", "outputs differ by"]))
     for name, cfg in sizes.items():
         for dtype in (torch.float32, torch.bfloat16):
-            ours, theirs, call_theirs = official_pair(cfg, dtype)
+            ours, theirs, call_theirs = reference.official_pair(cfg, dtype)
             inputs = official_inputs(cfg, dtype)
             calls = {"diffusers": partial(call_theirs, *inputs), "ours": partial(ours, *inputs)}
             leaves = {"diffusers": list(theirs.parameters()), "ours": list(ours.parameters())}
-            blocks = [*ours.blocks, *blocks_of(theirs)]
+            blocks = [*ours.blocks, *reference.blocks_of(theirs)]
             for mode, seconds, _, apart in compared(calls, leaves, blocks, modes, rounds):
                 say([name, f"{cfg.batch_size} x {math.prod(cfg.grid)}", str(dtype)[6:], mode,
                      ms(seconds["ours"]), ms(seconds["diffusers"]), faster(seconds), apart])
@@ -367,9 +369,9 @@ def leaf(value):
 def one_block(cfg: Config, dtype: torch.dtype) -> dict[str, tuple]:
     """-> {side: (block, its call, what it has gradients for)} of ours and diffusers' block, with
     the same weights and inputs. Inputs have gradients too, as in the middle of a network."""
-    ours, theirs, call_theirs = official_pair(cfg, dtype)
+    ours, theirs, call_theirs = reference.official_pair(cfg, dtype)
     our_block = ours.blocks[0]
-    their_block = blocks_of(theirs)[0]
+    their_block = reference.blocks_of(theirs)[0]
     x, t, text = official_inputs(cfg, dtype)
     seen = []  # the arguments that diffusers' model gives to its block: none is written here
 
@@ -414,14 +416,14 @@ def added_memory(run: Callable) -> float:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
-    return (torch.cuda.max_memory_allocated() - before) / GIB
+    return (torch.cuda.max_memory_allocated() - before) / cost.GIB
 
 
 def block_rows(name: str, cfg: Config, modes: list[str], peak: float, rounds: int) -> None:
     """Print the rows of one model. Its tensors are freed when this function ends, before the next
     model is laid out."""
     sides = one_block(cfg, torch.bfloat16)
-    flops = block_flops(cfg)
+    flops = cost.block_flops(cfg)
     calls = {side: call for side, (_, call, _) in sides.items()}
     leaves = {side: tensors for side, (_, _, tensors) in sides.items()}
     blocks = [block for block, _, _ in sides.values()]
@@ -487,6 +489,7 @@ def main(cfg: Config, blocks: bool = False, rounds: int = 30) -> None:
 
 
 def from_command_line(argv: list[str]) -> None:
+    """`main` with the flags of a command line."""
     flags, cfg = config.parse_with(
         Flags, argv, "Time the training step, the experts and the blocks against references.")
     main(cfg, blocks=flags.blocks)

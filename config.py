@@ -58,6 +58,7 @@ def knob(default, *marks: str, choices: tuple = ()):
 
 @dataclass(frozen=True)
 class Config:
+    """All that a run of train.py depends on; a run folder's config.json holds it."""
     # --- the run
     config: str = "small"  # name of the preset the other fields start from
     out_dir: str = knob("", MAY_CHANGE)  # run folder; empty = runs/<config>
@@ -87,7 +88,7 @@ class Config:
     latent: bool = False  # work on latents of a VAE that shrinks time by 4, height and width by 8
     channels: int = knob(3, NETWORK, CACHE)  # of a pixel, or of a latent (16)
     patch_t: int = knob(2, NETWORK)  # frames a token
-    patch: int = knob(8, NETWORK)  # pixels a token's side
+    patch: int = knob(8, NETWORK)  # pixels of a token's side
     positions: str = knob(  # both (added and rotated, ours) | integer (rotated) | fitted (5B) | sincos (2B)
         "both", NETWORK, choices=("both", "integer", "fitted", "sincos"))
     fit_height: int = 30  # fitted: rows of tokens it was trained on
@@ -118,7 +119,7 @@ class Config:
         "x", INIT, choices=("x", "v", "eps"))
     time_mean: float = knob(0.0, SIGNED)  # flow: t = sigmoid(N(mean, std)); above 0: more noise
     time_std: float = 1.2  # flow: spread of the logit-normal times
-    shift: float = 3.0  # flow: t -> s t / (1 + (s - 1) t); captions decide near pure noise
+    shift: float = 3.0  # flow: t -> s t / (1 + (s - 1) t); more noise, where captions decide
     snr_shift: float = 1.0  # vpred: CogVideoX-2B has 3, 5B has 1
 
     # --- losses (Eq. 6)
@@ -130,7 +131,7 @@ class Config:
     teacher: str = ""  # maps of teacher.py: a folder, or the world's by name; empty = exact masks
     background: str = knob(  # maps against a generic question's: subtract (paper) | divide | none
         "subtract", choices=("subtract", "divide", "none"))
-    negatives: float = 0.0  # pull to zero where the paper's mask M is 0, as of absent phenomena; 0 = paper
+    negatives: float = 0.0  # pull to zero; masks: of absent phenomena, maps: elsewhere; 0 = paper
 
     # --- clips
     data_dir: str = ""  # folder of videos; empty = the physics world of world.py
@@ -212,7 +213,7 @@ WAN = OFFICIAL | dict(
     lineage="wan", text_len=512, freq_dim=256, positions="integer", shift=5.0, guidance=5.0,
     frames=81, height=480, width=832, fps=16.0)
 PRESETS = {
-    "small": dict(negatives=0.02),  # the defaults above: two CPU cores, about twelve minutes
+    "small": dict(negatives=0.02),  # the defaults but for this: two CPU cores, about twelve minutes
     "small-wan": dict(negatives=0.02, lineage="wan"),  # the same in the other lineage
     # Official models: their architecture is exact; branch, optimizer and schedule are ours.
     "cogvideox-2b": COG | dict(
@@ -222,8 +223,7 @@ PRESETS = {
         dim=3072, depth=42, heads=48, positions="fitted", physical_blocks="6,13,20,27,34,41"),
     "cogvideox1.5-5b": COG | dict(
         dim=3072, depth=42, heads=48, positions="integer", fit_height=150, fit_width=150,
-        patch_t=2, frames=81, height=768, width=1360, fps=16.0,
-        physical_blocks="6,13,20,27,34,41"),
+        patch_t=2, frames=81, height=768, width=1360, fps=16.0, physical_blocks="6,13,20,27,34,41"),
     "wan-1.3b": WAN | dict(
         dim=1536, depth=30, heads=12, ffn=8960, physical_blocks="4,9,14,19,24,29"),
     "wan-14b": WAN | dict(dim=5120, depth=40, heads=40, ffn=13824, physical_blocks="9,19,29,39"),
@@ -257,8 +257,7 @@ def load(path: Path) -> Config:
     except FileNotFoundError:
         raise UserError(f"{path.parent} is no run folder: it has no {path.name}.") from None
     except (OSError, ValueError, RecursionError, UserError) as e:
-        reason = str(e).rstrip(".")
-        raise UserError(f"{path} is not a config of this version: {reason}.") from None
+        raise UserError(f"{path} is not a config of this version: {str(e).rstrip('.')}.") from None
 
 
 def stored_fields(stored: dict) -> dict:
@@ -400,12 +399,12 @@ def meanings(cls) -> dict[str, str]:
 
 
 def boolean(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise ValueError
-    return text.lower() == "true"
+    """True or false, from the word. Raises ValueError for any other."""
+    return bool(("false", "true").index(text.lower()))
 
 
 def flag_name(f: dataclasses.Field) -> str:
+    """The name of a field's flag, without its dashes."""
     return f.metadata.get("name") or f.name
 
 
@@ -489,12 +488,12 @@ def entry(main, *args) -> None:
 
 
 # --- random numbers -------------------------------------------------------------------------------
-STREAMS = {  # each draw of the project has a number of its own, so that none depends on another
+STREAMS = {  # one number per kind of draw; previews share "noise" with training, at their own indices
     "time": 0, "noise": 1, "caption dropout": 2, "order": 3, "scored scenes": 4, "latent": 5,
     "held-out latent": 6, "lessons": 11, "shuffle": 17}
 
 
 def stream(seed: int, name: str, *index: int):
-    """numpy's generator for one draw: a function of the run's seed, what is drawn, and where, so
+    """A generator of numpy for one draw: a function of the run's seed, what is drawn, and where, so
     that nothing depends on batch size, world size or restarts."""
     return np.random.default_rng([seed, STREAMS[name], *index])

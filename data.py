@@ -137,7 +137,10 @@ class Tokenizer:
 # --- the token grid -----------------------------------------------------------------------------
 @functools.lru_cache
 def area_weights(n: int, size: int) -> Tensor:
-    """(n, size): share of cell j of `size` equal cells that pixel i of n covers. Columns sum to 1."""
+    """(n, size): share of cell j of `size` equal cells that pixel i of n covers.
+
+    Columns sum to one.
+    """
     pixel = np.arange(n)[:, None] * size  # both in units of 1 / (n size)
     cell = np.arange(size)[None] * n
     overlap = np.minimum(pixel + size, cell + n) - np.maximum(pixel, cell)
@@ -184,12 +187,6 @@ def token_times(cfg: Config) -> np.ndarray:
 
 
 # --- two sources of clips -----------------------------------------------------------------------
-def world_settings(cfg: Config) -> dict:
-    """How world.make_clip draws the clips of these settings."""
-    names = ("frames", "height", "width", "decoys", "two", "colour_cues", "ood")
-    return {name: getattr(cfg, name) for name in names}
-
-
 class SyntheticClips:
     """Clips of the physics world: 0, 1, ... to train on, from HELD_OUT on to validate."""
     name = "world"
@@ -202,7 +199,7 @@ class SyntheticClips:
         # Another line of these files draws another world.
         code = hashlib.sha256(b"".join(path.read_bytes() for path in world.SOURCES)).hexdigest()
         return {"clips": self.cfg.world_clips, "seed": self.cfg.world_seed, "code": code,
-                **world_settings(self.cfg)}
+                **world.drawing(self.cfg)}
 
     def clips(self, progress: bool) -> Iterator[PoolClip]:
         """Every clip, in order."""
@@ -222,7 +219,7 @@ class SyntheticClips:
     def draw(self, indices: list[int]) -> Iterator[world.Clip]:
         """The clips in order, drawn on all cores when they are many."""
         cfg = self.cfg
-        make = functools.partial(world.make_clip, cfg.world_seed, **world_settings(cfg))
+        make = functools.partial(world.make_clip, cfg.world_seed, **world.drawing(cfg))
         workers = min(cores(cfg.threads), 1 + len(indices) // POOL_FROM)
         if workers == 1:
             return map(make, indices)

@@ -1,19 +1,24 @@
-"""What stands around a large video model, once and on disk: latents and text embeddings of a folder of videos.
+"""What a large video model is trained on, made once: latents and text embeddings of videos.
 
     python encode.py --videos DIR --annotations FILE --weights DIR --out CACHE [--shard 1/8]
-    python encode.py --export RUN --out DIR      a run that trained an official backbone along, in diffusers' layout
+    python encode.py --export RUN --out DIR
+
+--export writes a run that trained an official backbone along in the layout of diffusers.
 
     videos   --VAE-->          latents     \\
-    captions --TextEncoder-->  embeddings  --> CACHE, which `train.py --weights DIR --cache CACHE` reads
+    captions --TextEncoder-->  embeddings  --> CACHE
 
-Nothing of the method is here. The weights are a local folder in diffusers' layout (tokenizer/, text_encoder/, vae/; a
-transformer/ only tells the lineage), read from safetensors alone. official/encoders.py says in what the two lineages
-differ, official/cache.py what a cache holds.
+`train.py --weights DIR --cache CACHE` reads the cache.
 
-A clip's file is named by a hash of the settings, the weights, the caption, the categories, and the video's name, size
-and time of change. It is no hash of the video's bytes: to go on would mean to read terabytes to learn that nothing has
-changed. The price is that a copy made without its times is encoded again; it is never taken for something else. A run
-that was killed is started again, and makes what is missing.
+Nothing of the method is here. The weights are a local folder in diffusers' layout (tokenizer/,
+text_encoder/, vae/; a transformer/ only tells the lineage), read from safetensors alone.
+official/encoders.py says in what the two lineages differ, official/cache.py what a cache holds.
+
+A clip's file is named by a hash of the settings, the weights, the caption, the categories, and the
+video's name, size and time of change. It is no hash of the video's bytes: to go on would mean to
+read terabytes to learn that nothing has changed. The price is that a copy made without its times is
+encoded again; it is never taken for something else. A run that was killed is started again, and
+makes what is missing.
 """
 import dataclasses
 import sys
@@ -51,7 +56,8 @@ class Flags:
     windows: int = 4  # clips cut from one long video at most
     captions: str = flag("long", ("long", "short"))  # which one of a WISA record
     phys_law: bool = False  # captions are followed by the record's phys_law
-    dtype: str = flag("auto", ("auto", "bf16", "fp32"))  # of text encoder, CogVideoX's VAE and what is stored
+    dtype: str = flag(  # of text encoder, CogVideoX's VAE and what is stored
+        "auto", ("auto", "bf16", "fp32"))
     device: str = flag("auto", ("auto", "cuda", "mps", "cpu"))  # auto = cuda, else mps, else cpu
     tiled: bool = False  # VAE in tiles: less memory, slightly other latents
     text_batch: int = 8  # captions encoded at once
@@ -64,23 +70,26 @@ class Flags:
                 raise UserError(f"The flag --{name} is required; --help lists every flag.")
         shard_of(self.shard)
         if self.frames and self.frames % 4 != 1:
-            raise UserError(f"--frames must be 1 + 4 m (5, 9, ... 49, 81), not {self.frames}: the VAE takes the first "
-                            "one alone and four at a time after it.")
+            raise UserError(f"--frames must be 1 + 4 m (5, 9, ... 49, 81), not {self.frames}: the "
+                            "VAE takes the first one alone and four at a time after it.")
         for name in ("height", "width"):
-            if (getattr(self, name) or 0) % 16:
-                raise UserError(f"--{name} must be a multiple of 16, not {getattr(self, name)}: 8 pixels are a latent "
-                                "one, and 2 of those a token.")
+            side = getattr(self, name)
+            if side and side % 16:
+                raise UserError(f"--{name} must be a multiple of 16, not {side}: 8 pixels are a "
+                                "latent one, and 2 of those a token.")
 
 
 def sized(flags: Flags, lineage: Lineage) -> Flags:
     """The flags, with the lineage's own sizes where none were given."""
-    sizes = {name: getattr(flags, name) or getattr(lineage, name) for name in ("frames", "fps", "height", "width")}
+    sizes = {name: getattr(flags, name) or getattr(lineage, name)
+             for name in ("frames", "fps", "height", "width")}
     return dataclasses.replace(flags, **sizes)
 
 
 def main(argv: list[str]) -> None:
     """Check everything, then encode or export. Raises UserError and Stopped."""
-    flags = config.parse_flags(Flags, argv, "Turn a folder of videos into latents and text embeddings, for training.")
+    flags = config.parse_flags(Flags, argv, "Turn a folder of videos into latents and text "
+                                            "embeddings, for training.")
     if flags.export:
         export_run(Path(flags.export), Path(flags.out))
         print(f"wrote {flags.out}")
@@ -88,13 +97,14 @@ def main(argv: list[str]) -> None:
     lineage = lineage_of(Path(flags.weights))
     flags = sized(flags, lineage)
     if lineage.name == "cogvideox" and flags.frames % 8 != 1:
-        print(f"CogVideoX's VAE gives {flags.frames + 3} frames back for {flags.frames}; of 1 + 8 m it gives as many.",
-              file=sys.stderr)
+        print(f"CogVideoX's VAE gives {flags.frames + 3} frames back for {flags.frames}; of "
+              "1 + 8 m it gives as many.", file=sys.stderr)
     encode_folder(flags, lineage)
 
 
 def encode_folder(flags: Flags, lineage: Lineage) -> None:
     """See what is there, encode what is not, list it. Raises UserError and Stopped."""
+    # The videos, how they are cut, and where the cache stands.
     weights = Path(flags.weights)
     device = pick_device(flags.device)
     dtype = torch.bfloat16 if pick_precision(flags.dtype, device) == "bf16" else torch.float32
@@ -102,7 +112,8 @@ def encode_folder(flags: Flags, lineage: Lineage) -> None:
     cut = Cut(flags.frames, flags.fps, flags.windows, flags.height, flags.width)
     threads = min(4, cores(0))  # each reads ahead a video's clips, a hundred megabytes apiece
     first, shards = shard_of(flags.shard)
-    store = Store.create(flags.out, CACHE, settings_of(flags, lineage, weights, dtype), (first, shards))
+    settings = settings_of(flags, lineage, weights, dtype)
+    store = Store.create(flags.out, CACHE, settings, (first, shards))
     made = cut_captions = 0
     try:
         # What is there.
@@ -119,7 +130,8 @@ def encode_folder(flags: Flags, lineage: Lineage) -> None:
             if not has_empty:
                 encoder.write_empty()
             todo = {name: videos[name] for name in missing}
-            with tqdm(total=len(mine), initial=len(mine) - len(todo), desc="encoding", unit="video") as bar:
+            with tqdm(total=len(mine), initial=len(mine) - len(missing),
+                      desc="encoding", unit="video") as bar:
                 encoder.write_videos(folder, todo, have, cut, threads, bar)
             made, cut_captions = encoder.made, encoder.cut_captions
         index = store.write_index(videos, lambda file, video: CacheRow(
@@ -131,12 +143,14 @@ def encode_folder(flags: Flags, lineage: Lineage) -> None:
     # What came of it.
     skipped = folder.skipped_sentence()
     if not index["clips"]:
-        raise UserError(f"No clip could be made from {flags.videos}{skipped or '; the annotations name no video'}.")
+        raise UserError(f"No clip could be made from {flags.videos}"
+                        f"{skipped or '; the annotations name no video'}.")
     too_long = ""
     if cut_captions:
         too_long = f"; {cut_captions} captions have more than {lineage.text_len} tokens and are cut"
-    print(f"{made} clips made, {len(have)} were there; {store.folder} holds {len(index['clips'])} from "
-          f"{index['done']} of {index['videos']} videos{too_long}{skipped}{folder.unknown_labels()}")
+    print(f"{made} clips made, {len(have)} were there; {store.folder} holds "
+          f"{len(index['clips'])} from {index['done']} of {index['videos']} videos"
+          f"{too_long}{skipped}{folder.unknown_labels()}")
 
 
 if __name__ == "__main__":

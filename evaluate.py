@@ -241,6 +241,7 @@ PARTS = {"laws": law_table, "localisation": localisation_table}
 # --- one run ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Flags:
+    """The command line."""
     run: list[str] = flag([])  # run folder; several: mean and spread over them
     n: int = 16  # clips a law
     clips: int = 128  # held-out clips for the localisation
@@ -358,6 +359,7 @@ def describe(part, table) -> None:
 
 
 def main(argv) -> None:
+    """Print the tables of each run, and of several their means. Raises UserError."""
     flags = config.parse_flags(Flags, argv, "Law errors of generated clips, and how well the "
                                             "routing finds where physics happens.")
     done = []

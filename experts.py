@@ -55,7 +55,7 @@ def invert(logits: Tensor) -> Tensor:
 
 # --- semantic experts: which physics ----------------------------------------------------------
 class FullMaps(nn.Module):
-    """The paper's basis maps: one number an expert, token and channel."""
+    """The paper's basis maps B_e: one number for each expert, channel and token."""
 
     def __init__(self, grid: Grid, dim: int, experts: int):
         super().__init__()
@@ -99,7 +99,7 @@ class FactoredMaps(nn.Module):
 
 
 class SemanticExpertBlock(nn.Module):
-    """X~ = X + sum_e rho_s[e] B_e, with a learnable map B_e (N, D) a kind of physics (Eq. 1).
+    """X~ = X + sum_e rho_s[e] B_e, with a learnable map B_e (N, D) for each kind of physics (Eq. 1).
 
     All experts take part: a hard top-k collapses at the small batches of video training. A map
     belongs to one token grid and is interpolated to any other (ours). Rank 0 means full maps.
@@ -203,8 +203,9 @@ class ProPhy(nn.Module):
 
         prediction, routing = model(x, t, text, text_length, edit=None)
 
-    Three separate steps: build; load the backbone; `init_from_backbone()`, which a resumed run
-    skips. `edit` maps semantic logits (B, E_s) to others, for example `invert`.
+    Three separate steps: build; load the backbone; `init_from_backbone()`, which matters where the
+    backbone was loaded after building. A checkpoint that is loaded later overwrites all of it.
+    `edit` maps semantic logits (B, E_s) to others, for example `invert`.
     """
 
     def __init__(self, backbone: nn.Module, cfg: Config):
@@ -226,6 +227,8 @@ class ProPhy(nn.Module):
             self.refinement = RefinementExpertBlock(dim, cfg.refinement_experts, cfg.top_k,
                                                     cfg.categories, cfg.residual, cfg.renormalise)
         # Zero-initialised injection: the untrained branch adds nothing to the backbone's tokens.
+        # These layers get the first gradient of the diffusion loss, and pass it on once they are
+        # not zero; the routers learn from the alignment losses from the first step on.
         self.inject = nn.ModuleList(
             nn.Linear(dim, dim) if cfg.injection == "zero" else nn.Identity() for _ in self.at)
         for parameter in self.inject.parameters():
@@ -261,14 +264,14 @@ class ProPhy(nn.Module):
             video = self.semantic(tokens[:, n:], rho, condition.grid)
             branch = torch.cat([tokens[:, :n], video], dim=1)
 
-        # Where: this runs in the middle of the last physical block. All that it finds is returned
-        # and nothing is kept, because recomputation (checkpointing) runs it twice.
+        # Where: this runs in the middle of the last physical block. It returns what it finds and
+        # stores nothing outside, because checkpointing calls it twice.
         def refine(hidden: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:  # of (B, S, D)
             video, rho, chosen = self.refinement(hidden[:, n:])
             lift = self.refinement.lifted(rho)
             return torch.cat([hidden[:, :n], video], dim=1), (rho, lift, chosen)
 
-        # Both streams go side by side; after each physical block the backbone gets its share.
+        # Backbone and branch go side by side; after each physical block the backbone gets its share.
         for i, block in enumerate(self.backbone.blocks):
             tokens = block(tokens, condition)
             if i not in self.at:

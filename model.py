@@ -1,30 +1,29 @@
-"""The video diffusion transformers: CogVideoX (Yang et al. 2024, arXiv 2408.06072) and Wan2.1 (arXiv 2503.20314).
+"""The video diffusion transformers: CogVideoX (arXiv 2408.06072) and Wan2.1 (arXiv 2503.20314).
 
-                                      CogVideoX                                  Wan
-    sequence              [text | video], joint attention          video; text beside it, by cross-attention
-    modulation by time    each block its own linear, text and      one for all blocks, each adds its own table
-                          video apart ("expert adaLN")
-    norm of q and k       LayerNorm of each head                   RMSNorm across all heads
+                            CogVideoX                          Wan
+    sequence                [text | video], joint attention    video; text by cross-attention
+    modulation by time      a linear layer in each block,      one for all blocks, to which each
+                            text and video apart               adds its own table
+    norm of q and k         LayerNorm of each head             RMSNorm across all heads
 
-    x (B, C, F, H, W) --patchify--> video tokens --+
-                                                   +--> blocks --> video tokens --head--> prediction
-    text (B, L[, D_text]) ----------text tokens ---+
+The two block classes share their leaves and no line of control flow, so that each can be read
+beside its paper. The same classes are the small models trained here, which learn their words
+(`TextEncoder`), and with official weights in them (official/weights.py) the big ones, whose words
+come from a frozen T5. Image-to-video is left out: its inputs would double each `embed`.
 
-The two block classes share their leaves and no line of control flow, so that each can be read against its paper. The
-same classes are the small models trained here and, with official weights in them (`load_pretrained`), the big ones.
-Small models learn their words (`TextEncoder`); big ones get the output of a frozen T5.
+The block contract, which a new backbone has to keep (experts.py uses nothing else):
+    tokens, condition = backbone.embed(x, t, text, text_length)     patches, places, words
+    tokens = block(tokens, condition)                   attention, then feed-forward
+    tokens, found = block(tokens, condition, middle)    between them: tokens, found = middle(tokens)
+    prediction = backbone.head(tokens, condition)       shaped as x
+`condition` has n_text (text tokens in front of the video tokens, none for Wan), grid, text and
+text_length; the backbone has `blocks` and `text_dim`. common/optim.py tells matrices by `blocks.`.
 
-The block contract, all that experts.py knows of a backbone:
-    tokens, condition = backbone.embed(x, t, text, text_length)
-    tokens = block(tokens, condition, middle=None)     attention, then middle(tokens) if given, then feed-forward
-    prediction = backbone.head(tokens, condition)
-`condition.n_text` says how many text tokens stand in front of the video tokens (none for Wan).
-
-Left out on purpose: image-to-video variants, whose extra inputs would double each `embed`.
-
-Letters: B batch, C channels, F H W video, N video tokens, L text tokens, S = n_text + N, D width, h heads, d = D / h.
+Letters: B batch, C channels, F H W video, f h w grid of video tokens, N = f h w of them, L text
+tokens, S = n_text + N, D width, d = D / heads. `t` is diffusion time, never a place in the clip.
 """
 import math
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -34,229 +33,234 @@ from torch import Tensor, nn
 
 from config import Config
 
+Grid = tuple[int, int, int]  # video tokens along time, height, width
+Rope = tuple[Tensor, Tensor]  # cos and sin of the angles by which q and k turn, (S, d / 2) each
+
 
 @dataclass
 class Condition:
     """What blocks and head need beside the tokens."""
-
-    time: Tensor  # CogVideoX: (B, D_time) silu of the time embedding; Wan: (B, 6, D) the modulation all blocks share
-    rope: tuple[Tensor, Tensor]  # cos, sin (S, d / 2)
+    time: Tensor  # CogVideoX: (B, D_time) silu of the time embedding; Wan: (B, 6, D) modulation
+    rope: Rope
     n_text: int  # text tokens in front of the video tokens
-    grid: tuple[int, int, int]  # video tokens along time, height, width
+    grid: Grid
     text: Tensor  # (B, L, D_text) the text embedding y, as the semantic router reads it
     text_length: Tensor  # (B,) real tokens of y; the rest is padding
     context: Tensor | None = None  # Wan: (B, L, D) the text that cross-attention reads
     time_out: Tensor | None = None  # Wan: (B, 1, D) the time embedding itself, for the head
 
 
-# --- shared leaves ----------------------------------------------------------------------------------------------------
+# --- shared leaves ----------------------------------------------------------------------------
 def patchify(x: Tensor, pt: int, p: int) -> Tensor:
-    """(B, C, F, H, W) -> (B, N, C pt p p): tokens in order t, h, w; a token's numbers in order c, t, h, w."""
+    """(B, C, F, H, W) -> (B, N, C pt p p), tokens by time, row, column. With pt = 2 and p = 8:
+    (4, 3, 8, 32, 32) -> (4, 64, 384), which are 4 x 4 x 4 tokens of 3 x 2 x 8 x 8 numbers."""
     B, C, frames, H, W = x.shape
-    x = x.view(B, C, frames // pt, pt, H // p, p, W // p, p)
+    x = x.view(B, C, frames // pt, pt, H // p, p, W // p, p)  # (B, C, f, pt, h, p, w, p)
     return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(B, -1, C * pt * p * p)
 
 
-def unpatchify(tokens: Tensor, grid: tuple[int, int, int], pt: int, p: int) -> Tensor:
+def unpatchify(tokens: Tensor, grid: Grid, pt: int, p: int) -> Tensor:
     """(B, N, C pt p p) -> (B, C, F, H, W), the inverse of patchify."""
-    B, (T, h, w) = len(tokens), grid
-    x = tokens.view(B, T, h, w, -1, pt, p, p).permute(0, 4, 1, 5, 2, 6, 3, 7)  # (B, C, T, pt, h, p, w, p)
-    return x.reshape(B, -1, T * pt, h * p, w * p)
+    f, h, w = grid
+    x = tokens.unflatten(1, grid).unflatten(-1, (-1, pt, p, p))  # (B, f, h, w, C, pt, p, p)
+    return x.permute(0, 4, 1, 5, 2, 6, 3, 7).reshape(len(x), -1, f * pt, h * p, w * p)
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
-    """(B,) in the lineage's own unit (0..1000) -> (B, dim) float32, cosines first as both lineages have them."""
-    frequencies = torch.exp(-math.log(10_000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
-    angles = t.float()[:, None] * frequencies
+    """Time (B,) in the lineage's own unit (0..1000) -> (B, dim) float32, cosines first."""
+    half = dim // 2
+    frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
+    angles = t.float()[:, None] * frequencies  # float32, as the official weights were trained
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 
 
-def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn neighbouring channel pairs (0, 1), (2, 3) ... of x (B, h, S, d) by the angles of their position."""
+def rotate(x: Tensor, rope: Rope) -> Tensor:
+    """Turn the channel pairs (0, 1), (2, 3) ... of x (B, heads, S, d) by their places' angles."""
     cos, sin = rope
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # (B, heads, S, d / 2) each
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).type_as(x)
+
+
+def attention_weights(q: Tensor, k: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)): two of (B, heads, S, d) -> (B, heads, S, S)."""
+    return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v over (B, h, S, d). On a CPU, where sequences are short, the formula itself beats the
-    fused kernel, whose backward is slow; of long ones it could not hold the S x S scores."""
+    """softmax(q k^T / sqrt(d)) v over (B, heads, S, d)."""
+    # On a CPU the fused kernel's backward is slow; of long sequences S x S scores would not fit.
     if q.device.type == "cpu" and k.shape[-2] <= 1024:
-        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
+        return attention_weights(q, k) @ v
     return F.scaled_dot_product_attention(q, k, v)
 
 
-class HeadNorm(nn.LayerNorm):
-    """LayerNorm of each head's d channels, one set of weights for all heads: (B, S, D) -> (B, S, D)."""
-
-    def __init__(self, dim: int, heads: int):
-        super().__init__(dim // heads, eps=1e-6)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.unflatten(-1, (-1, *self.normalized_shape))).flatten(-2)
+def mlp(into: int, inner: int, out: int, activation: nn.Module | None = None) -> nn.Sequential:
+    """Two linear layers with an activation between them."""
+    between = activation or nn.GELU(approximate="tanh")
+    return nn.Sequential(nn.Linear(into, inner), between, nn.Linear(inner, out))
 
 
 class LayerNorm32(nn.LayerNorm):
-    """LayerNorm computed, and returned, in float32 whatever the tokens and weights are stored in."""
+    """LayerNorm computed, and returned, in float32 whatever tokens and weights are stored in."""
+    def __init__(self, dim: int, affine: bool = False):
+        super().__init__(dim, eps=1e-6, elementwise_affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = (None, None) if self.weight is None else (self.weight.float(), self.bias.float())
+        weight, bias = (p if p is None else p.float() for p in (self.weight, self.bias))
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
 
 
 class Attention(nn.Module):
-    """Attention of x over itself, or over a context: q and k normed as the lineage does it, then rotated."""
-
-    def __init__(self, dim: int, heads: int, norm=HeadNorm):
+    """Attention of x to itself, or to a context. The norm of q and k sees each head, or all."""
+    def __init__(self, dim: int, heads: int, across_heads: bool = False):
         super().__init__()
         self.heads = heads
-        self.to_q, self.to_k, self.to_v = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
-        self.norm_q, self.norm_k = norm(dim, heads), norm(dim, heads)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
+        width, norm = (dim, nn.RMSNorm) if across_heads else (dim // heads, nn.LayerNorm)
+        self.norm_q, self.norm_k = (norm(width, eps=1e-6) for _ in range(2))
         self.to_out = nn.Linear(dim, dim)
 
     def split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, S, D) -> (B, h, S, d)
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, S, D) -> (B, heads, S, d)
 
-    def queries_keys(self, x: Tensor, rope=None, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        q = self.split(self.norm_q(self.to_q(x)))
-        k = self.split(self.norm_k(self.to_k(x if context is None else context)))
-        return (q, k) if rope is None else (rotate(q, rope), rotate(k, rope))  # a context has no place in the video
+    def queries_keys(self, x: Tensor, rope=None, context=None) -> tuple[Tensor, Tensor]:
+        def normed(norm: nn.Module, x: Tensor) -> Tensor:  # over as many channels as it has weights
+            return self.split(norm(x.unflatten(-1, (-1, *norm.normalized_shape))).flatten(-2))
+        q = normed(self.norm_q, self.to_q(x))
+        k = normed(self.norm_k, self.to_k(x if context is None else context))
+        return (q, k) if rope is None else (rotate(q, rope), rotate(k, rope))
 
-    def forward(self, x: Tensor, rope=None, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope=None, context=None) -> Tensor:
         q, k = self.queries_keys(x, rope, context)
         v = self.split(self.to_v(x if context is None else context))
-        return self.to_out(attend(q.type_as(v), k.type_as(v), v).transpose(1, 2).flatten(2))
+        out = attend(q.type_as(v), k.type_as(v), v)  # a norm may have made q and k float32
+        return self.to_out(out.transpose(1, 2).flatten(2))
 
 
-class FeedForward(nn.Sequential):
-    def __init__(self, dim: int, inner: int):
-        super().__init__(nn.Linear(dim, inner), nn.GELU(approximate="tanh"), nn.Linear(inner, dim))
-
-
-# --- positions --------------------------------------------------------------------------------------------------------
-def turns(at: Tensor, channels: int, base: float = 10_000) -> Tensor:
-    """By how much RoPE turns each pair of channels at the places `at` (n,) of one axis: (n, channels / 2)."""
-    return at[:, None] * (1 / base ** (torch.arange(0, channels, 2, dtype=at.dtype) / channels))
+# --- positions --------------------------------------------------------------------------------
+def rope_angles(places: Tensor, channels: int, base: float = 10_000) -> Tensor:
+    """By how much RoPE turns each pair of channels at places (n,) of an axis: (n, channels / 2)."""
+    exponents = torch.arange(0, channels, 2, dtype=places.dtype) / channels
+    return places[:, None] * (1 / base**exponents)
 
 
 def over_grid(axes: list[Tensor]) -> Tensor:
-    """One table an axis, (n_i, c_i) -> their rows side by side, for tokens in order t, h, w: (N, c_t + c_h + c_w)."""
-    sizes = [len(axis) for axis in axes]
-    shaped = [axis.view([-1 if i == j else 1 for j in range(3)] + [axis.shape[1]]) for i, axis in enumerate(axes)]
-    return torch.cat([axis.expand(*sizes, -1) for axis in shaped], dim=-1).flatten(0, 2)
+    """A table for each axis -> one for all tokens, whose rows are those of the three, side by side.
+    On a grid of 3 x 2 x 5: (3, 8), (2, 12), (5, 12) -> (30, 32); row 17 = (1 * 2 + 1) * 5 + 2 joins
+    the rows 1, 1 and 2, because that token is at time 1, row 1, column 2."""
+    time, height, width = axes
+    sizes = (len(time), len(height), len(width))
+    shaped = (time[:, None, None], height[:, None], width)  # (3, 1, 1, 8), (2, 1, 12), (5, 12)
+    return torch.cat([table.expand(*sizes, -1) for table in shaped], dim=-1).flatten(0, 2)
 
 
-def integers(grid: tuple[int, int, int], dtype=torch.float32) -> list[Tensor]:
+def grid_angles(axes: list[Tensor], channels: Grid) -> Tensor:
+    """Places along three axes, and how many channels each of them turns -> angles (N, d / 2)."""
+    return over_grid([rope_angles(places, part) for places, part in zip(axes, channels)])
+
+
+def integers(grid: Grid, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Places 0, 1, 2 ... along each axis."""
     return [torch.arange(n, dtype=dtype) for n in grid]
 
 
-def fitted(grid: tuple[int, int, int], fit: tuple[int, int]) -> list[Tensor]:
-    """CogVideoX-5B: rows and columns are fitted, aspect kept, into the grid it was trained on (30 x 45 tokens), so that
-    other sizes see angles it knows. On that grid, and nowhere else, they are the integers."""
-    (T, h, w), (H, W) = grid, fit
+def fitted(grid: Grid, fit: tuple[int, int]) -> list[Tensor]:
+    """CogVideoX-5B: rows and columns are fitted, aspect kept, into the grid it was trained on
+    (30 x 45), so that other sizes see angles it knows. On that grid alone they are integers."""
+    (f, h, w), (H, W) = grid, fit
     rows, columns = (H, round(H / h * w)) if h / w > H / W else (round(W / w * h), W)
     top, left = round((H - rows) / 2), round((W - columns) / 2)
-    return [torch.arange(T).float(), torch.linspace(top, (top + rows) * (h - 1) / h, h),
+    return [torch.arange(f).float(), torch.linspace(top, (top + rows) * (h - 1) / h, h),
             torch.linspace(left, (left + columns) * (w - 1) / w, w)]
 
 
-def cog_channels(d: int) -> tuple[int, int, int]:
+def cog_channels(d: int) -> Grid:
     """Of d channels a quarter turns with time, 3/8 with height, 3/8 with width."""
     return d // 4, 3 * d // 8, 3 * d // 8
 
 
-def wan_channels(d: int) -> tuple[int, int, int]:
+def wan_channels(d: int) -> Grid:
     """Of 128 channels 44 turn with time, 42 with height, 42 with width."""
     third = 2 * (d // 6)
     return d - 2 * third, third, third
 
 
-def rotation(at: list[Tensor], channels: tuple[int, int, int]) -> Tensor:
-    """Angles (N, d / 2) of the tokens at the places of three axes."""
-    return over_grid([turns(places, part) for places, part in zip(at, channels)])
-
-
-def sines(grid: tuple[int, int, int], dim: int) -> Tensor:
-    """CogVideoX-2B's table (N, D): sines, then cosines of time (D / 4), WIDTH (3 D / 8) and then height. Rows and
-    columns are 1.875 times closer together than the integers."""
-    def wave(at, channels):
-        angles = at.double()[:, None] / 10_000 ** (torch.arange(channels // 2).double() / (channels // 2))
-        return torch.cat([angles.sin(), angles.cos()], dim=1)
-    (t, h, w), (d_t, d_h, d_w) = integers(grid), cog_channels(dim)
-    table = over_grid([wave(t, d_t), wave(h / 1.875, d_h), wave(w / 1.875, d_w)])
-    time, height, width = table.split([d_t, d_h, d_w], dim=1)
+def sincos_table(grid: Grid, dim: int) -> Tensor:
+    """CogVideoX-2B's table (N, D): sines, then cosines of time (D / 4), WIDTH (3 D / 8), height."""
+    time, height, width = integers(grid)
+    axes = (time, height / 1.875, width / 1.875)  # rows and columns are this much closer together
+    angles = [rope_angles(at.double(), part) for at, part in zip(axes, cog_channels(dim))]
+    table = over_grid([torch.cat([angle.sin(), angle.cos()], dim=1) for angle in angles])
+    time, height, width = table.split(cog_channels(dim), dim=1)
     return torch.cat([time, width, height], dim=1).float()
 
 
-@lru_cache(maxsize=8)
-def positions(cfg: Config, grid: tuple[int, int, int], n_text: int, device: torch.device):
-    """-> what is added to the video tokens, (N, D) or None, and the rotation of all tokens, cos and sin (S, d / 2).
+def position_tables(cfg: Config, grid: Grid) -> tuple[Tensor | None, Tensor]:
+    """What is added to the video tokens (N, D), and their angles (N, d / 2), as cfg.positions says.
+    CogVideoX-2B adds a table and all others turn q and k; "both" (ours) learns sides sooner."""
+    d = cfg.dim // cfg.heads
+    if cfg.positions == "fitted":
+        angles = grid_angles(fitted(grid, (cfg.fit_height, cfg.fit_width)), cog_channels(d))
+    elif cfg.lineage == "wan":
+        angles = grid_angles(integers(grid, torch.float64), wan_channels(d))  # as in the original
+    else:
+        angles = grid_angles(integers(grid), cog_channels(d))
+    if cfg.positions == "sincos":
+        return sincos_table(grid, cfg.dim), torch.zeros_like(angles)
+    if cfg.positions == "both":
+        wide = grid_angles(integers(grid), cog_channels(cfg.dim))  # (N, D / 2)
+        return torch.cat([wide.cos(), wide.sin()], dim=-1), angles
+    return None, angles
 
-    Text rows have angle zero, an exact identity, so that no block needs to cut the sequence apart. Angles are float32
-    for CogVideoX and float64 for Wan, as in their references: at place 80 that is a difference of 1e-5.
-    """
+
+@lru_cache(maxsize=8)
+def positions(cfg: Config, grid: Grid, n_text: int, device: torch.device):
+    """-> what is added to the video tokens, (N, D) or None, and the rope of all S tokens. Text
+    tokens have angle zero, an exact identity, so that no block needs to cut the sequence apart."""
     with torch.device("cpu"):  # not on the meta device, where a model may be laid out just now
-        added, angles = places(cfg, grid)
-        angles = F.pad(angles, (0, 0, n_text, 0))
+        added, angles = position_tables(cfg, grid)
+        angles = F.pad(angles, (0, 0, n_text, 0))  # (S, d / 2)
         cos, sin = angles.cos().float(), angles.sin().float()
     return None if added is None else added.to(device), (cos.to(device), sin.to(device))
 
 
-def places(cfg: Config, grid: tuple[int, int, int]) -> tuple[Tensor | None, Tensor]:
-    """What is added to the video tokens (N, D), and their angles (N, d / 2), by the rule that cfg.positions names."""
-    d, added = cfg.dim // cfg.heads, None
-    if cfg.positions == "fitted":
-        angles = rotation(fitted(grid, (cfg.fit_height, cfg.fit_width)), cog_channels(d))
-    elif cfg.lineage == "wan":
-        angles = rotation(integers(grid, torch.float64), wan_channels(d))
-    else:
-        angles = rotation(integers(grid), cog_channels(d))
-    if cfg.positions == "sincos":
-        added, angles = sines(grid, cfg.dim), torch.zeros_like(angles)
-    elif cfg.positions == "both":
-        wide = rotation(integers(grid), cog_channels(cfg.dim))  # (N, D / 2)
-        added = torch.cat([wide.cos(), wide.sin()], dim=-1)
-    return added, angles
-
-
-# --- words, for models trained here -----------------------------------------------------------------------------------
+# --- words, for models trained here -----------------------------------------------------------
 class TextBlock(nn.Module):
     """A plain pre-norm transformer block."""
-
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        self.norm1, self.attn1 = nn.LayerNorm(dim), Attention(dim, heads)
-        self.norm2, self.ff = nn.LayerNorm(dim), FeedForward(dim, 4 * dim)
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn1 = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim)
+        self.ff = mlp(dim, 4 * dim, dim)
 
-    def forward(self, x: Tensor, rope) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope) -> Tensor:
         x = x + self.attn1(self.norm1(x), rope)
         return x + self.ff(self.norm2(x))
 
 
 @lru_cache(maxsize=8)
-def rope_of_words(n: int, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos, sin (n, d / 2) of the words of a caption. They are few: with the usual base half of the channels would
-    hardly turn, and which word stands next to which is then learned too late."""
-    angles = turns(torch.arange(n).double(), d, base=10).float()
+def rope_of_words(n: int, d: int, device: torch.device) -> Rope:
+    """cos, sin (n, d / 2) of the words of a caption. They are few: with the usual base half of the
+    channels would hardly turn, and which word stands next to which is then learned too late."""
+    angles = rope_angles(torch.arange(n).double(), d, base=10).float()
     return angles.cos().to(device), angles.sin().to(device)
 
 
 class TextEncoder(nn.Module):
-    """Words in context: ids (B, L) -> y (B, L, D). Trained along, where the official models have a frozen T5.
+    """Words in context: ids (B, L) -> y (B, L, D). Without it the video tokens would have to find
+    out which thing is "red" and which is "left", and that takes several times as many steps. As
+    with T5 in CogVideoX, padding is not masked."""
 
-    Without it "red" and "left" are the same tokens in every caption, and the video tokens must find out which belongs
-    to which: colours and sides then take several times as many steps to come out right. As with T5 in CogVideoX,
-    padding is not masked.
-    """
-
-    def __init__(self, vocabulary: int, dim: int, heads: int, depth: int):
+    def __init__(self, vocabulary: int, cfg: Config):
         super().__init__()
-        self.heads, self.embedding = heads, nn.Embedding(vocabulary, dim)
-        self.blocks = nn.ModuleList(TextBlock(dim, heads) for _ in range(depth))
+        self.d = cfg.dim // cfg.heads
+        self.embedding = nn.Embedding(vocabulary, cfg.dim)
+        self.blocks = nn.ModuleList(TextBlock(cfg.dim, cfg.heads) for _ in range(cfg.text_depth))
 
     def forward(self, text: Tensor) -> Tensor:
-        x = self.embedding(text)
-        rope = rope_of_words(text.shape[1], x.shape[-1] // self.heads, x.device)
+        x = self.embedding(text)  # (B, L, D)
+        rope = rope_of_words(text.shape[1], self.d, x.device)
         for block in self.blocks:
             x = block(x, rope)
         return x
@@ -264,233 +268,229 @@ class TextEncoder(nn.Module):
 
 class Backbone(nn.Module):
     """What both lineages have in common: text in, position added, one block after the other."""
-
     def __init__(self, cfg: Config, vocabulary: int):
         super().__init__()
-        self.cfg, self.text_dim = cfg, cfg.text_dim or cfg.dim
+        self.cfg = cfg
+        self.text_dim = cfg.text_dim or cfg.dim
         self.patch_proj = nn.Linear(cfg.channels * cfg.patch_t * cfg.patch**2, cfg.dim)
-        learned = cfg.text_dim == 0
-        self.text_encoder = TextEncoder(vocabulary, cfg.dim, cfg.heads, cfg.text_depth) if learned else None
-        # CogVideoX-2B adds sines and cosines of the position, all others rotate q and k by it. Both together (ours)
-        # tell left from right sooner.
-        self.position_gain = nn.Parameter(torch.full((cfg.dim,), 0.3)) if cfg.positions == "both" else 1
+        words = cfg.text_dim == 0  # no foreign encoder is given, so words are learned here
+        self.text_encoder = TextEncoder(vocabulary, cfg) if words else None
+        both = cfg.positions == "both"
+        self.position_gain = nn.Parameter(torch.full((cfg.dim,), 0.3)) if both else 1
 
-    def read(self, x: Tensor, text: Tensor, text_length: Tensor | None, n_text: int):
-        """-> video tokens with their position (B, N, D), rope, grid, y (B, L, D_text), its lengths (B,)."""
+    def video_tokens(self, x: Tensor, n_text: int) -> tuple[Tensor, Rope, Grid]:
+        """Clips -> tokens with their position (B, N, D), the rope of all tokens, the grid."""
         pt, p = self.cfg.patch_t, self.cfg.patch
         grid = (x.shape[2] // pt, x.shape[3] // p, x.shape[4] // p)
         added, rope = positions(self.cfg, grid, n_text, x.device)
         video = self.patch_proj(patchify(x, pt, p))
         if added is not None:
             video = video + (self.position_gain * added).type_as(video)
-        if text_length is None:
-            real = text > 0 if self.text_encoder else torch.ones(text.shape[:2], device=x.device)
-            text_length = real.sum(1)
-        return video, rope, grid, self.text_encoder(text) if self.text_encoder else text, text_length
+        return video, rope, grid
 
-    def forward(self, x: Tensor, t: Tensor, text: Tensor, text_length: Tensor | None = None) -> Tensor:
-        """x (B, C, F, H, W), t (B,) in the lineage's unit, text ids (B, L) with 0 = padding or embeddings (B, L,
-        D_text) -> prediction, shaped as x."""
+    def encode_text(self, text: Tensor, text_length: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Ids or embeddings -> y (B, L, D_text), and how many of its rows are real (B,)."""
+        if text_length is None:  # float32 for embeddings, so that their mean is not taken in bf16
+            real = text > 0 if self.text_encoder else torch.ones(text.shape[:2], device=text.device)
+            text_length = real.sum(1)
+        return self.text_encoder(text) if self.text_encoder else text, text_length
+
+    def forward(self, x: Tensor, t: Tensor, text: Tensor, text_length=None) -> Tensor:
+        """x (B, C, F, H, W), t (B,) in the lineage's unit, text ids (B, L), where 0 is padding, or
+        embeddings (B, L, D_text) -> prediction, shaped as x."""
         tokens, condition = self.embed(x, t, text, text_length)
         for block in self.blocks:
             tokens = block(tokens, condition)
         return self.head(tokens, condition)
 
 
-# --- CogVideoX --------------------------------------------------------------------------------------------------------
+# --- CogVideoX --------------------------------------------------------------------------------
 class ExpertNorm(nn.Module):
-    """Expert adaLN: one LayerNorm for all tokens, then each stream's own shift and scale; its gate comes along."""
-
+    """Expert adaLN: one LayerNorm for all tokens, then each stream's own shift and scale."""
     def __init__(self, dim: int, time_dim: int):
         super().__init__()
         self.linear = nn.Linear(time_dim, 6 * dim)
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, x: Tensor, condition: Condition) -> tuple[Tensor, Tensor]:
-        """(B, S, D) -> modulated (B, S, D), gate (B, S, D). Chunk order of the checkpoint: video first, although text
-        leads the sequence."""
-        n = condition.n_text
-        six = self.linear(condition.time)[:, None].chunk(6, dim=-1)  # (B, 1, D) each
-        v_shift, v_scale, v_gate, t_shift, t_scale, t_gate = six
+        """(B, S, D) -> modulated (B, S, D), gate (B, S, D)."""
+        chunks = self.linear(condition.time)[:, None].chunk(6, dim=-1)  # (B, 1, D) each
+        v_shift, v_scale, v_gate, t_shift, t_scale, t_gate = chunks  # video first, in checkpoints
         x = self.norm(x)
-        text, video = x[:, :n], x[:, n:]
+        text, video = x[:, : condition.n_text], x[:, condition.n_text :]
         x = torch.cat([text * (1 + t_scale) + t_shift, video * (1 + v_scale) + v_shift], dim=1)
-        gate = torch.cat([t_gate.expand_as(text), v_gate.expand_as(video)], dim=1)
-        return x, gate
+        return x, torch.cat([t_gate.expand_as(text), v_gate.expand_as(video)], dim=1)
 
 
 class CogBlock(nn.Module):
-    """Attention, then `middle` if given, then feed-forward, each with its residual. All on x = [text | video]:
+    """Attention, `middle` if given, feed-forward, each with its residual, on x = [text | video].
 
     1. L1(c): shift, scale, gate of the video, then of the text; c = silu(time embedding)
-    2. h = LN1(x) (1 + scale) + shift: one LN for all tokens, each stream's own shift and scale
-    3. q, k, v = Linear(h); q and k: LN of each head, then RoPE on the video; o = Linear(softmax(q k^T / sqrt(d)) v)
+    2. z = LN1(x) (1 + scale) + shift: one LN for all tokens, each stream's own shift and scale
+    3. o = Linear(softmax(q k^T / sqrt(d)) v) of z; q and k: LN of each head, RoPE on the video
     4. x = x + gate o, each stream's own gate
-    5. x = middle(x), ours
-    6. h, gate: steps 1 and 2 again, with L2 and LN2
-    7. x = x + gate W2 gelu(W1 h), the same weights for both streams
+    5. x, found = middle(x), ours
+    6. z, gate: steps 1 and 2 again, with L2 and LN2
+    7. x = x + gate W2 gelu(W1 z), the same weights for both streams
     """
 
     def __init__(self, cfg: Config):
         super().__init__()
-        self.norm1, self.attn1 = ExpertNorm(cfg.dim, cfg.time_dim), Attention(cfg.dim, cfg.heads)
-        self.norm2, self.ff = ExpertNorm(cfg.dim, cfg.time_dim), FeedForward(cfg.dim, cfg.ffn or 4 * cfg.dim)
+        self.norm1 = ExpertNorm(cfg.dim, cfg.time_dim)
+        self.attn1 = Attention(cfg.dim, cfg.heads)
+        self.norm2 = ExpertNorm(cfg.dim, cfg.time_dim)
+        self.ff = mlp(cfg.dim, cfg.ffn or 4 * cfg.dim, cfg.dim)
 
-    def forward(self, x: Tensor, condition: Condition, middle=None) -> Tensor:
-        h, gate = self.norm1(x, condition)  # 1, 2 (ExpertNorm)
-        x = x + gate * self.attn1(h, condition.rope)  # 3 (Attention), 4
-        if middle is not None:  # 5: the Refinement Expert Block of the last physical block sits here
+    def forward(self, x: Tensor, condition: Condition, middle=None):
+        z, gate = self.norm1(x, condition)  # 1, 2 (ExpertNorm)
+        x = x + gate * self.attn1(z, condition.rope)  # 3 (Attention), 4
+        if middle is not None:  # 5: the Refinement Expert Block of the last physical block
             x, found = middle(x)
-        h, gate = self.norm2(x, condition)  # 6
-        x = x + gate * self.ff(h)  # 7
+        z, gate = self.norm2(x, condition)  # 6
+        x = x + gate * self.ff(z)  # 7
         return x if middle is None else (x, found)
 
     @torch.no_grad()
     def attention_map(self, x: Tensor, condition: Condition) -> Tensor:
-        """How much each video token looks at each text token, (B, h, N, L), rows of the full softmax. For
-        evaluation."""
+        """How much each video token looks at each text token, (B, heads, N, L), for evaluation."""
         n = condition.n_text
         q, k = self.attn1.queries_keys(self.norm1(x, condition)[0], condition.rope)
-        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)[:, :, n:, :n]
+        return attention_weights(q, k)[:, :, n:, :n]  # rows of the full softmax: they sum to < 1
 
 
 class CogVideoX(Backbone):
-    """t is 0..999 (the integer step of the official models), text is [226 tokens of T5, padding and all]."""
-
+    """t is 0..999 (the step of the official models), text is 226 tokens of T5, padding and all."""
     def __init__(self, cfg: Config, vocabulary: int = 0):
         super().__init__(cfg, vocabulary)
-        self.text_proj = nn.Linear(cfg.text_dim, cfg.dim) if cfg.text_dim else nn.Identity()
-        self.time_embedding = nn.Sequential(
-            nn.Linear(cfg.dim, cfg.time_dim), nn.SiLU(), nn.Linear(cfg.time_dim, cfg.time_dim))
+        dim = cfg.dim
+        self.text_proj = nn.Linear(cfg.text_dim, dim) if cfg.text_dim else nn.Identity()
+        self.time_embedding = mlp(dim, cfg.time_dim, cfg.time_dim, nn.SiLU())
         self.blocks = nn.ModuleList(CogBlock(cfg) for _ in range(cfg.depth))
-        self.norm_final, self.norm_out = nn.LayerNorm(cfg.dim), nn.LayerNorm(cfg.dim)  # two in a row, as the original
-        self.modulate_out = nn.Linear(cfg.time_dim, 2 * cfg.dim)
-        self.proj_out = nn.Linear(cfg.dim, self.patch_proj.in_features)
+        self.norm_final = nn.LayerNorm(dim)  # two norms in a row, as in the original
+        self.norm_out = nn.LayerNorm(dim)
+        self.modulate_out = nn.Linear(cfg.time_dim, 2 * dim)
+        self.proj_out = nn.Linear(dim, self.patch_proj.in_features)
 
-    def embed(self, x: Tensor, t: Tensor, text: Tensor, text_length: Tensor | None = None) -> tuple[Tensor, Condition]:
-        """-> tokens (B, L + N, D) and the condition of this forward."""
-        n = text.shape[1]
-        video, rope, grid, y, text_length = self.read(x, text, text_length, n)
+    def embed(self, x: Tensor, t: Tensor, text: Tensor, text_length=None):
+        """-> tokens (B, L + N, D) and the Condition of this forward."""
+        n_text = text.shape[1]
+        video, rope, grid = self.video_tokens(x, n_text)
+        y, text_length = self.encode_text(text, text_length)
         time = F.silu(self.time_embedding(sinusoid(t, self.cfg.dim).type_as(video)))  # (B, D_time)
         tokens = torch.cat([self.text_proj(y).type_as(video), video], dim=1)
-        return tokens, Condition(time, rope, n, grid, y, text_length)
+        return tokens, Condition(time, rope, n_text, grid, y, text_length)
 
     def head(self, tokens: Tensor, condition: Condition) -> Tensor:
-        """tokens (B, S, D) -> prediction (B, C, F, H, W)."""
+        """Tokens (B, S, D) -> prediction (B, C, F, H, W)."""
         shift, scale = self.modulate_out(condition.time)[:, None].chunk(2, dim=-1)
         video = self.norm_out(self.norm_final(tokens[:, condition.n_text :]))
         patches = self.proj_out(video * (1 + scale) + shift)  # (B, N, C pt p p)
         return unpatchify(patches, condition.grid, self.cfg.patch_t, self.cfg.patch)
 
-    def start_as_identity(self) -> list[nn.Module]:
-        """adaLN-zero: the layers that begin at zero, so that every gate of a fresh model is shut."""
-        return [self.modulate_out, self.proj_out] + [m.linear for m in self.modules() if isinstance(m, ExpertNorm)]
 
-
-# --- Wan --------------------------------------------------------------------------------------------------------------
+# --- Wan --------------------------------------------------------------------------------------
 class WanBlock(nn.Module):
-    """Self-attention, cross-attention to the text, `middle` if given, feed-forward, each with its residual:
+    """Self-attention, cross-attention to the text, `middle` if given, feed-forward.
 
-    1. s1, c1, g1, s2, c2, g2 = table + m: shift, scale, gate of attention, then of feed-forward; all blocks share m
-    2. h = LN(x) (1 + c1) + s1
-    3. q, k, v = Linear(h); q and k: RMSNorm across all heads, then RoPE; o = Linear(softmax(q k^T / sqrt(d)) v)
-    4. x = x + g1 o
-    5. x = x + the same of q from LN_affine(x), k and v from the text: no RoPE, no gate, no modulation
-    6. x = middle(x), ours
-    7. h = LN(x) (1 + c2) + s2
-    8. x = x + g2 W2 gelu(W1 h)
+    1. shift, scale, gate of attention (1), then of feed-forward (2) = table + m; all blocks share m
+    2. z = LN(x) (1 + scale_1) + shift_1
+    3. o = Linear(softmax(q k^T / sqrt(d)) v) of z; q and k: RMSNorm across all heads, then RoPE
+    4. x = x + gate_1 o
+    5. x = x + the same of q from LN_affine(x), k and v from the text: no RoPE, gate or modulation
+    6. x, found = middle(x), ours
+    7. z = LN(x) (1 + scale_2) + shift_2
+    8. x = x + gate_2 W2 gelu(W1 z)
 
-    Modulation and the gated sums (1, 2, 4, 7, 8) are float32 whatever the weights are, as in the original.
+    Modulation and gated sums (1, 2, 4, 7, 8) are float32 for any weights, as in the original.
     """
 
     def __init__(self, cfg: Config):
         super().__init__()
-        dim, norm = cfg.dim, lambda dim, heads: nn.RMSNorm(dim, eps=1e-6)  # across all heads
+        dim = cfg.dim
         self.table = nn.Parameter(torch.randn(1, 6, dim) * dim**-0.5)
-        self.norm1, self.attn1 = LayerNorm32(dim, 1e-6, elementwise_affine=False), Attention(dim, cfg.heads, norm)
-        self.norm2, self.attn2 = LayerNorm32(dim, 1e-6), Attention(dim, cfg.heads, norm)
-        self.norm3, self.ff = LayerNorm32(dim, 1e-6, elementwise_affine=False), FeedForward(dim, cfg.ffn or 4 * dim)
+        self.norm1 = LayerNorm32(dim)
+        self.attn1 = Attention(dim, cfg.heads, across_heads=True)
+        self.norm2 = LayerNorm32(dim, affine=True)
+        self.attn2 = Attention(dim, cfg.heads, across_heads=True)
+        self.norm3 = LayerNorm32(dim)
+        self.ff = mlp(dim, cfg.ffn or 4 * dim, dim)
 
     def modulation(self, condition: Condition) -> tuple[Tensor, ...]:
         """Shift, scale, gate of self-attention, then of feed-forward; (B, 1, D) float32 each."""
         return (self.table.float() + condition.time.float()).chunk(6, dim=1)
 
-    def look(self, x: Tensor, condition: Condition) -> Tensor:
-        """Self-attention with its residual."""
-        shift, scale, gate, *_ = self.modulation(condition)  # 1: s1, c1, g1
-        h = (self.norm1(x) * (1 + scale) + shift).type_as(x)  # 2
-        return (x.float() + gate * self.attn1(h, condition.rope)).type_as(x)  # 3, 4
+    def self_attention(self, x: Tensor, condition: Condition) -> Tensor:  # with its residual
+        shift, scale, gate, *_ = self.modulation(condition)  # 1
+        z = (self.norm1(x) * (1 + scale) + shift).type_as(x)  # 2
+        return (x.float() + gate * self.attn1(z, condition.rope)).type_as(x)  # 3, 4
 
-    def forward(self, x: Tensor, condition: Condition, middle=None) -> Tensor:
-        *_, shift, scale, gate = self.modulation(condition)  # 1: s2, c2, g2
-        x = self.look(x, condition)  # 1 to 4
+    def forward(self, x: Tensor, condition: Condition, middle=None):
+        *_, shift, scale, gate = self.modulation(condition)  # 1
+        x = self.self_attention(x, condition)  # 1 to 4
         x = x + self.attn2(self.norm2(x).type_as(x), context=condition.context)  # 5
-        if middle is not None:  # 6
+        if middle is not None:  # 6: the Refinement Expert Block of the last physical block
             x, found = middle(x)
-        h = (self.norm3(x) * (1 + scale) + shift).type_as(x)  # 7
-        x = (x.float() + gate * self.ff(h)).type_as(x)  # 8
+        z = (self.norm3(x) * (1 + scale) + shift).type_as(x)  # 7
+        x = (x.float() + gate * self.ff(z)).type_as(x)  # 8
         return x if middle is None else (x, found)
 
     @torch.no_grad()
     def attention_map(self, x: Tensor, condition: Condition) -> Tensor:
-        """How much each video token looks at each text token, (B, h, N, L). For evaluation."""
-        h = self.norm2(self.look(x, condition)).type_as(x)
-        q, k = self.attn2.queries_keys(h, context=condition.context)
-        return (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(dim=-1)
+        """How much each video token looks at each text token, (B, heads, N, L), for evaluation."""
+        z = self.norm2(self.self_attention(x, condition)).type_as(x)
+        return attention_weights(*self.attn2.queries_keys(z, context=condition.context))
 
 
 class Wan(Backbone):
-    """t is 1000 sigma, text is [512 tokens of umT5, zeros where there is padding, which are attended]."""
-
+    """t is 1000 sigma, text is 512 tokens of umT5: zeros stand for padding, and are attended."""
     def __init__(self, cfg: Config, vocabulary: int = 0):
         super().__init__(cfg, vocabulary)
         dim = cfg.dim
-        self.text_proj = nn.Sequential(nn.Linear(self.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
-        self.time_embedding = nn.Sequential(nn.Linear(cfg.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.text_proj = mlp(self.text_dim, dim, dim)
+        self.time_embedding = mlp(cfg.freq_dim, dim, dim, nn.SiLU())
         self.time_proj = nn.Linear(dim, 6 * dim)
         self.blocks = nn.ModuleList(WanBlock(cfg) for _ in range(cfg.depth))
-        self.norm_out = LayerNorm32(dim, 1e-6, elementwise_affine=False)
+        self.norm_out = LayerNorm32(dim)
         self.table = nn.Parameter(torch.randn(1, 2, dim) * dim**-0.5)
         self.proj_out = nn.Linear(dim, self.patch_proj.in_features)
 
-    def embed(self, x: Tensor, t: Tensor, text: Tensor, text_length: Tensor | None = None) -> tuple[Tensor, Condition]:
-        """-> tokens (B, N, D) and the condition of this forward."""
-        video, rope, grid, y, text_length = self.read(x, text, text_length, 0)
-        time = self.time_embedding(sinusoid(t, self.cfg.freq_dim).to(self.time_embedding[0].weight)).type_as(video)
-        shared = self.time_proj(F.silu(time)).unflatten(1, (6, -1))  # once for all blocks
-        context = self.text_proj(y.type_as(video))
+    def embed(self, x: Tensor, t: Tensor, text: Tensor, text_length=None):
+        """-> tokens (B, N, D) and the Condition of this forward."""
+        video, rope, grid = self.video_tokens(x, n_text=0)
+        y, text_length = self.encode_text(text, text_length)
+        wave = sinusoid(t, self.cfg.freq_dim).to(self.time_embedding[0].weight)
+        time = self.time_embedding(wave).type_as(video)  # (B, D)
+        shared = self.time_proj(F.silu(time)).unflatten(1, (6, -1))  # (B, 6, D), for all blocks
+        context = self.text_proj(y.type_as(video))  # (B, L, D)
         return video, Condition(shared, rope, 0, grid, y, text_length, context, time[:, None])
 
     def head(self, tokens: Tensor, condition: Condition) -> Tensor:
-        """tokens (B, N, D) -> prediction (B, C, F, H, W). Modulated by the time embedding itself: no SiLU, no
-        projection."""
-        shift, scale = (self.table + condition.time_out).chunk(2, dim=1)
+        """Tokens (B, N, D) -> prediction (B, C, F, H, W)."""
+        shift, scale = (self.table + condition.time_out).chunk(2, dim=1)  # no SiLU, no projection
         patches = self.proj_out((self.norm_out(tokens) * (1 + scale) + shift).type_as(tokens))
         return unpatchify(patches, condition.grid, self.cfg.patch_t, self.cfg.patch)
 
-    def start_as_identity(self) -> list[nn.Module]:
-        """With the tables at zero too, every gate of a fresh model is shut; cross-attention has none."""
-        for table in (self.table, *(block.table for block in self.blocks)):
-            nn.init.zeros_(table)
-        return [self.time_proj, self.proj_out] + [block.attn2.to_out for block in self.blocks]
 
+# --- initialisation ---------------------------------------------------------------------------
 MODELS = {"cogvideox": CogVideoX, "wan": Wan}
+ZERO = "|".join((  # layers that start at zero, so that a fresh block is the identity
+    r"norm[12]\.linear|modulate_out|proj_out",  # CogVideoX: every gate is shut (adaLN-zero)
+    r"time_proj|attn2\.to_out",  # Wan: the same, and its cross-attention, which has no gate
+    r"text_encoder\..*(to_out|ff\.2)",  # words: a random start would learn them much later
+))
 
 
 def build_backbone(cfg: Config, vocabulary: int = 0) -> Backbone:
-    """A fresh backbone of the config's lineage. All initialisation in one place: Xavier everywhere, then zero where a
-    fresh block must be the identity."""
+    """A fresh backbone of the config's lineage: Xavier, then zero in the right places."""
     model = MODELS[cfg.lineage](cfg, vocabulary)
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
-    zero = model.start_as_identity()
+            if re.search(ZERO, name):
+                nn.init.zeros_(module.weight)
+        elif hasattr(module, "table"):  # Wan's modulation
+            nn.init.zeros_(module.table)
     if model.text_encoder:
         nn.init.normal_(model.text_encoder.embedding.weight, std=0.3)
-        # Words start as what they are; drowned in a random context, they would be learned late.
-        zero += [linear for block in model.text_encoder.blocks for linear in (block.attn1.to_out, block.ff[2])]
-    for linear in zero:
-        nn.init.zeros_(linear.weight)
-        nn.init.zeros_(linear.bias)
     return model

@@ -51,18 +51,18 @@ class State:
 
     def __init__(self, cfg: Config, vocabulary: int):
         self.cfg = cfg
-        self.device = torch.device(cfg.device)
+        self.device = torch.device(cfg.device)  # `auto` is resolved by now
         self.process = diffusion.build(cfg)  # how noise is added, and what is predicted
         self.step = 0  # steps taken
         self.total = cfg.base_steps + cfg.physics_steps  # steps of both stages
         self.seconds = 0.0  # that they took
-        torch.manual_seed(cfg.seed)
+        torch.manual_seed(cfg.seed)  # of the initial weights alone
         if cfg.weights:
-            from official.backbone import open_backbone
+            from official import open_backbone
             self.model, self.fingerprint = open_backbone(cfg, self.device)
         else:
             self.model = build_backbone(cfg, vocabulary).to(self.device)
-        self.begin("base", cfg.lr)
+        self.begin("base", cfg.lr)  # where stage one has no steps, the loop leaves it at once
 
     def begin(self, stage: str, lr: float) -> None:
         """Fresh averages and optimizers for what this stage trains."""
@@ -75,7 +75,7 @@ class State:
 
     def attach_branch(self) -> None:
         """Stage two: the branch beside the *averaged* backbone, which a frozen one then stays."""
-        self.set_weights(self.ema)
+        self.set_weights(self.ema)  # these are the weights that one would publish
         torch.manual_seed(self.cfg.seed + 1)  # a run resumed at the border builds the same branch
         self.model = ProPhy(self.model, self.cfg).to(self.device)
         self.model.init_from_backbone()
@@ -89,12 +89,12 @@ class State:
     def training_step(self, batch: data.Batch, t: Tensor, eps: Tensor, lr: float):
         """One step, at times t (B,), with noise eps (shaped as batch.x) and this learning rate.
 
-        -> {"loss": Eq. 6, and each of its terms}, the diffusion loss a clip (B,), the norm of the
+        -> {"loss": Eq. 6, and each of its terms}, the diffusion loss of each clip (B,), the norm of the
         gradient before clipping, and whether both are finite. Where they are not, nothing changes.
         """
         losses, per_clip = losses_of(self, batch, t, eps)
         loss = total_loss(losses, self.cfg)  # Eq. 6
-        loss.backward()
+        loss.backward()  # fills p.grad of what this stage trains
         grad_norm = nn.utils.clip_grad_norm_(self.trained.values(), self.cfg.clip)
         finite = math.isfinite(loss.item()) and math.isfinite(grad_norm.item())
 
@@ -103,7 +103,7 @@ class State:
                 group["lr"] = lr
             if finite:
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)  # also where the step was skipped
         if finite:
             self.update_ema()
         return {"loss": loss, **losses}, per_clip, grad_norm, finite
@@ -167,11 +167,11 @@ class State:
         if self.publishable:  # official weights have files of their own
             model = {name: value for name, value in model.items() if name in self.trained}
         return {
-            "step": self.step,
-            "stage": self.stage,
-            "best": self.best,
-            "seconds": self.seconds,  # so that the log goes on counting
-            "model": model,
+            "step": self.step,  # clips, noise and dropout follow from it
+            "stage": self.stage,  # base | physics
+            "best": self.best,  # lowest held-out loss of this stage
+            "seconds": self.seconds,  # of training, over all restarts
+            "model": model,  # as trained, not averaged
             "ema": self.ema,  # of what this stage trains
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
@@ -180,13 +180,13 @@ class State:
         """Go on from the contents of a checkpoint. The state must be a fresh one."""
         if stored["stage"] == "physics":
             self.attach_branch()
-        official = self.model.state_dict() if self.cfg.weights else {}
+        official = self.model.state_dict() if self.cfg.weights else {}  # not in the file
         self.model.load_state_dict(official | stored["model"])
         for optimizer, moments in zip(self.optimizers, stored["optimizers"], strict=True):
             optimizer.load_state_dict(moments)
         with torch.no_grad():
             for name, average in self.ema.items():
-                average.copy_(stored["ema"][name])
+                average.copy_(stored["ema"][name])  # in place: others hold these tensors
         self.step = stored["step"]
         self.best = stored["best"]
         self.seconds = stored["seconds"]
@@ -214,7 +214,7 @@ def prepare_blocks(model: nn.Module, cfg: Config) -> None:
 
 # --- losses ---------------------------------------------------------------------------------------
 def losses_of(state: State, batch: data.Batch, t: Tensor, eps: Tensor) -> tuple[dict, Tensor]:
-    """Every term of Eq. 6 that this stage has, unweighted, and the diffusion loss a clip (B,)."""
+    """Every term of Eq. 6 that this stage has, unweighted, and the diffusion loss of each clip (B,)."""
     cfg = state.cfg
     x_t = state.process.noise(batch.x, t, eps)  # (B, C, F, H, W), as prediction and eps are
     with torch.autocast(state.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
@@ -223,9 +223,9 @@ def losses_of(state: State, batch: data.Batch, t: Tensor, eps: Tensor) -> tuple[
     per_clip = state.process.loss(prediction, x_t, t, batch.x, eps)
     losses = {"diffusion": per_clip.mean()}
 
-    # Which physics a clip holds (Eq. 3-4), asked of the clips that have both a caption and a label.
+    # Which physics a clip holds (Eq. 3-4), of the clips that have a caption and a label.
     if routing and routing.semantic_lift is not None:
-        labelled = align.labelled(batch.text_length, batch.categories)  # (B,) bool
+        labelled = align.labelled(batch.text_length, batch.categories)  # (B,)
         needed = 2 if cfg.coarse_loss == "relative" else 1  # "relative" compares pairs of clips
         if labelled.sum() >= needed:
             p_s, q_s = routing.semantic_lift[labelled], batch.categories[labelled]
@@ -263,8 +263,8 @@ def held_out_loss(state: State, clips: data.Clips) -> dict[str, float]:
 def main(cfg: Config) -> None:
     """Raises UserError before work starts, and Stopped when it cannot go on."""
     if cfg.dry_run:
-        from official.cost import plan
-        return plan(config.check(cfg))
+        from official import cost
+        return cost.plan(config.check(cfg))
     if cfg.init_from:  # stage one is skipped, whatever its length
         cfg = dataclasses.replace(cfg, base_steps=0)
     cfg, why = resolve(use_threads(config.check(cfg)))
@@ -279,19 +279,18 @@ def open_clips(cfg: Config, run: Path):
     What an official model learns from was encoded beforehand, words and all: no tokenizer then.
     """
     if cfg.latent:
-        from official.cache import Latents, open_cache
-        from official.folder import identity
-        pool = open_cache(cfg, cfg.cache, identity(cfg.weights))
+        from official import cache
+        pool = cache.open_cache(cfg, cfg.cache, cache.identity(cfg.weights))
     else:
         pool = data.open_pool(cfg)
     if cfg.resume:  # before the maps are opened: those of other clips would not be found
         check_data(cfg, run, pool.key)
     maps = None  # without --teacher there are the world's exact masks, or none
     if cfg.teacher:
-        from vlm.maps import open_maps
+        from vlm import open_maps
         maps = open_maps(cfg, pool)
     if cfg.latent:
-        return Latents(cfg, pool, maps), None
+        return cache.Latents(cfg, pool, maps), None
 
     if cfg.resume:  # a resumed run needs its own folder only
         tokenizer = data.Tokenizer.load(run / "tokenizer.json")
@@ -423,8 +422,8 @@ def validate(state: State, clips: data.Clips, run: Path, log: Log) -> None:
 
 def publish(state: State, clips: data.Clips, run: Path, loss: float) -> None:
     """branch.safetensors and its card: the averaged branch, for others with the same weights."""
-    import official.branch
-    official.branch.publish(state, run, loss, clips.categories_present)
+    from official import branch
+    branch.publish(state, run, loss, clips.categories_present)
 
 
 def preview(state: State, run: Path, tokenizer: data.Tokenizer, prompts: dict) -> None:
@@ -486,6 +485,7 @@ def parameters(state: State) -> str:
 
 
 def from_command_line(argv: list[str]) -> None:
+    """`main` with the config that a command line describes."""
     main(config.parse(argv, "Train nanoProPhy: a video DiT, then its physical branch."))
 
 

@@ -68,8 +68,8 @@ class Clip:
 
 def drawing(cfg: Config, **changed) -> dict:
     """The arguments of make_clip that draw a run's clips, with some of them changed."""
-    names = "frames", "height", "width", "decoys", "two", "colour_cues", "ood"
-    return {name: getattr(cfg, name) for name in names} | changed
+    return dict(frames=cfg.frames, height=cfg.height, width=cfg.width, decoys=cfg.decoys, two=cfg.two,
+                colour_cues=cfg.colour_cues, ood=cfg.ood) | changed
 
 
 def make_clip(seed, index, *, frames=12, height=32, width=32, decoys=.6, two=.4, colour_cues=False,
@@ -271,6 +271,7 @@ def preview(seed=0, size=64, frames=24, colour_cues=False, ood="", columns=3):
 
 @dataclass(frozen=True)
 class Flags:
+    """The command line."""
     preview: str = ""  # write a GIF of every phenomenon with its mask and caption to this file
     benchmark: bool = False  # count the clips a CPU-second at 12 x 32 x 32, on one thread
     seed: int = 0  # which world
@@ -285,6 +286,7 @@ class Flags:
 
 
 def main(argv) -> None:
+    """Write the preview, and time the drawing. Raises UserError."""
     flags = config.parse_flags(Flags, argv, "The physics world: look at it, or time its drawing.")
     try:
         if flags.preview:

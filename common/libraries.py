@@ -1,9 +1,16 @@
-"""Extra packages: imported where they are needed, and what they raise as one sentence."""
+"""Models of other libraries: imported where they are needed, read from a folder of weights, and
+whatever is wrong said in one sentence.
+"""
 import contextlib
+import hashlib
 import importlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import safetensors
+from torch import nn
+
+from common.files import join_some, read_json
 from config import UserError
 
 
@@ -12,8 +19,8 @@ def library(name: str):
     try:
         module = importlib.import_module(name)
     except ImportError as e:
-        raise UserError(f"Official weights need {name}, which cannot be imported ({e}): pip install "
-                        "-r requirements-extra.txt.") from None
+        raise UserError(f"Official weights need {name}, which cannot be imported ({e}): pip "
+                        "install -r requirements-extra.txt.") from None
     if name in ("transformers", "diffusers"):  # their remarks and bars go, their errors stay
         logging = importlib.import_module(f"{name}.utils.logging")
         logging.set_verbosity_error()
@@ -29,3 +36,75 @@ def library_error_as_sentence(folder: Path) -> Iterator[None]:
     except Exception as e:
         said = " ".join((str(e) or type(e).__name__).split())
         raise UserError(f"{folder} cannot be loaded: {said[:300].rstrip('.!')}.") from None
+
+
+# --- a folder of weights ------------------------------------------------------------------------
+FLOATS = ("F64", "F32", "F16", "BF16")  # of safetensors' types
+SUFFIXES = (".json", ".model", ".safetensors", ".txt")  # of the files that a model is
+BLOCK = 2**16  # bytes of a sample that tells weights apart
+BLOCKS = 256  # samples of a file
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """{tensor: its file} of all .safetensors files in a folder, or of those that its index names.
+
+    Their headers are read. Raises UserError with one sentence for what is missing, damaged,
+    pickled, or not of floats.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict):
+            raise UserError(f"{index} cannot be read: it names no files.")
+        files = [folder / str(name) for name in sorted(set(named.values()))]
+        missing = [path.name for path in files if not path.is_file()]
+        if missing:
+            raise UserError(f"{folder} lacks {join_some(missing)}, which its {index.name} names.")
+    if not files:
+        raise UserError(f"{folder} holds no .safetensors file; pickled weights (.bin, .pt) are not "
+                        "opened.")
+    found = {}
+    for path in files:
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                for name in file.keys():
+                    dtype = file.get_slice(name).get_dtype()
+                    if dtype not in FLOATS:
+                        raise UserError(f"{name} in {path} is stored as {dtype}; floating point "
+                                        "is needed.")
+                    found[name] = path
+        except (safetensors.SafetensorError, OSError, ValueError) as e:
+            raise UserError(f"{path} is damaged or no safetensors file ({e}).") from None
+    return found
+
+
+def load(kind, folder: Path, **how) -> nn.Module:
+    """A model of a library's class, in eval mode, on the CPU. Raises UserError with one sentence
+    for weights that are missing, damaged, pickled, of another shape, or not finite."""
+    read_json(folder / "config.json")
+    tensor_files(folder)  # says what is wrong, before anything large is read
+    with library_error_as_sentence(folder):
+        model, info = kind.from_pretrained(str(folder), use_safetensors=True, local_files_only=True,
+                                           output_loading_info=True, **how)
+    for what, key in (("lacks", "missing_keys"), ("does not fit its config in", "mismatched_keys")):
+        if info.get(key):  # the libraries would fill these with random numbers
+            raise UserError(f"{folder} {what} {join_some(map(str, info[key]), 3)}.")
+    for name, parameter in model.named_parameters():
+        if not parameter.isfinite().all():
+            raise UserError(f"{name} in {folder} holds numbers that are not finite.")
+    return model.eval().requires_grad_(False)
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash that tells weights apart: small files whole; of a large one its size and 256 blocks
+    spread over it, since training moves every weight and twenty gigabytes need not be read for
+    that."""
+    sha = hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in SUFFIXES):
+        size = path.stat().st_size
+        sha.update(f"{path.name} {size}\n".encode())
+        with open(path, "rb") as file:
+            for at in range(0, size, max(BLOCK, size // BLOCKS)):
+                file.seek(at)
+                sha.update(file.read(BLOCK))
+    return sha.hexdigest()[:16]

@@ -1,7 +1,7 @@
-"""Pictures: text, heat maps, cells of a clip with what belongs to it, sheets of cells, GIF and MP4. No torch.
+"""Pictures: text, heat maps, cells of a clip with what belongs to it, sheets of cells, GIF and MP4.
 
-Frames are uint8 (F, H, W, 3) everywhere, F frames of a moving picture. Pillow is imported where letters are drawn:
-training needs none before its first preview.
+Frames are uint8 (F, H, W, 3) everywhere, F frames of a moving picture. Nothing here imports torch.
+Pillow is imported where letters are drawn: training needs none before its first preview.
 """
 import math
 from dataclasses import dataclass
@@ -23,20 +23,28 @@ GAP = 8  # pixels between things
 LINE = 17  # pixels of a line of text
 COLUMNS = 4  # heat maps a row
 MOST_PIXELS = 2**28  # of all frames of a sheet: 0.8 GB in memory, more than a viewer opens
-HEAT = np.stack([np.interp(np.linspace(0, 1, 256), (0, .25, .5, .75, 1), levels)  # violet to pale yellow, ever brighter
-                 for levels in ((50, 150, 235, 255, 255), (20, 35, 85, 170, 245), (120, 165, 90, 45, 170))], axis=-1)
+
+# The colours of a heat map, violet to pale yellow and ever brighter: red, green and blue.
+HEAT_LEVELS = (
+    (50, 150, 235, 255, 255),
+    (20, 35, 85, 170, 245),
+    (120, 165, 90, 45, 170),
+)
+HEAT = np.stack([  # (256, 3)
+    np.interp(np.linspace(0, 1, 256), (0, .25, .5, .75, 1), levels)
+    for levels in HEAT_LEVELS], axis=-1)
 
 
 @dataclass
 class ClipRouting:
-    """What the routers said of one clip at diffusion time t; None where a router is switched off."""
+    """What the routers said of one clip at diffusion time t; None where one is switched off."""
 
     lift: np.ndarray | None  # P'_r on the token grid, float32 (T', h, w, E_cat)
     semantic: np.ndarray | None  # rho_s, float32 (E_s,)
     t: float
 
 
-# --- frames -----------------------------------------------------------------------------------------------------------
+# --- frames -------------------------------------------------------------------------------------
 def enlarge(frames, scale):
     """(F, H, W, 3) -> (F, H scale, W scale, 3): every pixel becomes a square of `scale` pixels."""
     return frames.repeat(scale, 1).repeat(scale, 2)
@@ -45,31 +53,41 @@ def enlarge(frames, scale):
 def tint(frames, mask, colour=(255, 255, 255), alpha=.5):
     """Lay a colour over frames where mask (F, H, W), bool or weights in 0..1, says so."""
     weight = alpha * np.asarray(mask, np.float32)[..., None]
-    return (frames + weight * (np.asarray(colour, np.float32) - frames) + .5).astype(np.uint8)
+    distance = np.asarray(colour, np.float32) - frames
+    return (frames + weight * distance + .5).astype(np.uint8)
 
 
-def overlay(clip: np.ndarray, heat: np.ndarray, scale: int) -> np.ndarray:
+def paste(onto, x, y, frames) -> None:
+    """Lay frames (F, h, w, 3) over a part of others, with their upper left corner at (x, y)."""
+    h, w = frames.shape[1:3]
+    onto[:, y:y + h, x:x + w] = frames
+
+
+def overlay(clip, heat, scale: int) -> np.ndarray:
     """A map (T', h, w) glows over the darkened grey clip (F, H, W, 3) -> (F, H scale, W scale, 3).
 
     Colour and opacity both say the value, on one scale 0..1 for all maps; a square is a token.
-    Values come in tenths and greys in sixteenths: a GIF has 256 colours a frame, and the clip needs most of them.
+    Values come in tenths and greys in sixteenths: a GIF has 256 colours a frame, and the clip needs
+    most of them.
     """
-    grey = 0.6 * (enlarge(clip, scale).mean(-1, keepdims=True) // 16 * 16)  # (F, H scale, W scale, 1)
+    grey = enlarge(clip, scale).mean(-1, keepdims=True) // 16 * 16
+    grey = 0.6 * grey  # (F, H scale, W scale, 1)
     value = (heat.clip(0, 1) * 10).round() / 10
     for axis in range(3):
         value = value.repeat(grey.shape[axis] // heat.shape[axis], axis)
     opacity = np.minimum(1.2 * value, 0.75)[..., None]
-    return (grey + opacity * (HEAT[(255 * value).astype(np.uint8)] - grey)).astype(np.uint8)
+    colour = HEAT[(255 * value).astype(np.uint8)]
+    return (grey + opacity * (colour - grey)).astype(np.uint8)
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
-def font(size: int | None = None):
+# --- text ---------------------------------------------------------------------------------------
+def font(size=None):
     """Pillow's own font, `size` pixels high; None is its smallest."""
     from PIL import ImageFont
-    return ImageFont.load_default() if size is None else ImageFont.load_default(size)
+    return ImageFont.load_default(size)
 
 
-def wrap(text: str, room: int, letters=None) -> list[str]:
+def wrap(text: str, room, letters=None) -> list[str]:
     """Lines of at most `room` pixels in these letters (a font); a wider word stands alone."""
     letters = letters or font(13)
     lines = [""]
@@ -83,16 +101,23 @@ def wrap(text: str, room: int, letters=None) -> list[str]:
 
 
 def annotate(frames, text, lines=1):
-    """Add a strip of wrapped text, at least `lines` high, below: (F, H, W, 3) -> (F, H + strip, W, 3)."""
+    """Add a strip of wrapped text, at least `lines` high, below.
+
+    (F, H, W, 3) -> (F, H + strip, W, 3).
+    """
     from PIL import Image, ImageDraw
-    wrapped = wrap(text, frames.shape[2] - 8, font())
-    strip = Image.new("RGB", (frames.shape[2], 13 * max(len(wrapped), lines) + 6), STRIP)
-    ImageDraw.Draw(strip).multiline_text((4, 2), "\n".join(wrapped), fill=STRIP_INK, font=font(), spacing=2)
-    strip = np.broadcast_to(np.asarray(strip), (len(frames), strip.height, strip.width, 3))
+    letters = font()
+    count, _, width, _ = frames.shape
+    wrapped = wrap(text, width - 8, letters)
+    height = 13 * max(len(wrapped), lines) + 6
+    strip = Image.new("RGB", (width, height), STRIP)
+    draw = ImageDraw.Draw(strip)
+    draw.multiline_text((4, 2), "\n".join(wrapped), fill=STRIP_INK, font=letters, spacing=2)
+    strip = np.broadcast_to(np.asarray(strip), (count, height, width, 3))
     return np.concatenate([frames, strip], 1)
 
 
-# --- cells and sheets -------------------------------------------------------------------------------------------------
+# --- cells and sheets ---------------------------------------------------------------------------
 class Panel:
     """A still picture with moving tiles on it."""
 
@@ -102,13 +127,18 @@ class Panel:
         self.draw = ImageDraw.Draw(self.image)
         self.tiles = []
 
-    def write(self, x: int, y: int, text: str, colour=INK, size: int = 13, room: float = math.inf, anchor="la") -> None:
+    def write(self, x, y, text, colour=INK, size=13, room=math.inf, anchor="la") -> None:
         """One line; where there is no room the letters shrink."""
         while size > 7 and font(size).getlength(text) > room:
             size -= 1
         self.draw.text((x, y), text, fill=colour, font=font(size), anchor=anchor)
 
-    def place(self, x: int, y: int, frames: np.ndarray) -> None:
+    def write_lines(self, y, lines) -> None:
+        """Lines of a caption, one below the other."""
+        for i, line in enumerate(lines):
+            self.write(0, y + i * LINE, line)
+
+    def place(self, x, y, frames) -> None:
         """Put frames (F, h, w, 3), with their upper left corner at (x, y)."""
         self.tiles.append((x, y, frames))
 
@@ -117,14 +147,18 @@ class Panel:
         longest = max(len(tile) for _, _, tile in self.tiles)
         out = np.repeat(np.asarray(self.image)[None], longest, axis=0)
         for x, y, tile in self.tiles:
-            out[:, y:y + tile.shape[1], x:x + tile.shape[2]] = tile
+            paste(out, x, y, tile)
         return out
 
 
-def bars(panel: Panel, x: int, y: int, width: int, height: int, rho: np.ndarray) -> None:
+def bars(panel: Panel, x, y, width, height, rho) -> None:
     """Semantic weights rho_s (E_s,) as bars from 0 to 1, beside the experts' numbers."""
     panel.draw.rounded_rectangle((x, y, x + width - 1, y + height - 1), 6, fill=PLATE)
     panel.write(x + 10, y + 8, "semantic router rho_s, bars 0 to 1", FAINT, 12, width - 20)
+
+    # Each bar lies on a darker one that is as long as a weight of 1.
+    start = x + 34
+    longest = width - 84
     pitch = (height - 36) / len(rho)  # from bar to bar
     size = int(min(13, max(7, pitch - 4)))
     half = max(1, int(pitch * 0.28))
@@ -132,59 +166,72 @@ def bars(panel: Panel, x: int, y: int, width: int, height: int, rho: np.ndarray)
         middle = int(y + 30 + (expert + 0.5) * pitch)
         panel.write(x + 26, middle, str(expert + 1), FAINT, size, anchor="rm")
         for share, colour in ((1, PAPER), (weight, BLUE)):
-            end = x + 34 + round((width - 84) * share)
-            panel.draw.rectangle((x + 34, middle - half, end, middle + half), fill=colour)
+            end = start + round(longest * share)
+            panel.draw.rectangle((start, middle - half, end, middle + half), fill=colour)
         panel.write(x + width - 8, middle, f"{weight:.2f}", INK, size, anchor="rm")
 
 
-def plain_cell(clip, text: str, label: str, scale: int, beside: tuple[str, np.ndarray] | None = None) -> np.ndarray:
-    """A clip (F, H, W, 3), beside it one named heat map if there is any, below it the caption."""
-    h, w = (side * scale for side in clip.shape[1:3])
+def legend(panel: Panel, y, width, t) -> None:
+    """What the heat maps below show, for diffusion time t, and a ramp of their colours."""
+    panel.write(0, y, f"where: P'_r at t = {t:.2f}", FAINT, 12, width - 116)
+    panel.write(width - 98, y, "0", FAINT, 12, anchor="ra")
+    ground = np.full((1, 9, 80, 3), 100, np.uint8)
+    ramp = np.linspace(0, 1, 80)[None, None]
+    panel.place(width - 94, y + 3, overlay(ground, ramp, 1))
+    panel.write(width - 1, y, "1", FAINT, 12, anchor="ra")
+
+
+def plain_cell(clip, text: str, label: str, scale: int, beside=None) -> np.ndarray:
+    """A clip (F, H, W, 3), beside it one heat map (name, frames) if there is any, below it the
+    caption."""
+    shown = [(label, enlarge(clip, scale))]
+    if beside:
+        shown.append(beside)
+    h, w = shown[0][1].shape[1:3]
     top = LINE + 2 if label or beside else 0
-    width = 2 * w + GAP if beside else w
+    width = len(shown) * (w + GAP) - GAP
     lines = wrap(text, width)
     panel = Panel(width, top + h + 6 + LINE * len(lines))
-    for i, (name, frames) in enumerate([(label, enlarge(clip, scale))] + [beside] * bool(beside)):
-        panel.write(i * (w + GAP), 0, name, FAINT, room=w)
-        panel.place(i * (w + GAP), top, frames)
-    for i, line in enumerate(lines):
-        panel.write(0, top + h + 4 + i * LINE, line)
+    for i, (name, frames) in enumerate(shown):
+        x = i * (w + GAP)
+        panel.write(x, 0, name, FAINT, room=w)
+        panel.place(x, top, frames)
+    panel.write_lines(top + h + 4, lines)
     return panel.frames()
 
 
-def routing_cell(clip, text: str, label: str, scale: int, routing: ClipRouting, names: dict[int, str]) -> np.ndarray:
-    """Clip and semantic weights; below, half as large, a heat map for each phenomenon of names {index: name}."""
+def routing_cell(clip, text: str, label: str, scale: int, routing: ClipRouting,
+                 names: dict[int, str]) -> np.ndarray:
+    """Clip and semantic weights; below, half as large, a heat map for each phenomenon of names
+    {index: name}."""
     # Sizes: the clip at its scale, its maps at half of it, `COLUMNS` of them in a row.
+    large = enlarge(clip, scale)
+    h, w = large.shape[1:3]
     small = max(1, scale // 2)
-    top = LINE + 2
-    h, w = clip.shape[1] * scale, clip.shape[2] * scale
-    h_map, w_map = clip.shape[1] * small, clip.shape[2] * small
-    width = max(COLUMNS * (w_map + GAP) - GAP, 2 * w + GAP, w + GAP + 120)  # bars need some room at any scale
+    map_pitch = clip.shape[2] * small + GAP
+    row_pitch = clip.shape[1] * small + LINE + GAP
+    # The bars beside the clip need some room at any scale.
+    width = max(COLUMNS * map_pitch - GAP, 2 * w + GAP, w + GAP + 120)
     lines = wrap(text, width)
     maps = names if routing.lift is not None else {}
+    top = LINE + 2
     y_maps = top + h + 10 + LINE * (len(lines) + 2 * bool(maps))
-    panel = Panel(width, y_maps + math.ceil(len(maps) / COLUMNS) * (h_map + LINE + GAP))
+    panel = Panel(width, y_maps + math.ceil(len(maps) / COLUMNS) * row_pitch)
 
     # The clip, the weights of the semantic experts beside it, the caption below both.
     panel.write(0, 0, label or "clip", FAINT)
-    panel.place(0, top, enlarge(clip, scale))
+    panel.place(0, top, large)
     if routing.semantic is not None:
         bars(panel, w + GAP, top, width - w - GAP, h, routing.semantic)
-    for i, line in enumerate(lines):
-        panel.write(0, top + h + 6 + i * LINE, line)
+    panel.write_lines(top + h + 6, lines)
 
     # The maps, under a legend of their colours.
     if maps:
-        legend = y_maps - LINE - 6
-        panel.write(0, legend, f"where: P'_r at t = {routing.t:.2f}", FAINT, 12, width - 116)
-        panel.write(width - 98, legend, "0", FAINT, 12, anchor="ra")
-        ramp = overlay(np.full((1, 9, 80, 3), 100, np.uint8), np.linspace(0, 1, 80)[None, None], 1)
-        panel.place(width - 94, legend + 3, ramp)
-        panel.write(width - 1, legend, "1", FAINT, 12, anchor="ra")
+        legend(panel, y_maps - LINE - 6, width, routing.t)
     for i, (category, name) in enumerate(maps.items()):
-        x = i % COLUMNS * (w_map + GAP)
-        y = y_maps + i // COLUMNS * (h_map + LINE + GAP)
-        panel.write(x, y, name, FAINT, 12, w_map)
+        x = i % COLUMNS * map_pitch
+        y = y_maps + i // COLUMNS * row_pitch
+        panel.write(x, y, name, FAINT, 12, map_pitch - GAP)
         panel.place(x, y + LINE, overlay(clip, routing.lift[..., category], small))
     return panel.frames()
 
@@ -192,25 +239,34 @@ def routing_cell(clip, text: str, label: str, scale: int, routing: ClipRouting, 
 def sheet(cells: list[np.ndarray], pair: int = 1, group: int = 1) -> np.ndarray:
     """Cells (F, h, w, 3) in rows, together shaped like a screen -> (F, H, W, 3).
 
-    `pair` neighbours stay in one row, and rows hold whole groups or whole parts of one, so that prompts stay apart.
+    `pair` neighbours stay in one row, and rows hold whole groups or whole parts of one, so that
+    prompts stay apart.
     """
     n = len(cells)
     h = max(cell.shape[1] for cell in cells) + 2 * GAP
     w = max(cell.shape[2] for cell in cells) + 2 * GAP
-    options = [c for c in range(pair, n + 1, pair) if group % c == 0 or c % group == 0]
-    columns = min(options, key=lambda c: abs(math.log(c * w / (-(-n // c) * h) / 1.6)))
-    out = np.empty((len(cells[0]), -(-n // columns) * h, columns * w, 3), np.uint8)
-    out[:] = PAPER
+
+    def distance(columns):
+        """How far a sheet of so many columns is from the shape of a screen."""
+        rows = math.ceil(n / columns)
+        return abs(math.log(columns * w / (rows * h) / 1.6))
+
+    options = range(pair, n + 1, pair)
+    columns = min((c for c in options if group % c == 0 or c % group == 0), key=distance)
+    rows = math.ceil(n / columns)
+    out = np.full((len(cells[0]), rows * h, columns * w, 3), PAPER, np.uint8)
     for i, cell in enumerate(cells):
-        y = GAP + i // columns * h
-        x = GAP + i % columns * w
-        out[:, y:y + cell.shape[1], x:x + cell.shape[2]] = cell
+        row, column = divmod(i, columns)
+        paste(out, GAP + column * w, GAP + row * h, cell)
     return out
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-def save(path: Path, frames: np.ndarray, fps: float) -> None:
-    """(F, H, W, 3) -> GIF or MP4 by suffix, the whole file or none. Raises Stopped when it cannot be written."""
+# --- files --------------------------------------------------------------------------------------
+def save(path: Path, frames, fps: float) -> None:
+    """(F, H, W, 3) -> GIF or MP4 by suffix, the whole file or none.
+
+    Raises Stopped when it cannot be written.
+    """
     write = save_mp4 if path.suffix.lower() == ".mp4" else save_gif
     try:
         write(path, frames, fps)
@@ -225,13 +281,15 @@ def save_gif(path, frames, fps):
         iio.imwrite(part, frames, extension=".gif", plugin="pillow", duration=1000 / fps, loop=0)
 
 
-def save_mp4(path: Path, frames: np.ndarray, fps: float) -> None:
-    """H.264 (MPEG-4 where the library lacks it) as yuv420p, which every player shows and which needs even sides."""
+def save_mp4(path, frames, fps):
+    """H.264, or MPEG-4 where the library lacks it, as yuv420p: every player shows that, and it
+    needs even sides."""
     import av
     import imageio.v3 as iio
-    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    _, h, w, _ = frames.shape
+    frames = np.pad(frames, ((0, 0), (0, h % 2), (0, w % 2), (0, 0)), mode="edge")
     codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
-    film = iio.imwrite("<bytes>", frames, extension=".mp4", plugin="pyav", codec=codec, fps=float(fps),
-                       out_pixel_format="yuv420p")
+    film = iio.imwrite("<bytes>", frames, extension=".mp4", plugin="pyav", codec=codec,
+                       fps=float(fps), out_pixel_format="yuv420p")
     with whole_file(path) as part:
         part.write_bytes(film)

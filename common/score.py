@@ -56,6 +56,7 @@ def table_head(columns) -> str:
 
 
 def table_line(cells) -> str:
+    """One line of a table, from the texts of its cells."""
     return f"| {' | '.join(cells)} |"
 
 

@@ -383,7 +383,8 @@ class Player:
         if self.now is None:
             return None
         if self.ended:
-            # The last picture stays until the end; one before damage does not stay for what is lost.
+            # The last picture stays until the end. One before damage does not stay for what is
+            # lost.
             last = self.time(self.now)
             whole = self.times[-1] - last < 2 * self.gap
             if t >= (self.end if whole else last + self.gap) + TOLERANCE:
@@ -423,3 +424,9 @@ def pixels(video: np.ndarray | Tensor) -> Tensor:
     video = torch.as_tensor(np.asarray(video)).movedim(-1, -4)
     video = video.to(torch.float32, memory_format=torch.contiguous_format)
     return video.div_(127.5).sub_(1)
+
+
+def to_bytes(video: Tensor) -> Tensor:
+    """(..., 3, F, H, W) in [-1, 1] -> (..., F, H, W, 3) uint8. What is not a number becomes grey."""
+    levels = (video.nan_to_num().clamp(-1, 1) + 1) * 127.5
+    return levels.round().byte().movedim(-4, -1)

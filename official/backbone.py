@@ -5,7 +5,8 @@ from torch import nn
 import config
 from common.run import same_architecture
 from config import Config
-from official.folder import fingerprint, network_folder
+from common.libraries import fingerprint
+from official.folder import network_folder
 from official.weights import load_pretrained
 
 

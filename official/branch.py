@@ -1,4 +1,5 @@
-"""branch.safetensors: a physical branch that stands beside official weights, written, read and described."""
+"""branch.safetensors: a physical branch that stands beside official weights, written, read and
+described."""
 import dataclasses
 import json
 import sys
@@ -11,75 +12,88 @@ from torch import Tensor
 import config
 import data
 from common.files import join_some, write_text
+from common.libraries import FLOATS, fingerprint
 from common.store import checksum, write_tensors
 from config import BRANCH, NETWORK, Config, UserError, marked
 from experts import ProPhy
 from model import build_backbone
-from official.folder import FLOATS, fingerprint, network_folder
+from official.folder import network_folder
 from official.weights import read_config
-
 
 BRANCH_FORMAT = 1  # of branch.safetensors
 
 
 def read_branch(path: Path, weights: Path) -> tuple[Config, dict[str, Tensor]]:
-    """branch.safetensors -> the Config that builds its ProPhy beside these weights, and {name: tensor}.
+    """branch.safetensors -> the Config that builds its ProPhy beside these weights, and tensors.
 
-    Raises UserError, with one sentence and before the weights are read, for a file that is damaged, of another version,
-    or for another architecture. Other weights of the same architecture are a warning only: somebody may have stored the
-    same ones in another dtype or in other pieces.
+    Raises UserError, with one sentence and before the weights are read, for a file that is damaged,
+    of another version, or for another architecture. Other weights of the same architecture are a
+    warning only: somebody may have stored the same ones in another dtype or in other pieces.
     """
+    # The header: what the file says of itself, and each tensor's shape and whether it is of floats.
     try:
         with safetensors.safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
-            found = {name: (file.get_slice(name).get_shape(), file.get_slice(name).get_dtype() in FLOATS)
-                     for name in file.keys()}
+            found = {}
+            for name in file.keys():
+                part = file.get_slice(name)
+                found[name] = (part.get_shape(), part.get_dtype() in FLOATS)
     except FileNotFoundError:
-        raise UserError(f"There is no {path}: a run of train.py makes it at its first validation.") from None
+        raise UserError(f"There is no {path}: a run of train.py makes it at its first "
+                        "validation.") from None
     except (safetensors.SafetensorError, OSError, ValueError, RecursionError) as e:
-        raise UserError(f"{path} is damaged or no safetensors file ({e}); pickled files are not opened.") from None
+        raise UserError(f"{path} is damaged or no safetensors file ({e}); pickled files are not "
+                        "opened.") from None
     if not isinstance(about, dict) or about.get("branch_format") != BRANCH_FORMAT:
-        raise UserError(f"{path} is no branch of format {BRANCH_FORMAT}, the one that this version of train.py writes.")
-    theirs = read_config(network_folder(weights))[0]
+        raise UserError(f"{path} is no branch of format {BRANCH_FORMAT}, the one that this version "
+                        "of train.py writes.")
+
+    # The branch that it describes must be the one that it holds.
+    folder = network_folder(weights)
+    theirs = read_config(folder)[0]
     try:
         cfg = branch_config(about, theirs)
         with torch.device("meta"):
-            wanted = {name: (list(p.shape), True)
-                      for name, p in ProPhy(build_backbone(theirs), cfg).branch_state().items()}
+            model = ProPhy(build_backbone(theirs), cfg)
+        wanted = {name: (list(p.shape), True) for name, p in model.branch_state().items()}
     except UserError as e:
         raise UserError(f"{path} cannot be attached to {weights}: {e}") from None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as e:
         raise UserError(f"{path} describes no branch ({type(e).__name__}: {e}).") from None
     odd = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
     if odd:
-        raise UserError(f"{path} holds another branch than its header describes: {join_some(odd, 3)}.")
+        raise UserError(f"{path} holds another branch than its header describes: "
+                        f"{join_some(odd, 3)}.")
+
+    # The numbers themselves.
     with safetensors.safe_open(path, "pt") as file:
         tensors = {name: file.get_tensor(name) for name in found}
     if checksum(tensors) != about.get("checksum"):
         raise UserError(f"{path} is damaged: its checksum is another.")
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise UserError(f"{path} holds numbers that are not finite: {join_some(bad, 3)}.")
-    if about.get("weights") != fingerprint(network_folder(weights)):
-        print(f"Warning: {path} was trained beside other files than those in {weights}; that is right only if they "
-              "hold the same weights, stored in another way.", file=sys.stderr)
+    if about.get("weights") != fingerprint(folder):
+        print(f"Warning: {path} was trained beside other files than those in {weights}; that is "
+              "right only if they hold the same weights, stored in another way.", file=sys.stderr)
     return cfg, tensors
 
 
 def branch_config(about: dict, theirs: Config) -> Config:
-    """What a branch's header describes, beside a backbone of `theirs`. Raises UserError where that is another one, and
-    KeyError, TypeError or ValueError for a header that describes nothing."""
+    """What a branch's header describes, beside a backbone of `theirs`. Raises UserError where that
+    is another one, and KeyError, TypeError or ValueError for a header that describes nothing."""
     for name in marked(NETWORK):
-        if about["fits"][name] != getattr(theirs, name):
-            raise UserError(f"it was trained beside a model of --{name} {about['fits'][name]}, not "
-                            f"{getattr(theirs, name)}.")
+        fitting = about["fits"][name]
+        found = getattr(theirs, name)
+        if fitting != found:
+            raise UserError(f"it was trained beside a model of --{name} {fitting}, not {found}.")
     fields = config.stored_fields({name: about["branch"][name] for name in marked(BRANCH)})
     return config.check(dataclasses.replace(theirs, base_steps=0, dry_run=True, **fields))
 
 
 @torch.no_grad()
 def attach_branch(backbone, cfg: Config, tensors: dict[str, Tensor]) -> ProPhy:
-    """The backbone with the branch that read_branch found, in the backbone's dtype; a physical block keeps in float32
-    what the block beside it does."""
+    """The backbone with the branch that read_branch found, in the backbone's dtype; a physical
+    block keeps in float32 what the block beside it does."""
     model = ProPhy(backbone, cfg)
     for name, p in model.branch_state().items():
         dtype = p.dtype if name.startswith("physical.") else backbone.patch_proj.weight.dtype
@@ -88,18 +102,22 @@ def attach_branch(backbone, cfg: Config, tensors: dict[str, Tensor]) -> ProPhy:
 
 
 def publish(state, run: Path, held_out: float, present: list[int]) -> None:
-    """What a run beside frozen official weights gives to others: branch.safetensors, and README.md, its model card."""
-    write_branch(run, state.cfg, state.model.backbone.cfg, state.ema, state.fingerprint, step=state.step,
-                 held_out=held_out, categories_present=present)
+    """What a run beside frozen official weights gives to others: branch.safetensors, and README.md,
+    its model card."""
+    theirs = state.model.backbone.cfg
+    write_branch(run, state.cfg, theirs, state.ema, state.fingerprint,
+                 step=state.step, held_out=held_out, categories_present=present)
 
 
-def write_branch(folder: Path, cfg: Config, theirs: Config, averages: dict[str, Tensor], weights: str, **about) -> None:
-    """branch.safetensors: the averaged weights of branch and LoRA, and in its header all that sample.py needs to attach
-    them; beside it README.md, the model card.
+def write_branch(folder: Path, cfg: Config, theirs: Config, averages: dict[str, Tensor],
+                 weights: str, **about) -> None:
+    """branch.safetensors: the averaged weights of branch and LoRA, and in its header all that
+    sample.py needs to attach them; beside it README.md, the model card.
 
-    theirs: the backbone's Config. weights: the fingerprint of the backbone's files. about: step, held_out,
-    categories_present. A run in fp32 is stored to the bit. One in bf16 rounded its matrices to bf16 in every product:
-    they are stored so, in half the room; norms, biases and Wan's tables of modulation stay float32.
+    theirs: the backbone's Config. weights: the fingerprint of the backbone's files. about: step,
+    held_out, categories_present. A run in fp32 is stored to the bit. One in bf16 rounded its
+    matrices to bf16 in every product: they are stored so, in half the room; norms, biases and Wan's
+    tables of modulation stay float32.
     """
     tensors = {}
     for name, average in averages.items():
@@ -112,20 +130,36 @@ def write_branch(folder: Path, cfg: Config, theirs: Config, averages: dict[str, 
     write_text(folder / "README.md", model_card(cfg, about))
 
 
-APACHE = ("license: apache-2.0",
-          "the Apache License 2.0: pass its text on with this file, and say that the weights were changed.")
-COGVIDEOX = ("license: other\nlicense_name: cogvideox-license\n"
-             "license_link: https://huggingface.co/THUDM/CogVideoX-5b/blob/main/LICENSE",
-             "the CogVideoX LICENSE: pass its text on with this file; commercial use needs a registration with the "
-             "authors of those weights.")
-UNKNOWN = ("license: unknown",
-           "**not known here, as they are none of the official architectures: fill it in, here and at the top, before "
-           "this file is published.**")
+# Licences: the lines at the top of a model card, and what the card says in words.
+APACHE = (
+    "license: apache-2.0",
+    "the Apache License 2.0: pass its text on with this file, and say that the weights were "
+    "changed.",
+)
+COGVIDEOX = (
+    "license: other\nlicense_name: cogvideox-license\n"
+    "license_link: https://huggingface.co/THUDM/CogVideoX-5b/blob/main/LICENSE",
+    "the CogVideoX LICENSE: pass its text on with this file; commercial use needs a registration "
+    "with the authors of those weights.",
+)
+UNKNOWN = (
+    "license: unknown",
+    "**not known here, as they are none of the official architectures: fill it in, here and at "
+    "the top, before this file is published.**",
+)
 UPSTREAM = {  # preset: its official weights on Hugging Face, their licence
-    "cogvideox-2b": ("THUDM/CogVideoX-2b", APACHE), "cogvideox-5b": ("THUDM/CogVideoX-5b", COGVIDEOX),
+    "cogvideox-2b": ("THUDM/CogVideoX-2b", APACHE),
+    "cogvideox-5b": ("THUDM/CogVideoX-5b", COGVIDEOX),
     "cogvideox1.5-5b": ("THUDM/CogVideoX1.5-5B", COGVIDEOX),
-    "wan-1.3b": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", APACHE), "wan-14b": ("Wan-AI/Wan2.1-T2V-14B-Diffusers", APACHE),
+    "wan-1.3b": ("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", APACHE),
+    "wan-14b": ("Wan-AI/Wan2.1-T2V-14B-Diffusers", APACHE),
 }
+# What a model card tells of the run, beside all that shapes the branch.
+TOLD = (
+    "seed", "precision", "batch_size", "optimizer", "physics_lr", "schedule", "warmup",
+    "weight_decay", "clip", "ema", "caption_dropout", "coarse_weight", "fine_weight",
+    "balance_weight", "coarse_loss", "reduction", "negatives", "teacher", "background",
+)
 CARD = """---
 {front}
 library_name: nanoprophy
@@ -138,9 +172,9 @@ tags:
 
 # {what}, for {upstream}
 
-`branch.safetensors` is no video model by itself: it is attached to the weights of {upstream}, beside
-which it was trained while they stayed as they are. Made with nanoProPhy, an independent implementation of
-[ProPhy](https://arxiv.org/abs/2512.05564).
+`branch.safetensors` is no video model by itself: it is attached to the weights of {upstream},
+beside which it was trained while they stayed as they are. Made with nanoProPhy, an independent
+implementation of [ProPhy](https://arxiv.org/abs/2512.05564).
 
 ## How to attach it
 
@@ -148,14 +182,15 @@ which it was trained while they stayed as they are. Made with nanoProPhy, an ind
 python sample.py --weights DIR --branch branch.safetensors --prompt "a red ball falls on the floor"
 ```
 
-`DIR` is the folder of those weights in diffusers' layout; its transformer had the fingerprint `{weights}`, and
-sample.py warns of another one. Clips may have other sizes than those it was trained on.
+`DIR` is the folder of those weights in diffusers' layout; its transformer had the fingerprint
+`{weights}`, and sample.py warns of another one. Clips may have other sizes than those it was
+trained on.
 
 ## How it was trained
 
-Averaged weights of step {step}, of {physics_steps} planned. Diffusion loss on held-out clips, at fixed times and noise:
-{held_out:.4f}. Nothing else was measured by the run: how its clips look, and which laws they obey, is not said here.
-Phenomena that the captions were labelled with: {phenomena}.
+Averaged weights of step {step}, of {physics_steps} planned. Diffusion loss on held-out clips, at
+fixed times and noise: {held_out:.4f}. Nothing else was measured by the run: how its clips look, and
+which laws they obey, is not said here. Phenomena that the captions were labelled with: {phenomena}.
 
 | setting | value |
 |---|---|
@@ -169,23 +204,32 @@ Where `DIR` was somebody's changed version of them, name that version, and its l
 
 
 def model_card(cfg: Config, about: dict) -> str:
-    """README.md beside a branch, as Hugging Face reads it; about: the header of branch.safetensors."""
+    """README.md beside a branch, as Hugging Face reads it; about: the header of
+    branch.safetensors."""
     # The official weights that the backbone's shape belongs to, if it belongs to any.
     fits = about["fits"]
     same = ("lineage", "dim", "depth", "heads", "patch_t", "positions")
-    preset = next((name for name in UPSTREAM if all(getattr(config.preset(name), f) == fits[f] for f in same)), None)
-    base, (front, licence) = UPSTREAM.get(preset, ("", UNKNOWN))
-    if base:
-        front += f"\nbase_model: {base}\nbase_model_relation: adapter"
+    upstream = f"a {fits['lineage']} transformer of width {fits['dim']}"
+    front, licence = UNKNOWN
+    for name, (base, licences) in UPSTREAM.items():
+        if all(getattr(config.preset(name), field) == fits[field] for field in same):
+            upstream = base
+            front, licence = licences
+            front += f"\nbase_model: {base}\nbase_model_relation: adapter"
 
     # What was trained, and how.
-    what = ["Physical branch"] * bool(cfg.physical_at) + [f"LoRA of rank {cfg.lora_rank}"] * bool(cfg.lora_rank)
+    what = ["Physical branch"] if cfg.physical_at else []
+    if cfg.lora_rank:
+        what.append(f"LoRA of rank {cfg.lora_rank}")
     names = data.category_names(cfg)
-    settings = (*marked(BRANCH), "seed", "precision", "batch_size", "optimizer", "physics_lr", "schedule", "warmup",
-                "weight_decay", "clip", "ema", "caption_dropout", "coarse_weight", "fine_weight", "balance_weight",
-                "coarse_loss", "reduction", "negatives", "teacher", "background")
+    phenomena = [names[i] for i in about["categories_present"]]
+    rows = [f"| {field} | {getattr(cfg, field)} |" for field in (*marked(BRANCH), *TOLD)]
     return CARD.format(
-        front=front, licence=licence, what=" and ".join(what), weights=about["weights"], step=about["step"],
-        upstream=base or f"a {fits['lineage']} transformer of width {fits['dim']}", physics_steps=cfg.physics_steps,
-        held_out=about["held_out"], phenomena=", ".join(names[i] for i in about["categories_present"]) or "none",
-        settings="\n".join(f"| {field} | {getattr(cfg, field)} |" for field in settings))
+        **about,
+        front=front,
+        licence=licence,
+        what=" and ".join(what),
+        upstream=upstream,
+        physics_steps=cfg.physics_steps,
+        phenomena=", ".join(phenomena) or "none",
+        settings="\n".join(rows))

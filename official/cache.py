@@ -29,7 +29,6 @@ from config import Config, Stopped, UserError, stream
 from data import Batch, Stream
 from official.encoders import VAE, TextEncoder
 from official.folder import Lineage, identity
-from vlm.maps import Maps
 
 FORMAT = 1  # of the cache's files
 GROUP = 64  # videos whose captions are encoded together, before the VAE takes over the device
@@ -170,7 +169,7 @@ def open_cache(cfg: Config, folder: Path, expected: dict | None = None) -> Cache
 class Latents(Stream):
     """Batches of latents and text embeddings from a cache, read clip by clip."""
 
-    def __init__(self, cfg: Config, cache: Cache, maps: Maps | None = None):
+    def __init__(self, cfg: Config, cache: Cache, maps=None):
         """Reads the embedding of the empty caption. Raises UserError without it."""
         super().__init__(cfg, cache, maps)
         path = cache.store.folder / EMPTY

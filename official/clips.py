@@ -1,6 +1,5 @@
 """Clips of official models, as the official pipelines make them."""
 import dataclasses
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,76 +9,92 @@ from tqdm import tqdm
 
 import config
 import diffusion
-from config import UserError
+from common.files import read_json
+from common.video import to_bytes
+from config import Config, UserError
 from experts import ProPhy
 from official.branch import attach_branch, read_branch
 from official.encoders import VAE, TextEncoder
-from official.folder import lineage_of
+from official.folder import Lineage, lineage_of
 from official.weights import load_pretrained
 
+SOLVERS = {  # class in scheduler_config.json: ours, where it is not the lineage's usual one
+    "CogVideoXDPMScheduler": "dpm",
+    "FlowMatchEulerDiscreteScheduler": "wan-euler",
+}
 
-def load_official(weights, device: str = "cpu", dtype: torch.dtype = torch.float32, branch: str = "", **sizes):
-    """-> cfg, model, process, solver of a folder in diffusers' layout: the backbone, or with `branch` (a file that
-    train.py made beside the same weights) the backbone with its branch.
 
-    The noise schedule and the solver are those of scheduler/scheduler_config.json. `sizes` (frames, height, width) that
-    are not given are the lineage's. Raises UserError.
+def load_official(weights, device: str = "cpu", dtype: torch.dtype = torch.float32,
+                  branch: str = "", **sizes):
+    """-> cfg, model, process, solver of a folder in diffusers' layout: the backbone, or with `branch`
+    (a file that train.py made beside the same weights) the backbone with its branch.
+
+    The noise schedule and the solver are those of scheduler/scheduler_config.json. `sizes` (frames,
+    height, width) that are not given are the lineage's. Raises UserError.
     """
-    weights, lineage = Path(weights), lineage_of(weights)
+    weights = Path(weights)
+    lineage = lineage_of(weights)
     published = read_branch(Path(branch), weights) if branch else None
     model = load_pretrained(weights, device, dtype)
-    path = weights / "scheduler" / "scheduler_config.json"
-    try:
-        stored = json.loads(path.read_text())
-        kind, snr_shift = stored.get("_class_name", ""), float(stored.get("snr_shift_scale") or 1)
-        shift = float(stored.get("flow_shift") or stored.get("shift") or 5)
-    except FileNotFoundError:
-        kind, snr_shift, shift = "", 1.0, 5.0
-    except (OSError, ValueError, TypeError, AttributeError) as e:
-        raise UserError(f"{path} cannot be read ({type(e).__name__}).") from None
-    cfg = dataclasses.replace(
-        model.cfg, fps=lineage.fps, guidance=lineage.guidance, snr_shift=snr_shift, shift=shift,
-        predict="v", process="vpred" if lineage.name == "cogvideox" else "flow",
-        **{name: sizes.get(name) or getattr(lineage, name) for name in ("frames", "height", "width")})
+    cfg, solver = scheduled(model.cfg, lineage, weights / "scheduler" / "scheduler_config.json")
+    sizes = {name: sizes.get(name) or getattr(lineage, name) for name in ("frames", "height", "width")}
+    cfg = dataclasses.replace(cfg, **sizes)
     config.check_latent_size(cfg)
-    process = diffusion.build(cfg)
-    solver = {"CogVideoXDPMScheduler": "dpm", "FlowMatchEulerDiscreteScheduler": "wan-euler"}.get(
-        kind, "ddim" if cfg.process == "vpred" else "unipc")
     if published:
         model = attach_branch(model, *published)
-    return cfg, model.to(device).eval(), process, solver
+    return cfg, model.to(device).eval(), diffusion.build(cfg), solver
+
+
+def scheduled(cfg: Config, lineage: Lineage, path: Path) -> tuple[Config, str]:
+    """The Config with the noise schedule of scheduler_config.json, and the solver's name. Without
+    that file both are the lineage's usual ones. Raises UserError."""
+    stored = read_json(path) if path.exists() else {}
+    try:
+        snr_shift = float(stored.get("snr_shift_scale") or 1)
+        shift = float(stored.get("flow_shift") or stored.get("shift") or 5)
+    except (ValueError, TypeError) as e:
+        raise UserError(f"{path} cannot be read ({type(e).__name__}).") from None
+    process, usual = ("vpred", "ddim") if lineage.name == "cogvideox" else ("flow", "unipc")
+    cfg = dataclasses.replace(cfg, fps=lineage.fps, guidance=lineage.guidance, predict="v",
+                              process=process, snr_shift=snr_shift, shift=shift)
+    return cfg, SOLVERS.get(stored.get("_class_name"), usual)
 
 
 @torch.no_grad()
-def generate_official(weights, loaded, prompts: list[str], *, negative: str = "", seed: int = 0, steps: int = 50,
-                      guidance: float = 6.0, solver: str = "", dynamic: bool = False, tiled: bool = False,
-                      edit=None, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[np.ndarray]:
-    """One clip a prompt, uint8 (F, H, W, 3), as diffusers' pipeline makes it from the same folder and seed.
+def generate_official(weights, loaded, prompts: list[str], *, negative: str = "", seed: int = 0,
+                      steps: int = 50, guidance: float = 6.0, solver: str = "",
+                      dynamic: bool = False, tiled: bool = False, edit=None, device: str = "cpu",
+                      dtype: torch.dtype = torch.float32) -> Iterator[np.ndarray]:
+    """One clip a prompt, uint8 (F, H, W, 3), as diffusers' pipeline makes it from the same folder and
+    seed.
 
-    Text encoder, network and VAE take turns on the device. Prompt i starts from generator seed + i. CogVideoX 1.5 works
-    on pairs of latent frames: an odd number is made even in front, and what was added is dropped.
+    loaded: what load_official gave. Text encoder, network and VAE take turns on the device. Prompt i
+    starts from generator seed + i. CogVideoX 1.5 works on pairs of latent frames: an odd number is
+    made even in front, and what was added is dropped.
     """
-    cfg, model, process, first_choice = loaded
+    cfg, model, process, usual_solver = loaded
     words, lengths = TextEncoder(weights, device, dtype)(prompts + [negative])
     vae = VAE(weights, device, dtype, tiled)
-    grid = tuple(n * p for n, p in zip(cfg.grid, (cfg.patch_t, cfg.patch, cfg.patch)))  # of the latent, even frames
-    wanted, copies = 1 + (cfg.frames - 1) // 4, 1 if guidance == 1 else 2
+    patches = (cfg.patch_t, cfg.patch, cfg.patch)
+    grid = tuple(n * p for n, p in zip(cfg.grid, patches))  # of the latent, an even number of frames
+    wanted = 1 + (cfg.frames - 1) // 4  # latent frames
+    kept_in = torch.float32 if cfg.lineage == "wan" else dtype  # Wan's latents are float32 all along
     for i in tqdm(range(len(prompts)), desc="clips", unit="clip"):
         generator = torch.Generator().manual_seed(seed + i)
-        keep = torch.float32 if cfg.lineage == "wan" else dtype  # Wan's latents stay float32 from step to step
-        noise = process.randn((1, cfg.channels, *grid), generator, keep).to(device)
-        which = [i, len(prompts)][:copies]
-        text, length, captionless = words[which].to(device, dtype), lengths[which].to(device), None
+        noise = process.randn((1, cfg.channels, *grid), generator, kept_in).to(device)
+        which = [i] if guidance == 1 else [i, len(prompts)]  # the prompt, and what to lead away from
+        text = words[which].to(device, dtype)
+        length = lengths[which].to(device)
 
         def denoise(x_t, t):
-            nonlocal captionless
+            # One after the other: half the memory of both at once.
             out = []
-            for y, n in zip(text.split(1), length.split(1)):  # one after the other: half the memory of both at once
+            for y, n in zip(text.split(1), length.split(1)):
                 given = (x_t.to(dtype), t, y, n)
                 out.append(model(*given, edit)[0] if isinstance(model, ProPhy) else model(*given))
-            captionless = out[-1]
-            return out[0]
-        x = process.sample(denoise, noise, steps, guidance, lambda x_t, t: captionless, solver=solver or first_choice,
+            return out[0], out[1] if len(out) == 2 else None
+
+        x = process.sample(denoise, noise, steps, guidance, solver=solver or usual_solver,
                            dynamic=dynamic, generator=generator)
-        frames = vae.decode(x[:, :, grid[0] - wanted :])[0]  # (3, F, H, W)
-        yield ((frames.nan_to_num().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+        frames = vae.decode(x[:, :, grid[0] - wanted:])[0]  # (3, F, H, W)
+        yield to_bytes(frames).cpu().numpy()

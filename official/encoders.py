@@ -3,9 +3,9 @@
     captions --TextEncoder--> embeddings (B, L, D_text) and lengths (B,)
     video    --VAE.encode-->  latents in the network's own scale    --VAE.decode--> video
 
-The two lineages differ in small things that raise no error when they are mixed up, only worse clips: whether padding is
-masked, whether text is cleaned, how latents are scaled. Each is written where it happens, and a test holds it against
-the pipeline of diffusers.
+The two lineages differ in small things that raise no error when they are mixed up, only worse
+clips: whether padding is masked, whether text is cleaned, how latents are scaled. Each is written
+where it happens, and a test holds it against the pipeline of diffusers.
 """
 import contextlib
 import html
@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from common.files import read_json
-from common.libraries import library, library_error_as_sentence
+from common.libraries import library, library_error_as_sentence, load
 from config import Stopped, UserError
-from official.folder import lineage_of, load
+from official.folder import lineage_of
 
 
 @contextlib.contextmanager
@@ -42,15 +42,17 @@ def memory_as_sentence(hint: str):
         raise Stopped(f"The device's memory is full: {hint}.") from None
 
 
-# --- text -------------------------------------------------------------------------------------------------------------
+# --- text ---------------------------------------------------------------------------------------
 def clean(text: str) -> str:
-    """Wan's cleaning: broken encodings mended, HTML entities resolved twice, white space collapsed."""
+    """Wan's cleaning: broken encodings mended, HTML entities resolved twice, white space
+    collapsed."""
     text = html.unescape(html.unescape(library("ftfy").fix_text(text)))
     return re.sub(r"\s+", " ", text.strip()).strip()
 
 
 class TextEncoder:
-    """T5-v1.1 (CogVideoX) or umT5 (Wan) with its tokenizer. It stays on the CPU but for the time of a call."""
+    """T5-v1.1 (CogVideoX) or umT5 (Wan) with its tokenizer. It stays on the CPU but for the time of
+    a call."""
 
     def __init__(self, weights: Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
         """weights: the folder with tokenizer/ and text_encoder/. Raises UserError."""
@@ -62,17 +64,19 @@ class TextEncoder:
         if kind != self.lineage.reader:
             raise UserError(f"{weights / 'text_encoder'} is of {kind!r}; {self.lineage.name} has a "
                             f"{self.lineage.reader!r}.")
-        # A tensor of another shape is named by load(); transformers alone would not say which one it is.
-        self.model = load(getattr(transformers, self.lineage.text), weights / "text_encoder", dtype=dtype,
-                          ignore_mismatched_sizes=True)
+        # load() names a tensor of another shape; transformers alone would not say which one it is.
+        self.model = load(getattr(transformers, self.lineage.text), weights / "text_encoder",
+                          dtype=dtype, ignore_mismatched_sizes=True)
 
         folder = weights / "tokenizer"
         read_json(folder / "tokenizer_config.json")
-        if not (folder / "tokenizer.json").exists():  # CogVideoX has spiece.model alone, which these two read
+        if not (folder / "tokenizer.json").exists():
+            # CogVideoX has spiece.model alone, which these two read.
             library("sentencepiece")
             library("google.protobuf")
         with library_error_as_sentence(folder):
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(folder), local_files_only=True)
 
     @property
     def dim(self) -> int:
@@ -91,26 +95,31 @@ class TextEncoder:
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], batch: int = 8) -> tuple[Tensor, Tensor]:
-        """Embeddings (B, L, D_text) in the model's dtype and lengths (B,) int64, on the CPU, as `encode_prompt` of the
-        pipelines in diffusers makes them.
+        """Embeddings (B, L, D_text) in the model's dtype and lengths (B,) int64, on the CPU, as
+        `encode_prompt` of the pipelines in diffusers makes them.
 
-        A length counts the tokens that are not padding. It is 0 for an empty prompt, as everywhere in data.py, though
-        its end-of-text token is embedded.
+        A length counts the tokens that are not padding. It is 0 for an empty prompt, as everywhere
+        in data.py, though its end-of-text token is embedded.
         """
-        embeddings, lengths = [], []
-        with memory_as_sentence("a smaller --text_batch needs less"), on_device(self.model, self.device):
+        embeddings = []
+        lengths = []
+        hint = "a smaller --text_batch needs less"
+        with memory_as_sentence(hint), on_device(self.model, self.device):
             for first in range(0, len(prompts), batch):
                 texts = [self.prepare(prompt) for prompt in prompts[first:first + batch]]
-                tokens = self.tokenizer(texts, padding="max_length", max_length=self.lineage.text_len,
-                                        truncation=True, return_tensors="pt")
+                tokens = self.tokenizer(
+                    texts, padding="max_length", max_length=self.lineage.text_len,
+                    truncation=True, return_tensors="pt")
                 embeddings.append(self.embed(tokens.input_ids, tokens.attention_mask))
                 empty = torch.tensor([not text.strip() for text in texts])
                 lengths.append(tokens.attention_mask.sum(1).masked_fill(empty, 0))
         return torch.cat(embeddings), torch.cat(lengths)
 
     def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Token ids (B, L) and the mask (B, L) of those that are not padding -> (B, L, D_text) on the CPU."""
-        ids, mask = ids.to(self.device), mask.to(self.device)
+        """ids (B, L), and mask (B, L) of those that are not padding -> (B, L, D_text), on the CPU.
+        """
+        ids = ids.to(self.device)
+        mask = mask.to(self.device)
         if self.lineage.name == "wan":
             embedding = self.model(ids, attention_mask=mask).last_hidden_state
             embedding = embedding.masked_fill(mask[..., None] == 0, 0)
@@ -119,25 +128,31 @@ class TextEncoder:
         return embedding.to("cpu", self.model.dtype)
 
 
-# --- VAE --------------------------------------------------------------------------------------------------------------
+# --- VAE ----------------------------------------------------------------------------------------
 class VAE:
-    """AutoencoderKLCogVideoX or AutoencoderKLWan of diffusers, with its chunks over time as diffusers has them.
+    """AutoencoderKLCogVideoX or AutoencoderKLWan of diffusers, with its chunks over time as
+    diffusers has them.
 
-    The first frame alone, then every four, are a latent frame; (B, 3, 1 + 4 m, 8 h, 8 w) <-> (B, C, 1 + m, h, w).
+    The first frame alone, then every four, are a latent frame:
+    (B, 3, 1 + 4 m, 8 h, 8 w) <-> (B, C, 1 + m, h, w).
 
-    CogVideoX decodes an even number of latent frames f to 4 f frames, not 4 f - 3: its sizes are 1 + 8 m frames.
+    CogVideoX decodes an even number of latent frames f to 4 f frames, not 4 f - 3: its clips have
+    1 + 8 m frames.
     """
 
-    def __init__(self, weights: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, tiled: bool = False):
-        """weights: the folder with vae/. tiled: in overlapping tiles that are blended, as diffusers does: less memory,
-        slightly other numbers. Raises UserError."""
+    def __init__(self, weights: Path, device: str = "cpu", dtype: torch.dtype = torch.float32,
+                 tiled: bool = False):
+        """weights: the folder with vae/. tiled: in overlapping tiles that are blended, as diffusers
+        does: less memory, slightly other numbers. Raises UserError."""
         diffusers = library("diffusers")
         self.lineage = lineage_of(weights)
         self.device = torch.device(device)
-        dtype = torch.float32 if self.lineage.name == "wan" else dtype  # as it was trained and is run
-        self.model = load(getattr(diffusers, self.lineage.vae), Path(weights) / "vae", torch_dtype=dtype)
-        self.model.to(self.device)
-        if self.lineage.name == "wan":
+        wan = self.lineage.name == "wan"
+        if wan:  # as it was trained and is run
+            dtype = torch.float32
+        kind = getattr(diffusers, self.lineage.vae)
+        self.model = load(kind, Path(weights) / "vae", torch_dtype=dtype).to(self.device)
+        if wan:
             mean = self.model.config.latents_mean
             std = self.model.config.latents_std
         else:  # `invert_scale_latents` and the like concern image conditions only
@@ -151,14 +166,19 @@ class VAE:
     @property
     def channels(self) -> int:
         """C of a latent."""
-        return self.model.config.z_dim if self.lineage.name == "wan" else self.model.config.latent_channels
+        shape = self.model.config
+        return shape.z_dim if self.lineage.name == "wan" else shape.latent_channels
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> dict[str, Tensor]:
-        """video (B, 3, F, H, W) in [-1, 1] -> {"mean", and for CogVideoX "std"}: each (B, C, f, h, w) float32 on the
-        VAE's device, in the network's scale. CogVideoX trains on mean + std * noise, Wan on the mean."""
+        """video (B, 3, F, H, W) in [-1, 1] -> {"mean", and for CogVideoX "std"}.
+
+        Each is (B, C, f, h, w) float32 on the VAE's device, in the network's scale. CogVideoX
+        trains on mean + std * noise, Wan on the mean.
+        """
         with memory_as_sentence("--tiled needs less"):
-            found = [self.model.encode(clip.to(self.device, self.model.dtype)).latent_dist for clip in video.split(1)]
+            found = [self.model.encode(clip.to(self.device, self.model.dtype)).latent_dist
+                     for clip in video.split(1)]
         latent = {"mean": (torch.cat([one.mean for one in found]).float() - self.mean) / self.std}
         if self.lineage.name == "cogvideox":
             latent["std"] = torch.cat([one.std for one in found]).float() / self.std
@@ -166,8 +186,10 @@ class VAE:
 
     @torch.no_grad()
     def decode(self, latent: Tensor) -> Tensor:
-        """latent (B, C, f, h, w) in the network's scale -> (B, 3, F, H, W) float32 in [-1, 1], on the VAE's device."""
+        """latent (B, C, f, h, w) in the network's scale -> video (B, 3, F, H, W), float32 in
+        [-1, 1], on the VAE's device."""
         latent = latent.to(self.device, torch.float32) * self.std + self.mean
         with memory_as_sentence("--tiled needs less"):
-            found = [self.model.decode(clip.to(self.model.dtype)).sample for clip in latent.split(1)]
+            found = [self.model.decode(clip.to(self.model.dtype)).sample
+                     for clip in latent.split(1)]
         return torch.cat(found).float().clamp(-1, 1)

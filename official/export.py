@@ -1,13 +1,13 @@
 """A run that trained an official backbone along, as a folder that everybody's tools read.
 
     OUT/transformer/           the averaged backbone in diffusers' layout, LoRA merged into it
-    OUT/branch.safetensors     its physical branch; `sample.py --weights OUT --branch OUT/branch.safetensors`
-    OUT/vae/, tokenizer/ ...   the other parts of the official weights, linked where the disk allows it
+    OUT/branch.safetensors     its physical branch
+    OUT/vae/, tokenizer/ ...   the other parts of the official weights, linked where the disk can
 
-A run beside frozen weights needs none of this: its branch.safetensors is attached to the official folder itself.
+`sample.py --weights OUT --branch OUT/branch.safetensors` samples from it. A run beside frozen
+weights needs none of this: its branch.safetensors is attached to the official folder itself.
 """
 import dataclasses
-import json
 import os
 import shutil
 from pathlib import Path
@@ -15,31 +15,33 @@ from pathlib import Path
 import torch
 
 import config
-from common.files import whole_folder
+from common.files import read_json, whole_folder
+from common.libraries import fingerprint
 from config import Config, Stopped, UserError
 from experts import ProPhy, merge_lora
 from official.branch import write_branch
-from official.folder import fingerprint
 from official.weights import load_pretrained, save_pretrained
 
-PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")  # of a folder of weights, beside its transformer
+# The parts of a folder of weights beside its transformer.
+PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
 
 
 def export_run(run: Path, out: Path, checkpoint: str = "best") -> None:
-    """Write OUT whole or not at all. Raises UserError for a run without a trained official backbone, or where OUT is
-    there already; Stopped when the disk is full."""
+    """Write OUT whole or not at all. Raises UserError for a run without a trained official
+    backbone, or where OUT is there already; Stopped when the disk is full."""
     cfg = config.load(run / "config.json")
     if not cfg.weights or cfg.freeze_backbone:
-        raise UserError(f"{run} has no official backbone of its own to export: it was not trained with --weights and "
-                        "--freeze_backbone false.")
+        raise UserError(f"{run} has no official backbone of its own to export: it was not trained "
+                        "with --weights and --freeze_backbone false.")
     if out.exists():
         raise UserError(f"{out} is there already: give another --out.")
     path = run / "checkpoints" / f"{checkpoint}.pt"
     model, stored = trained_model(cfg, path)
-    present = json.loads((run / "config.json").read_text()).get("categories_present", [])
+    present = read_json(run / "config.json").get("categories_present", [])
 
     # LoRA's corrections become part of the matrices they correct: nobody else's tools know of them.
-    branch = {name: p for name, p in model.branch_state().items() if not name.startswith("backbone.")}
+    branch = {name: p for name, p in model.branch_state().items()
+              if not name.startswith("backbone.")}
     merge_lora(model.backbone)
     alone = config.check(dataclasses.replace(cfg, lora_rank=0, dry_run=True))
     try:
@@ -48,8 +50,10 @@ def export_run(run: Path, out: Path, checkpoint: str = "best") -> None:
             for part in PARTS:
                 link_tree(Path(cfg.weights) / part, folder / part)
             if branch:
-                write_branch(folder, alone, model.backbone.cfg, branch, fingerprint(folder / "transformer"),
-                             step=stored["step"], held_out=stored["best"], categories_present=present)
+                weights = fingerprint(folder / "transformer")
+                write_branch(folder, alone, model.backbone.cfg, branch, weights,
+                             step=stored["step"], held_out=stored["best"],
+                             categories_present=present)
     except OSError as e:
         raise Stopped(f"{out} could not be written: {e.strerror or e}.") from None
 
@@ -72,7 +76,7 @@ def trained_model(cfg: Config, path: Path) -> tuple[ProPhy, dict]:
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """A folder's files under a second name, or as copies where the file system has no such links."""
+    """A folder's files under a second name, or as copies where the file system has no links."""
     def link(a, b):
         try:
             os.link(a, b)

@@ -37,6 +37,7 @@ def their_model(cfg: Config) -> tuple[nn.Module, Callable]:
 
 
 def blocks_of(theirs: nn.Module) -> nn.ModuleList:
+    """The blocks of a transformer of diffusers, which calls them otherwise for each lineage."""
     return theirs.transformer_blocks if hasattr(theirs, "transformer_blocks") else theirs.blocks
 
 

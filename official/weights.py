@@ -4,8 +4,9 @@
     *.safetensors      --load_pretrained-->  a Backbone, filled tensor by tensor
     Backbone           --save_backbone-->  a folder that diffusers reads
 
-Three layouts are known: diffusers' of CogVideoX, diffusers' of Wan, and Wan's original one (read only). A naming is a
-list of regular expressions, each with an example beside it; the checkpoint's names are published and do not change.
+Three layouts are known: diffusers' of CogVideoX, diffusers' of Wan, and Wan's original one (read
+only). A naming is a list of regular expressions, each with an example beside it; the checkpoint's
+names are published and do not change.
 """
 import json
 import re
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 
 import config
 from common.files import join_some, read_json, whole_file, write_text
+from common.libraries import tensor_files
 from config import Config, Stopped, UserError
 from model import MODELS, Backbone
-from official.folder import FLOATS, network_folder, tensor_files
+from official.folder import network_folder
 
 # Our name -> the checkpoint's, as regular expressions.
 COG_NAMES = (
@@ -63,27 +65,44 @@ WAN_ORIGINAL_NAMES = (
     (r"\.to_out\.", ".o."),
     (r"\.to_([qkv])\.", r".\1."),  # to_q -> q
 )
+# Those of Wan's tensors that stay float32, in our names.
+WAN_IN_FLOAT32 = r"table$|^time_embedding|\.norm2\."
 
 # What model.py takes for granted, in the words of their config.json.
 COG_FIXED = dict(
-    flip_sin_to_cos=True, freq_shift=0, ofs_embed_dim=None, attention_bias=True, activation_fn="gelu-approximate",
-    timestep_activation_fn="silu", norm_elementwise_affine=True, norm_eps=1e-5, spatial_interpolation_scale=1.875,
+    flip_sin_to_cos=True, freq_shift=0, ofs_embed_dim=None, attention_bias=True,
+    activation_fn="gelu-approximate", timestep_activation_fn="silu",
+    norm_elementwise_affine=True, norm_eps=1e-5, spatial_interpolation_scale=1.875,
     temporal_interpolation_scale=1.0, use_learned_positional_embeddings=False, dropout=0.0)
 WAN_FIXED = dict(
-    cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6, image_dim=None, added_kv_proj_dim=None)
+    cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6, image_dim=None,
+    added_kv_proj_dim=None)
 WAN_ORIGINAL_FIXED = dict(model_type="t2v", eps=1e-6)
 
 
-# --- their config -----------------------------------------------------------------------------------------------------
+# --- their config -------------------------------------------------------------------------------
 def cog_fields(theirs: dict) -> dict:
     """Our fields of a CogVideoX. Rotary positions with patches over time are those of 1.5."""
-    patch, rotary, patch_t = theirs["patch_size"], theirs["use_rotary_positional_embeddings"], theirs.get("patch_size_t")
-    dim = theirs["num_attention_heads"] * theirs["attention_head_dim"]
-    return dict(lineage="cogvideox", dim=dim, heads=theirs["num_attention_heads"], depth=theirs["num_layers"],
-                ffn=4 * dim, time_dim=theirs["time_embed_dim"], text_dim=theirs["text_embed_dim"], patch=patch,
-                text_len=theirs["max_text_seq_length"], channels=theirs["in_channels"], patch_t=patch_t or 1,
-                positions="integer" if rotary and patch_t else "fitted" if rotary else "sincos",
-                fit_height=theirs["sample_height"] // patch, fit_width=theirs["sample_width"] // patch)
+    heads = theirs["num_attention_heads"]
+    dim = heads * theirs["attention_head_dim"]
+    patch = theirs["patch_size"]
+    patch_t = theirs.get("patch_size_t")
+    rotary = "integer" if patch_t else "fitted"
+    return dict(
+        lineage="cogvideox",
+        dim=dim,
+        heads=heads,
+        depth=theirs["num_layers"],
+        ffn=4 * dim,
+        time_dim=theirs["time_embed_dim"],
+        text_dim=theirs["text_embed_dim"],
+        text_len=theirs["max_text_seq_length"],
+        channels=theirs["in_channels"],
+        patch_t=patch_t or 1,
+        patch=patch,
+        positions=rotary if theirs["use_rotary_positional_embeddings"] else "sincos",
+        fit_height=theirs["sample_height"] // patch,
+        fit_width=theirs["sample_width"] // patch)
 
 
 def wan_fields(theirs: dict) -> dict:
@@ -92,19 +111,39 @@ def wan_fields(theirs: dict) -> dict:
     if patch != patch_width:
         raise ValueError("patches that are not square")
     heads = theirs["num_attention_heads"]
-    return dict(lineage="wan", dim=heads * theirs["attention_head_dim"], heads=heads, depth=theirs["num_layers"],
-                ffn=theirs["ffn_dim"], freq_dim=theirs["freq_dim"], text_dim=theirs["text_dim"], text_len=512,
-                patch_t=patch_t, patch=patch, channels=theirs["in_channels"], positions="integer")
+    return dict(
+        lineage="wan",
+        dim=heads * theirs["attention_head_dim"],
+        heads=heads,
+        depth=theirs["num_layers"],
+        ffn=theirs["ffn_dim"],
+        freq_dim=theirs["freq_dim"],
+        text_dim=theirs["text_dim"],
+        text_len=512,
+        channels=theirs["in_channels"],
+        patch_t=patch_t,
+        patch=patch,
+        positions="integer")
 
 
 def wan_original_fields(theirs: dict) -> dict:
     """Our fields of a Wan in its original layout."""
-    return dict(lineage="wan", dim=theirs["dim"], heads=theirs["num_heads"], depth=theirs["num_layers"],
-                ffn=theirs["ffn_dim"], freq_dim=theirs["freq_dim"], text_dim=theirs.get("text_dim", 4096),
-                text_len=theirs["text_len"], patch_t=1, patch=2, channels=theirs["in_dim"], positions="integer")
+    return dict(
+        lineage="wan",
+        dim=theirs["dim"],
+        heads=theirs["num_heads"],
+        depth=theirs["num_layers"],
+        ffn=theirs["ffn_dim"],
+        freq_dim=theirs["freq_dim"],
+        text_dim=theirs.get("text_dim", 4096),
+        text_len=theirs["text_len"],
+        channels=theirs["in_dim"],
+        patch_t=1,
+        patch=2,
+        positions="integer")
 
 
-LAYOUTS = {  # _class_name: what must be as we take it for granted, our fields, names
+LAYOUTS = {  # _class_name: what must be as we take it for granted, our fields, names of tensors
     "CogVideoXTransformer3DModel": (COG_FIXED, cog_fields, COG_NAMES),
     "WanTransformer3DModel": (WAN_FIXED, wan_fields, WAN_NAMES),
     "WanModel": (WAN_ORIGINAL_FIXED, wan_original_fields, WAN_ORIGINAL_NAMES),
@@ -112,7 +151,11 @@ LAYOUTS = {  # _class_name: what must be as we take it for granted, our fields, 
 
 
 def read_config(folder: Path) -> tuple[Config, tuple]:
-    """config.json of a transformer's folder -> our fields, and the naming of its tensors. Raises UserError."""
+    """config.json of a transformer's folder -> our fields, and the naming of its tensors.
+
+    Raises UserError for a file that is not there, or that says what model.py cannot build.
+    """
+    # What it says, and whether that is a model as we take it for granted.
     path = folder / "config.json"
     if not path.exists():
         raise UserError(f"{folder} holds no weights: it has no config.json.")
@@ -123,7 +166,10 @@ def read_config(folder: Path) -> tuple[Config, tuple]:
     fixed, fields_of, names = LAYOUTS[kind]
     for field, value in fixed.items():
         if theirs.get(field, value) != value:
-            raise UserError(f"{path} has {field} = {theirs[field]!r}; only {value!r} is known here.")
+            raise UserError(f"{path} has {field} = {theirs[field]!r}; only {value!r} is known "
+                            "here.")
+
+    # Our fields, whose sizes must be possible.
     try:
         fields = fields_of(theirs)
         if any(type(value) is int and not 0 <= value < 2**20 for value in fields.values()):
@@ -131,7 +177,8 @@ def read_config(folder: Path) -> tuple[Config, tuple]:
         if fields["dim"] % fields["heads"]:
             raise ValueError("heads that do not divide the width")
     except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError) as e:
-        raise UserError(f"{path} is not the config of a video transformer ({type(e).__name__}: {e}).") from None
+        raise UserError(f"{path} is not the config of a video transformer "
+                        f"({type(e).__name__}: {e}).") from None
     if theirs.get("out_channels", theirs.get("out_dim")) not in (None, fields["channels"]):
         raise UserError(f"{path} has another number of channels out than in.")
     return replace(config.preset("small"), latent=True, **fields), names
@@ -139,19 +186,38 @@ def read_config(folder: Path) -> tuple[Config, tuple]:
 
 def their_config(cfg: Config) -> dict:
     """The config.json that diffusers reads."""
-    shared = dict(num_attention_heads=cfg.heads, attention_head_dim=cfg.dim // cfg.heads, num_layers=cfg.depth,
-                  in_channels=cfg.channels, out_channels=cfg.channels)
+    shared = dict(
+        num_attention_heads=cfg.heads,
+        attention_head_dim=cfg.dim // cfg.heads,
+        num_layers=cfg.depth,
+        in_channels=cfg.channels,
+        out_channels=cfg.channels)
     if cfg.lineage == "wan":
-        return dict(_class_name="WanTransformer3DModel", **shared, **WAN_FIXED, text_dim=cfg.text_dim, ffn_dim=cfg.ffn,
-                    freq_dim=cfg.freq_dim, patch_size=[cfg.patch_t, cfg.patch, cfg.patch], rope_max_seq_len=1024)
-    return dict(_class_name="CogVideoXTransformer3DModel", **shared, **COG_FIXED, time_embed_dim=cfg.time_dim,
-                text_embed_dim=cfg.text_dim, max_text_seq_length=cfg.text_len, patch_size=cfg.patch,
-                patch_size_t=cfg.patch_t if cfg.positions == "integer" else None, sample_frames=49,
-                sample_height=cfg.fit_height * cfg.patch, sample_width=cfg.fit_width * cfg.patch,
-                use_rotary_positional_embeddings=cfg.positions != "sincos")
+        return dict(
+            _class_name="WanTransformer3DModel",
+            **shared,
+            **WAN_FIXED,
+            text_dim=cfg.text_dim,
+            ffn_dim=cfg.ffn,
+            freq_dim=cfg.freq_dim,
+            patch_size=[cfg.patch_t, cfg.patch, cfg.patch],
+            rope_max_seq_len=1024)
+    return dict(
+        _class_name="CogVideoXTransformer3DModel",
+        **shared,
+        **COG_FIXED,
+        time_embed_dim=cfg.time_dim,
+        text_embed_dim=cfg.text_dim,
+        max_text_seq_length=cfg.text_len,
+        patch_size=cfg.patch,
+        patch_size_t=cfg.patch_t if cfg.positions == "integer" else None,
+        sample_frames=49,
+        sample_height=cfg.fit_height * cfg.patch,
+        sample_width=cfg.fit_width * cfg.patch,
+        use_rotary_positional_embeddings=cfg.positions != "sincos")
 
 
-# --- their tensors ----------------------------------------------------------------------------------------------------
+# --- their tensors ------------------------------------------------------------------------------
 def renamed(name: str, rules) -> str:
     """Our name of a tensor in the checkpoint's naming."""
     for ours, theirs in rules:
@@ -160,8 +226,8 @@ def renamed(name: str, rules) -> str:
 
 
 def stored_shape(name: str, shape: torch.Size, cfg: Config) -> list[int]:
-    """The shape that a checkpoint has for our tensor: a patch projection is stored as the convolution it is, but for
-    CogVideoX 1.5, where it is a linear layer too."""
+    """The shape that a checkpoint has for our tensor: a patch projection is stored as the
+    convolution it is, but for CogVideoX 1.5, where it is a linear layer too."""
     if name != "patch_proj.weight" or (cfg.lineage == "cogvideox" and cfg.positions == "integer"):
         return list(shape)
     time = [cfg.patch_t] if cfg.lineage == "wan" else []
@@ -169,12 +235,13 @@ def stored_shape(name: str, shape: torch.Size, cfg: Config) -> list[int]:
 
 
 def from_stored(name: str, tensor: Tensor, cfg: Config) -> Tensor:
-    """A checkpoint's tensor as ours. Wan's head writes a patch channels last; ours, like the input, channels first."""
+    """A checkpoint's tensor as ours. Wan's head writes a patch with its channels last, but ours
+    writes them first, like the input."""
     if name == "patch_proj.weight":
         return tensor.flatten(1)
     if cfg.lineage == "wan" and name.startswith("proj_out."):
-        p = cfg.patch
-        return tensor.unflatten(0, (cfg.patch_t, p, p, cfg.channels)).movedim(3, 0).flatten(0, 3)
+        sizes = (cfg.patch_t, cfg.patch, cfg.patch, cfg.channels)
+        return tensor.unflatten(0, sizes).movedim(3, 0).flatten(0, 3)
     return tensor
 
 
@@ -183,8 +250,8 @@ def to_stored(name: str, tensor: Tensor, cfg: Config) -> Tensor:
     if name == "patch_proj.weight":
         return tensor.reshape(stored_shape(name, tensor.shape, cfg))
     if cfg.lineage == "wan" and name.startswith("proj_out."):
-        p = cfg.patch
-        return tensor.unflatten(0, (cfg.channels, cfg.patch_t, p, p)).movedim(0, 3).flatten(0, 3).contiguous()
+        sizes = (cfg.channels, cfg.patch_t, cfg.patch, cfg.patch)
+        return tensor.unflatten(0, sizes).movedim(0, 3).flatten(0, 3).contiguous()
     return tensor
 
 
@@ -195,14 +262,15 @@ def check_names(folder: Path, wanted: set[str], found: set[str]) -> None:
             raise UserError(f"{folder} {what} {join_some(sorted(names), 3)}.")
 
 
-# --- in ---------------------------------------------------------------------------------------------------------------
+# --- in -----------------------------------------------------------------------------------------
 def load_pretrained(folder, device="cpu", dtype: torch.dtype | None = None) -> Backbone:
-    """An official checkpoint, in diffusers' or (Wan) the original layout, as our model, in eval mode.
+    """An official checkpoint, in diffusers' or (Wan) the original layout: our model, in eval mode.
 
-    `folder` has config.json and .safetensors, or a `transformer/` that does. `dtype` None keeps the stored one; Wan's
-    time embedding, tables and cross-attention norms stay float32, as diffusers keeps them. The model is laid out on the
-    meta device and filled tensor by tensor from mapped files: memory holds the weights once, plus one tensor. Raises
-    UserError with one sentence, before anything large is read, where names or shapes do not fit.
+    `folder` has config.json and .safetensors, or a `transformer/` that does. `dtype` None keeps the
+    stored one; Wan's time embedding, tables and cross-attention norms stay float32, as diffusers
+    keeps them. The model is laid out on the meta device and filled tensor by tensor from mapped
+    files: memory holds the weights once, plus one tensor. Raises UserError with one sentence,
+    before anything large is read, where names or shapes do not fit.
     """
     folder = network_folder(folder)
     cfg, names = read_config(folder)
@@ -213,48 +281,58 @@ def load_pretrained(folder, device="cpu", dtype: torch.dtype | None = None) -> B
     ours = {renamed(name, names): name for name in layout}
     check_names(folder, set(ours), set(files))
 
-    # Each tensor is looked at before it is taken: its shape and type from the header, its numbers once it is read.
+    # A tensor's shape is in the file's header; its numbers are looked at once it is read.
     for path in sorted(set(files.values())):
         with safe_open(path, framework="pt") as file:
             for theirs in file.keys():
-                name, header = ours[theirs], file.get_slice(theirs)
+                name = ours[theirs]
                 shape = stored_shape(name, layout[name].shape, cfg)
-                if header.get_shape() != shape:
-                    raise UserError(f"{theirs} in {path} has the shape {header.get_shape()}, not {shape}.")
-                if header.get_dtype() not in FLOATS:
-                    raise UserError(f"{theirs} in {path} is stored as {header.get_dtype()}; floating point is needed.")
+                found = file.get_slice(theirs).get_shape()
+                if found != shape:
+                    raise UserError(f"{theirs} in {path} has the shape {found}, not {shape}.")
                 tensor = file.get_tensor(theirs)
                 if not tensor.isfinite().all():
                     raise UserError(f"{theirs} in {path} holds numbers that are not finite.")
-                in_float32 = cfg.lineage == "wan" and re.search(r"table$|^time_embedding|\.norm2\.", name)
-                tensor = from_stored(name, tensor, cfg).to(device, torch.float32 if in_float32 and dtype else dtype)
-                tensor = tensor.clone() if tensor.is_cpu else tensor  # no tie to the mapped file
+
+                # Ours, where and in which type it is wanted.
+                tensor = from_stored(name, tensor, cfg)
+                in_float32 = cfg.lineage == "wan" and re.search(WAN_IN_FLOAT32, name)
+                tensor = tensor.to(device, torch.float32 if in_float32 and dtype else dtype)
+                if tensor.is_cpu:
+                    tensor = tensor.clone()  # no tie to the mapped file
                 owner, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
     return model.eval()
 
 
-# --- out --------------------------------------------------------------------------------------------------------------
+# --- out ----------------------------------------------------------------------------------------
 def save_pretrained(model: Backbone, folder, shard_bytes: int = 5 * 2**30) -> None:
-    """Write a backbone in the layout that diffusers reads: config.json, safetensors, and an index if there are several.
+    """Write a backbone as diffusers reads it: config.json, safetensors, an index of several ones.
 
-    Raises UserError for a model with learned words, which diffusers has no place for; Stopped when the disk is full.
+    Raises UserError for a model with learned words, which diffusers has no place for; Stopped when
+    the disk is full.
     """
-    cfg, folder = model.cfg, Path(folder)
+    cfg = model.cfg
+    folder = Path(folder)
     if not cfg.text_dim or cfg.positions == "both":
-        raise UserError("A backbone that learned its own words or positions has no place in diffusers' layout.")
+        raise UserError("A backbone that learned its own words or positions has no place in "
+                        "diffusers' layout.")
     names = WAN_NAMES if cfg.lineage == "wan" else COG_NAMES
-    state = {renamed(name, names): to_stored(name, tensor, cfg) for name, tensor in model.state_dict().items()}
+    state = {renamed(name, names): to_stored(name, tensor, cfg)
+             for name, tensor in model.state_dict().items()}
     plan = split_torch_state_dict_into_shards(
-        state, filename_pattern="diffusion_pytorch_model{suffix}.safetensors", max_shard_size=shard_bytes)
+        state, filename_pattern="diffusion_pytorch_model{suffix}.safetensors",
+        max_shard_size=shard_bytes)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for file, tensors in plan.filename_to_tensors.items():
             with whole_file(folder / file) as part:
-                save_file({name: state[name].cpu() for name in tensors}, part, metadata={"format": "pt"})
+                held = {name: state[name].cpu() for name in tensors}
+                save_file(held, part, metadata={"format": "pt"})
         if plan.is_sharded:
             index = dict(metadata=plan.metadata, weight_map=plan.tensor_to_filename)
-            write_text(folder / "diffusion_pytorch_model.safetensors.index.json", json.dumps(index, indent=2))
+            path = folder / "diffusion_pytorch_model.safetensors.index.json"
+            write_text(path, json.dumps(index, indent=2))
         write_text(folder / "config.json", json.dumps(their_config(cfg), indent=2))
     except (OSError, SafetensorError) as e:
         raise Stopped(f"The weights could not be written to {folder} ({e}).") from None

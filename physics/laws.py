@@ -149,6 +149,7 @@ def fit_contact(t, ys, columns):
 
 
 def relative_error(value, truth):
+    """|value / truth - 1|."""
     return abs(value / truth - 1)
 
 

@@ -12,7 +12,6 @@ import numpy as np
 from physics.canvas import (
     COLD, CORE, FLAME, FLOOR, GLASS, HOT, PANEL, STEEL, VAPOUR, WATER, WHITE, per_frame,
     vectors)
-from physics.canvas import COLOURS, NIGHT, backdrop  # for files that do not use the door yet
 
 
 CATEGORIES = (  # WISA's names, WISA's order

@@ -161,4 +161,4 @@ def tiny(tmp_path_factory):
     from vlm import qwen, tiny
     folder = tmp_path_factory.mktemp("tiny") / "vlm"
     tiny.write_tiny(folder, seed=0)
-    return qwen.VLM(folder)
+    return qwen.VLM.from_folder(folder)

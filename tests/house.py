@@ -6,6 +6,7 @@ A code token is a name, an operator, a number or a string, as Python's tokenizer
 over the lines that are neither empty nor a comment.
 """
 import ast
+import functools
 import io
 import tokenize
 from pathlib import Path
@@ -60,6 +61,7 @@ def is_packed(node: ast.AST) -> bool:
     return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Tuple) and isinstance(node.value, ast.Tuple)
 
 
+@functools.cache
 def measure(path: Path) -> dict[str, int]:
     """Counts of one file."""
     text = path.read_text(encoding="utf-8")
@@ -87,7 +89,8 @@ def is_comment(line: str) -> bool:
     return (alone and not line.strip("# -\n") == "") or (not alone and "  # " in line)
 
 
-def imported(path: Path) -> set[str]:
+@functools.cache
+def imported(path: Path) -> frozenset[str]:
     """Dotted names of all that a file imports, wherever in it."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -95,9 +98,10 @@ def imported(path: Path) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return names
+    return frozenset(names)
 
 
+@functools.cache
 def arrows() -> dict[str, set[str]]:
     """{file: the project's own files that it imports}."""
     own = {name_of(path) for path in sources()}

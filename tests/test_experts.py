@@ -294,7 +294,7 @@ def test_text_rows_are_touched_by_no_expert_and_no_injection():
     net(*inputs())
     h = torch.randn(2, L + N, D)
     for before, after in ((seen["tokens"], seen["branch"]), (seen["out"], seen["injected"]),
-                          (h, seen["middle"](h))):
+                          (h, seen["middle"](h)[0])):
         assert torch.equal(before[:, :L], after[:, :L])
         assert ((before - after)[:, L:].abs().sum(-1) > 0).all()
 
@@ -317,7 +317,8 @@ def test_forward_is_the_figure_drawn_by_hand(injection):
                                  torch.cat([torch.zeros_like(branch[:, :L]), branch[:, L:]], 1))
     tokens = net.backbone.blocks[1](tokens, c)
     tokens = net.backbone.blocks[2](tokens, c)
-    branch = net.physical[1](branch, c, lambda h: video_only(lambda v: net.refinement(v)[0], h))
+    refined = lambda h: video_only(lambda v: net.refinement(v)[0], h)
+    branch, _ = net.physical[1](branch, c, lambda h: (refined(h), None))
     tokens = tokens + video_only(net.inject[1],
                                  torch.cat([torch.zeros_like(branch[:, :L]), branch[:, L:]], 1))
     close(net(x, t, text, length)[0], net.backbone.head(tokens, c))

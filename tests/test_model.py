@@ -146,15 +146,18 @@ def test_each_chunk_of_the_expert_norm_modulates_its_stream_alone(net, chunk, st
 
 def test_middle_is_applied_between_attention_and_feed_forward(net):
     tokens, condition = net.embed(*inputs())
-    block, middle = net.blocks[1], lambda x: 3 * x.flip(1) - 1
+    block = net.blocks[1]
+    middle = lambda x: 3 * x.flip(1) - 1
+    with_middle = lambda middle: block(tokens, condition, lambda x: (middle(x), "found"))
     h, gate = block.norm1(tokens, condition)
     after_attention = tokens + gate * block.attn1(h, condition.rope)
     x = middle(after_attention)
     h, gate = block.norm2(x, condition)
-    assert torch.equal(block(tokens, condition, middle), x + gate * block.ff(h))
-    assert torch.equal(block(tokens, condition), block(tokens, condition, lambda x: x))
+    out, found = with_middle(middle)
+    assert torch.equal(out, x + gate * block.ff(h)) and found == "found"
+    assert torch.equal(block(tokens, condition), with_middle(lambda x: x)[0])
     # the place matters
-    assert (block(tokens, condition, middle) - middle(block(tokens, condition))).abs().max() > 0.1
+    assert (out - middle(block(tokens, condition))).abs().max() > 0.1
 
 
 def test_a_fresh_model_predicts_zero_and_a_fresh_block_is_the_identity():

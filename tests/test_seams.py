@@ -11,6 +11,7 @@ from importlib.metadata import version
 import pytest
 import torch
 
+from vlm import attention as vlm_attention
 from vlm import qwen as vlm_qwen
 from vlm import tiny as vlm_tiny
 import seams
@@ -65,10 +66,10 @@ def test_get_rope_index_keeps_its_arguments(family):
 
 def test_attention_functions_and_masks_are_registered_by_name():
     def check():
-        vlm_qwen.register_attention()
+        vlm_attention.register_attention()
         functions, masks = transformers.AttentionInterface(), transformers.AttentionMaskInterface()
-        ours = functions[vlm_qwen.ATTENTION] is vlm_qwen.watched_attention
-        return ours and masks[vlm_qwen.ATTENTION] is masks["sdpa"]
+        ours = functions[vlm_attention.ATTENTION] is vlm_attention.watched_attention
+        return ours and masks[vlm_attention.ATTENTION] is masks["sdpa"]
     holds("transformers", "AttentionInterface or AttentionMaskInterface", check)
 
 
@@ -132,12 +133,12 @@ def test_a_storage_is_one_object_for_all_its_views():
 def vlm(tmp_path):
     folder = tmp_path / "vlm"
     vlm_tiny.write_tiny(folder, 0)
-    return vlm_qwen.VLM(folder)
+    return vlm_qwen.VLM.from_folder(folder)
 
 
 def look(vlm):
     video = torch.randint(0, 256, (6, 16, 16, 3), dtype=torch.uint8).numpy()
-    return vlm.look([video], 6.0, [["is there melting"]], vlm_qwen.Settings(answer="yes"))
+    return vlm.ask([video], 6.0, [["is there melting"]], vlm_qwen.Settings(answer="yes"))
 
 
 def renamed(real):

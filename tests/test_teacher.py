@@ -16,10 +16,11 @@ import common.video  # noqa: E402
 import physics.phenomena  # noqa: E402
 from vlm import maps as vlm_maps  # noqa: E402
 from vlm import qwen as vlm_qwen  # noqa: E402
+from vlm import speed as vlm_speed  # noqa: E402
 import config  # noqa: E402
 import data  # noqa: E402
 import teacher  # noqa: E402
-from config import Stopped, preset  # noqa: E402
+from config import Stopped  # noqa: E402
 from helpers import drifting, files_of, killed_when, sentence, written  # noqa: E402
 from tiny_vlm import FILM, FILM_RECORDS, expected, make_maps, make_vlm, maps_of, teacher_flags  # noqa: E402
 
@@ -55,7 +56,7 @@ def test_a_map_is_the_eager_models_attention_to_the_file(maps, small_vlm, films)
     decode, take the frames that latents show, one plain pass of the model."""
     kind = transformers.Qwen2_5_VLForConditionalGeneration
     eager = kind.from_pretrained(small_vlm, attn_implementation="eager").eval()
-    tokenizer = vlm_qwen.VLM(small_vlm).tokenizer
+    tokenizer = vlm_qwen.VLM.from_folder(small_vlm).tokenizer
     cut = common.video.Cut(frames=9, fps=8.0, windows=4, height=32, width=48)
     for name, taken in (("a.mp4", 0), ("long.mp4", 1)):
         tensors, about = maps_of(maps, name)[taken]
@@ -102,8 +103,8 @@ def test_a_full_disk_is_one_sentence(small_vlm, films, tmp_path, monkeypatch):
 
 def test_one_bad_clip_of_a_group_costs_itself_alone(tmp_path):
     def look(empty):
-        return vlm_qwen.Look("" if empty else "words", torch.rand(1, 1, 2, 2, 2), empty)
-    store, skipped = common.store.Store.create(tmp_path / "out", vlm_maps.MAPS, {}), []
+        return vlm_qwen.AnswerAttention("" if empty else "words", torch.rand(1, 1, 2, 2, 2), empty)
+    store = common.store.Store.create(tmp_path / "out", vlm_maps.MAPS, {})
     group = [(f"{i}.safetensors",
               vlm_maps.VLMClip(f"clip {i}", None, 4.0, [0.0, 0.5], (8, 8), (0, 0, 8, 8), ["melting"]))
              for i in range(4)]
@@ -113,7 +114,7 @@ def test_one_bad_clip_of_a_group_costs_itself_alone(tmp_path):
         def __init__(self):
             pass
 
-        def look(self, videos, fps, questions, settings, batch, answers):
+        def ask(self, videos, fps, questions, settings, batch, answers):
             asked.append(questions)
             if len(asked) == 2:
                 raise vlm_qwen.VLMError("not finite")
@@ -125,12 +126,13 @@ def test_one_bad_clip_of_a_group_costs_itself_alone(tmp_path):
         def update(self, n):
             self.n += n
 
-    bar, tally, settings = Bar(), vlm_maps.Tally(), vlm_qwen.Settings()
-    teacher.annotate(Fake(), settings, store, [group, group], tally, 0, skipped, bar)
+    work, settings = teacher.Work(store, Bar()), vlm_qwen.Settings()
+    teacher.annotate(work, Fake(), settings, [group, group], 0)
     assert sorted(os.listdir(store.clips)) == ["0.safetensors", "2.safetensors", "3.safetensors"]
-    assert (tally.made, tally.empty, bar.n) == (3, 1, 8)
-    assert [name.split(" (")[0] for name in skipped] == ["clip 1", "clip 0", "clip 1", "clip 2", "clip 3"]
-    assert asked[0] == [[settings.ask("melting"), settings.background]] * 4
+    assert (work.tally.made, work.tally.empty, work.bar.n) == (3, 1, 8)
+    skipped = [name.split(" (")[0] for name in work.skipped]
+    assert skipped == ["clip 1", "clip 0", "clip 1", "clip 2", "clip 3"]
+    assert asked[0] == [[settings.question_for("melting"), settings.background]] * 4
     assert common.store.read_tensors(store.clips / "2.safetensors")[0]["maps"].shape == (0, 2, 2, 2)
 
 
@@ -220,8 +222,7 @@ def test_all_phenomena_by_switch_and_even_sampling(small_vlm, films, tmp_path):
     (dict(shard="3/2"), "--shard"), (dict(batch=-1), "--batch"),
     (dict(annotations="nowhere.json"), "nowhere.json"), (dict(windows_taken=-1), "--windows"),
     (dict(rows="tokens"), "--rows"), (dict(pixels=0), "--pixels"),
-    (dict(layers="7"), "--layers"), (dict(words="few"), "--words"), (dict(question="{nom}"), "--question"),
-    (dict(heads="1"), "--heads")])
+    (dict(layers="7"), "--layers"), (dict(words="few"), "--words"), (dict(question="{nom}"), "--question")])
 def test_wrong_flags_are_one_sentence(small_vlm, films, tmp_path, flags, words):
     assert words in sentence(make_maps, films, small_vlm, tmp_path / "out", **flags)
     assert not (tmp_path / "out").exists()
@@ -259,10 +260,9 @@ def test_kill_9_loses_and_doubles_nothing(maps, small_vlm, films, tmp_path, caps
 def test_report_and_preview_run_from_the_command_line(tiny, tmp_path, capsys):
     flags = ["--vlm", str(tiny.folder), "--config", "debug", "--frames", "4", "--height", "32", "--width",
              "32", "--colour_cues", "--clips", "5", "--threads", "1"]
-    teacher.main([*flags, "--report", "--untrained", "--preview", str(tmp_path / "overlay.gif")])
+    teacher.main([*flags, "--report", "--preview", str(tmp_path / "overlay.gif")])
     said = capsys.readouterr().out
-    for row in ("frame differences", "location prior", "untrained, predict, layers all, none",
-                "predict, layers default, subtract"):
+    for row in ("frame differences", "location prior", "predict, layers default, subtract"):
         values = re.search(rf"\| {row} \| ([\d.]+) \|", said)
         assert values and 0 <= float(values[1]) <= 1
     assert re.search(r"affirm what is there [\d.]+, what is not [\d.]+,", said)
@@ -310,8 +310,8 @@ def test_benchmark_times_real_shapes_made_small(capsys):
                                                        mrope_section=[2, 3, 3])),
                  vision_config=dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2,
                                     out_hidden_size=64))
-    assert small["text_config"].keys() == teacher.SEVEN_B["text_config"].keys()
-    teacher.benchmark("cpu", torch.bfloat16, small, (4, 56, 84), words=3)
+    assert small["text_config"].keys() == vlm_speed.SEVEN_B["text_config"].keys()
+    vlm_speed.benchmark("cpu", torch.bfloat16, small, (4, 56, 84), words=3)
     said = capsys.readouterr().out
     rows = re.findall(r"\| (all at once|one by one) \| ([\d.]+) \| - \| ([\d.]+) \|", said)
     assert [name for name, *_ in rows] == ["all at once", "one by one"]
@@ -324,7 +324,7 @@ def test_benchmark_times_real_shapes_made_small(capsys):
 @pytest.mark.parametrize("flags, words", [
     (["--train_tiny", "--vlm", "HERE"], "is there already"),
     (["--preview", "p.txt", "--vlm", "HERE"], ".gif"), (["--preview", "no/p.gif"], ".gif"),
-    (["--report", "--truth", "none.json"], "none.json"),
+    (["--report", "--truth", "none.json"], "--truth"),
     (["--videos", "v", "--out", "m", "--fps", "4"], "--rate"),
     (["--annotate", "x", "--data_dir", "v"], "--videos"), (["--train_tiny", "--steps", "-1"], "--steps"),
     ([], "Say what to do")])

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import common.store
-from vlm import qwen as vlm_qwen
+from vlm import settings as vlm_settings
 import seams
 import teacher
 from helpers import words_of
@@ -140,7 +140,8 @@ def expected(eager, family, tokenizer, video, fps, question, answer):
             "answer": [i for i in range(said, len(ids)) if ids[i] not in special]}
     rows["predict"] = [i - 1 for i in rows["answer"]]
     video_at = [i for i, token in enumerate(ids) if token == MARKS.index("<|video_pad|>")]
-    maps = torch.stack([attentions[:, :, rows[kind]][..., video_at].mean(2) for kind in vlm_qwen.KINDS], dim=2)
+    maps = torch.stack([attentions[:, :, rows[kind]][..., video_at].mean(2) for kind in vlm_settings.KINDS],
+                       dim=2)
     return maps, places
 
 

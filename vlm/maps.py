@@ -28,7 +28,7 @@ from common.video import TOLERANCE, Cut, Window, timeline, upright_size, windows
 from config import Config, UserError
 from data import Pool, latent_frames
 from physics import CATEGORIES
-from vlm.qwen import VLM, Look, Settings, VLMError
+from vlm.qwen import VLM, AnswerAttention, Settings, VLMError
 
 DENIAL = re.compile(r"\b(no|not|cannot|none|nowhere)\b|n't\b", re.IGNORECASE)
 # Two guesses, which are not calibrated:
@@ -165,7 +165,8 @@ class Answer(NamedTuple):
     density: Tensor  # (t, h, w), mean 1
 
 
-def map_answers(clip: VLMClip, looks: list[Look], settings: Settings, tally: Tally) -> list[Answer]:
+def map_answers(clip: VLMClip, looks: list[AnswerAttention], settings: Settings,
+                tally: Tally) -> list[Answer]:
     """The answers that found their phenomenon, and behind them the one to the background question.
 
     looks: of each of clip.names, then of the background. Raises VLMError where that one is empty.

@@ -1,7 +1,16 @@
-"""How well attention maps find what they are asked for, where the truth is known."""
-import dataclasses
+"""How well attention maps find what they are asked for, on synthetic clips, whose masks are known.
+
+`report` takes five measurements:
+
+1. each way to read a map (rows, layers, background) against the exact mask;
+2. the same of two rivals that need no VLM: frame differences, and where such things usually are;
+3. how often the VLM's own answers affirm what is there, and what is not there;
+4. how much of the attention reaches the video at all;
+5. how alike a map is to that of the background question.
+
+`preview` draws maps over clips. Letters: F frames, H W pixels, t h w the VLM's grid, N its tokens.
+"""
 import math
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,207 +23,219 @@ from tqdm import tqdm
 import align
 import data
 import world
-from common.files import read_json
 from common.pictures import annotate, enlarge, save_gif, tint
 from common.score import auc
-from common.video import Cut, windows_of
 from config import Config, UserError
-from physics.phenomena import backdrop
-from vlm.maps import DENIAL, axis_weights, time_weights, weigh, windows_for_vlm
-from vlm.qwen import CUES, KINDS, VLM, Settings, layers_of
-from vlm.tiny import write_tiny
+from vlm.maps import DENIAL, axis_weights, time_weights, weigh
+from vlm.qwen import VLM, AnswerAttention
+from vlm.settings import KINDS, Settings, layers_of
+
+FIRST = data.HELD_OUT + 500_000  # the world's indices from here on: nothing was trained on them
+STANDS_OUT = 24  # levels of 255 by which a pixel of an object differs from the empty backdrop
+ORANGE = (255, 120, 40)
+PREDICT = KINDS.index("predict")
+
+
+@dataclass
+class Truth:
+    """One phenomenon of one clip, and where it is."""
+    video: np.ndarray  # (F, H, W, 3) uint8
+    fps: float
+    name: str
+    mask: np.ndarray  # (F, H, W) bool
+    objects: np.ndarray  # (F, H, W) bool: this and all else that stands out from the background
+
+
+def held_out_truths(cfg: Config, n: int) -> list[list[Truth]]:
+    """The phenomena of each of n clips that nothing was trained on."""
+    empty = world.empty_room(cfg.height, cfg.width)  # (H, W, 3)
+    clips = []
+    for index in range(FIRST, FIRST + n):
+        clip = world.make_clip(cfg.world_seed, index, **world.drawing(cfg))
+        difference = np.abs(clip.video.astype(int) - empty)
+        objects = (difference > STANDS_OUT).any(-1)
+        clips.append([Truth(clip.video, cfg.frames, actor.phenomenon, actor.mask,
+                            objects | actor.mask) for actor in clip.actors])
+    return clips
+
+
+# --- scores -------------------------------------------------------------------------------------
+def measures(score: np.ndarray, positive: np.ndarray, objects: np.ndarray) -> dict[str, float]:
+    """How well a score (N,) finds the positive tokens; NaN where there is nothing to compare with.
+
+    AUC against all other tokens, and against those of other objects; pointing: is the peak on the
+    object; IoU of the object with the tokens above half of the peak.
+    """
+    rivals = positive | objects
+    over = score >= .5 * score.max() if score.max() > 0 else np.zeros_like(positive)
+    among_objects = math.nan
+    if (objects & ~positive).any():
+        among_objects = auc(score[rivals], positive[rivals])
+    return {"AUC": auc(score, positive),
+            "AUC objects": among_objects,
+            "pointing": float(positive[score.argmax()]),
+            "IoU": (over & positive).sum() / (over | positive).sum()}
 
 
 def saliency(video: np.ndarray, t: int) -> Tensor:
-    """(t, H, W): how much each pixel changes from frame to frame. The rival that needs no model."""
+    """(t, H, W): how much each pixel changes from frame to frame. A rival that needs no model."""
     change = np.abs(np.diff(video.astype(np.float32), axis=0)).mean(-1)
     change = np.concatenate([change[:1], change])  # the first frame has none before it
     return data.resample(torch.from_numpy(change), (t, *change.shape[1:]))
 
 
-@dataclass
-class Truth:
-    """One phenomenon of one clip, where it is known."""
-    video: np.ndarray  # (F, H, W, 3) uint8
-    fps: float
-    name: str
-    mask: np.ndarray  # (F, H, W) bool
-    objects: np.ndarray  # (F, H, W) bool: this and everything else that stands out from the background
-
-
-def of_clips(cfg: Config, n: int, first: int = data.HELD_OUT + 500_000) -> list[list[Truth]]:
-    """The truths of n clips that nothing was trained on."""
-    empty = (backdrop(cfg.height, cfg.width) * 255 + .5).astype(np.uint8)  # (3, H, W)
-    found = []
-    for index in range(first, first + n):
-        clip = world.make_clip(cfg.world_seed, index, **data.world_settings(cfg))
-        stands = (np.abs(clip.video.astype(int) - np.moveaxis(empty, 0, -1)) > 24).any(-1)
-        found.append([Truth(clip.video, cfg.frames, actor.phenomenon, actor.mask, stands | actor.mask)
-                      for actor in clip.actors])
-    return found
-
-
-def of_json(path: Path, vlm: VLM, frames: int, fps: float, most: int) -> list[list[Truth]]:
-    """Truths from a file {video: {phenomenon: [[start, end, left, top, right, bottom], ...] or "mask.mp4"}}: boxes in
-    seconds and shares of the frame, or a video or picture that is bright where it happens. Videos lie beside the file.
-    Raises UserError."""
-    found = []
-    for name, phenomena in read_json(path).items():
-        try:
-            window = windows_for_vlm(path.parent / name, vlm, frames, fps, 1, most)[0]
-            if not phenomena:
-                raise ValueError("it names no phenomenon")
-            F_, H, W = window.video.shape[:3]
-            when = window.start + np.arange(F_) / fps
-            y, x = (np.arange(H) + .5) / H, (np.arange(W) + .5) / W
-            clip = []
-            for phenomenon, where in phenomena.items():
-                if isinstance(where, str):
-                    grey = windows_of(path.parent / where, Cut(F_, fps, 1, H, W))
-                    mask = grey[0].video.mean(-1) > 127
-                else:
-                    mask = np.zeros((F_, H, W), bool)
-                    for start, end, left, top, right, bottom in where:
-                        mask |= (((start <= when) & (when < end))[:, None, None]
-                                 & ((top <= y) & (y < bottom))[:, None] & ((left <= x) & (x < right)))
-                if phenomenon not in CUES:
-                    raise ValueError(f"{phenomenon!r} is none of {', '.join(CUES)}")
-                clip.append(Truth(window.video, fps, phenomenon, mask, mask))
-            every = np.any([truth.mask for truth in clip], axis=0)
-            found.append([dataclasses.replace(truth, objects=every) for truth in clip])
-        except Exception as e:  # of a decoder, or of the file's shape
-            raise UserError(f"{path}: {name} cannot be used ({e or type(e).__name__}).") from None
-    if not found:
-        raise UserError(f"{path} names no video.")
-    return found
-
-
-def measures(score: np.ndarray, positive: np.ndarray, objects: np.ndarray) -> dict[str, float]:
-    """AUC of a map (N,) against all tokens and against those of other objects; pointing game: is its peak on the
-    object; IoU of the tokens above half of its peak. NaN where there is nothing to compare with."""
-    rivals = positive | objects
-    over = score >= .5 * score.max() if score.max() > 0 else np.zeros_like(positive)
-    return {"AUC": auc(score, positive),
-            "AUC objects": auc(score[rivals], positive[rivals]) if (objects & ~positive).any() else math.nan,
-            "pointing": float(positive[score.argmax()]), "IoU": (over & positive).sum() / (over | positive).sum()}
-
-
 def bands(n: int) -> dict[str, list[int]]:
-    """Layers to average: each quarter of n, the default, all."""
+    """Layers to average, of n: each quarter, the default, all."""
     edges = np.linspace(0, n, min(4, n) + 1).round().astype(int)
-    found = {f"{a}-{b - 1}" if b - a > 1 else f"{a}": list(range(a, b)) for a, b in zip(edges, edges[1:])}
+    found = {}
+    for first, end in zip(edges, edges[1:]):
+        name = f"{first}-{end - 1}" if end - first > 1 else f"{first}"
+        found[name] = list(range(first, end))
     found["default"] = layers_of("", n)
     found["all"] = list(range(n))
     return found
 
 
-def covered(mask: np.ndarray, grid: tuple[int, int, int]) -> np.ndarray:
-    """(N,) tokens of which the mask covers a share."""
-    return data.covered(torch.from_numpy(mask), grid).numpy()
+def ways_to_read(answer: AnswerAttention, background: AnswerAttention, n_layers: int, sinks: float
+                 ) -> dict[str, Tensor]:
+    """{row of the table: map (t, h, w)} of one answer that was read at all layers and KINDS."""
+    maps = {}
+    for k, kind in enumerate(KINDS):
+        for band, layers in bands(n_layers).items():
+            own = answer.density(layers, k, sinks)
+            behind = background.density(layers, k, sinks)
+            for how in ("none", "subtract", "divide"):
+                maps[f"{kind}, layers {band}, {how}"] = align.relative(own, behind, how)
+    return maps
 
 
-def report(vlm: VLM, settings: Settings, clips: list[list[Truth]], untrained: VLM | None, batch: int, shape) -> dict:
-    """{row: {measure: mean}}: every kind of rows, layer band and background, then the rivals that need no VLM, or an
-    untrained one; and means of what else is worth a look, such as how often the VLM's own answers affirm a phenomenon
-    that only other clips are known to hold (one a clip is asked for). Masks are averaged over equal parts of the clip:
-    with aligned frames of a real video that is up to a frame and a half off. shape: a Truth -> the frames that the VLM sees of it, and how many a second.
+def location_prior(clips: list[tuple[np.ndarray, np.ndarray]]) -> list[dict[str, float]]:
+    """`measures` of one phenomenon's mean mask, on each of its clips (positive, objects), of which
+    the mean leaves that clip out. Of a single clip there is none."""
+    if len(clips) < 2:
+        return []
+    total = sum(positive.astype(float) for positive, _ in clips)
+    return [measures(total - positive, positive, objects) for positive, objects in clips]
+
+
+def affirms(answer: AnswerAttention) -> float:
+    """Does the answer say that the phenomenon is there?"""
+    return float(not answer.empty and not DENIAL.search(answer.answer))
+
+
+def overlap(answer: AnswerAttention, background: AnswerAttention, layers: list[int]) -> float:
+    """Cosine of a map and the background's, of the rows that predict the answer."""
+    maps = [one.density(layers, PREDICT).flatten() for one in (answer, background)]
+    return F.cosine_similarity(*maps, dim=0).item()
+
+
+# --- the report ---------------------------------------------------------------------------------
+def report(vlm: VLM, settings: Settings, clips: list[list[Truth]], batch: int) -> dict:
+    """{"rows": {row: {measure: mean}}}, and means of what else is worth a look.
+
+    Each clip is also asked for one phenomenon that only other clips are known to hold. A phenomenon
+    that covers none or all of the VLM's tokens is left out.
     """
-    rows, order = {}, bands(vlm.n_layers)
-    log = {"answers that affirm what is there": [], "what is not": [], "mass on the video": [], "overlap": []}
-    prior, affirms = {}, lambda look: float(not look.empty and not DENIAL.search(look.answer))
+    scores = {}  # {row: [measures]}
+    masks = {}  # {phenomenon: [(positive, objects)]}
+    affirmed, invented, reaching, alike = [], [], [], []
     known = sorted({truth.name for clip in clips for truth in clip})
     for number, clip in enumerate(tqdm(clips, desc="report", unit="clip", leave=False)):
-        (frames, fps), names = shape(clip[0]), [truth.name for truth in clip]
+        # Ask.
+        names = [truth.name for truth in clip]
         absent = [name for name in known if name not in names]
         absent = [absent[number % len(absent)]] if absent else []
-        every = dict(kinds=KINDS, layers=list(range(vlm.n_layers)), batch=batch)
-        *mine, behind = vlm.look_for([frames], fps, [names + absent], settings, **every)[0]
-        if not settings.answer:  # which would be its answer to everything
-            log["answers that affirm what is there"] += map(affirms, mine[:len(names)])
-            log["what is not"] += map(affirms, mine[len(names):])
-        if untrained:
-            questions, said = [[settings.ask(name) for name in names]], [[look.answer for look in mine[:len(names)]]]
-            every["layers"] = list(range(untrained.n_layers))
-            none = untrained.look([frames], fps, questions, settings, answers=said, **every)[0]
-        grid = tuple(behind.maps.shape[2:])
-        for i, (truth, look) in enumerate(zip(clip, mine)):
-            positive, objects = covered(truth.mask, grid), covered(truth.objects, grid)
+        *answers, background = vlm.ask_about(
+            [clip[0].video], clip[0].fps, [names + absent], settings,
+            kinds=KINDS, layers=list(range(vlm.n_layers)), batch=batch)[0]
+        if not settings.answer:  # which would be the answer to everything
+            affirmed += map(affirms, answers[:len(names)])
+            invented += map(affirms, answers[len(names):])
+
+        # Compare with the masks.
+        grid = tuple(background.maps.shape[2:])
+        for truth, answer in zip(clip, answers):
+            positive, objects = (data.covered(torch.from_numpy(mask), grid).numpy()  # (N,) bool
+                                 for mask in (truth.mask, truth.objects))
             if positive.all() or not positive.any():
                 continue
-            maps = {"frame differences": data.resample(saliency(truth.video, len(truth.video)), grid)}
-            for k, kind in enumerate(KINDS):
-                for band, layers in order.items():
-                    one, bg = look.density(layers, k, settings.sinks), behind.density(layers, k, settings.sinks)
-                    maps |= {f"{kind}, layers {band}, {how}": align.relative(one, bg, how)
-                             for how in ("none", "subtract", "divide")}
-            if untrained:
-                maps["untrained, predict, layers all, none"] = none[i].density(slice(None), 1)
+            change = saliency(truth.video, len(truth.video))
+            maps = {"frame differences": data.resample(change, grid),
+                    **ways_to_read(answer, background, vlm.n_layers, settings.sinks)}
             for row, values in maps.items():
-                for measure, value in measures(values.flatten().numpy(), positive, objects).items():
-                    rows.setdefault(row, {}).setdefault(measure, []).append(value)
-            prior.setdefault(truth.name, []).append((positive, objects))
-            log["mass on the video"].append(look.mass(1).mean().item())
-            log["overlap"].append(F.cosine_similarity(*(one.density(order["default"], 1).flatten()
-                                                        for one in (look, behind)), dim=0).item())
-    for seen in prior.values():  # each clip against the mean mask of the others with this phenomenon
-        total = sum(positive.astype(float) for positive, _ in seen)
-        for positive, objects in seen if len(seen) > 1 else ():
-            for measure, value in measures(total - positive, positive, objects).items():
-                rows.setdefault("location prior", {}).setdefault(measure, []).append(value)
-    return {"rows": {row: {m: float(np.nanmean(v)) for m, v in table.items()} for row, table in rows.items()},
-            **{name: float(np.nanmean(values)) for name, values in log.items() if values}}
+                score = measures(values.flatten().numpy(), positive, objects)
+                scores.setdefault(row, []).append(score)
+            masks.setdefault(truth.name, []).append((positive, objects))
+            reaching.append(answer.mass(PREDICT).mean().item())
+            alike.append(overlap(answer, background, layers_of("", vlm.n_layers)))
+
+    prior = [score for one in masks.values() for score in location_prior(one)]
+    if prior:
+        scores["location prior"] = prior
+    others = {"answers that affirm what is there": affirmed, "what is not": invented,
+              "mass on the video": reaching, "overlap": alike}
+    return {"rows": {row: mean_of(table) for row, table in scores.items()},
+            **{name: float(np.nanmean(values)) for name, values in others.items() if values}}
 
 
-def heat(frames: np.ndarray, values: Tensor, colour=(255, 120, 40)) -> np.ndarray:
+def mean_of(tables: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each measure over the phenomena that have it."""
+    return {name: float(np.nanmean([table[name] for table in tables])) for name in tables[0]}
+
+
+def print_report(vlm: VLM, settings: Settings, clips: list[list[Truth]], batch: int) -> None:
+    """The table of `report`, best AUC first. Raises UserError where nothing could be scored."""
+    found = report(vlm, settings, clips, batch)
+    rows = found.pop("rows")
+    if not rows:
+        raise UserError("No phenomenon of these clips covers some, and not all, of the VLM's "
+                        "tokens.")
+    others = ", ".join(f"{name} {value:.2f}" for name, value in found.items())
+    print(f"\n{sum(map(len, clips))} phenomena of {len(clips)} clips; {others}\n")
+    columns = list(next(iter(rows.values())))
+    print(f"| rows, layers, background | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+    for name, values in sorted(rows.items(), key=lambda row: -row[1]["AUC"]):
+        print(f"| {name} | {' | '.join(f'{values[column]:.3f}' for column in columns)} |")
+
+
+# --- the preview --------------------------------------------------------------------------------
+def heat(frames: np.ndarray, values: Tensor) -> np.ndarray:
     """Lay a map (t, h, w) >= 0 over frames (F, H, W, 3), its peak strongest."""
-    cells = (np.arange(len(frames)) + .5) * len(values) / len(frames)  # of the map, at each frame
-    axes = [time_weights(np.arange(len(values)) + .5, cells)]
-    for n, m in zip(values.shape[1:], frames.shape[1:3]):
-        axes.append(axis_weights(np.linspace(0, 1, n + 1), np.linspace(0, 1, m + 1)))
-    over = weigh(values[None], *(torch.from_numpy(weights).float() for weights, _ in axes))[0].clamp(min=0)
-    return tint(frames, (over / over.max().clamp(min=1e-9)).numpy(), colour, .85)
+    F_, H, W = frames.shape[:3]
+    t, h, w = values.shape
+    axes = [time_weights(np.arange(t) + .5, (np.arange(F_) + .5) * t / F_),
+            axis_weights(np.linspace(0, 1, h + 1), np.linspace(0, 1, H + 1)),
+            axis_weights(np.linspace(0, 1, w + 1), np.linspace(0, 1, W + 1))]
+    weights = [torch.from_numpy(one).float() for one, _ in axes]
+    over = weigh(values[None], *weights)[0].clamp(min=0)  # (F, H, W)
+    return tint(frames, (over / over.max().clamp(min=1e-9)).numpy(), ORANGE, .85)
 
 
-def tile(frames: np.ndarray, panels: list[tuple[str, np.ndarray]], text: str, scale: int) -> np.ndarray:
-    """One row of a preview: named panels (F, H, W, 3) side by side, the text below."""
-    shown_ = [annotate(np.pad(enlarge(panel, scale), ((0, 0), (4, 0), (4, 0), (0, 0))), name)
-              for name, panel in [("clip", frames), *panels]]
-    return annotate(np.concatenate(shown_, 2), text, lines=2)
+def preview_row(truth: Truth, answer: AnswerAttention, background: AnswerAttention,
+                settings: Settings) -> np.ndarray:
+    """(F, H', W', 3): the clip, its maps and the exact mask side by side, question and answer
+    below."""
+    video = truth.video
+    own = answer.density(sinks=settings.sinks)
+    behind = background.density(sinks=settings.sinks)
+    panels = {"clip": video,
+              "map": heat(video, own),
+              "background map": heat(video, behind),
+              "difference": heat(video, align.relative(own, behind).clamp(min=0)),
+              "exact mask": tint(video, truth.mask, ORANGE, .7)}
+    scale = max(1, 112 // video.shape[1])
+    border = ((0, 0), (4, 0), (4, 0), (0, 0))
+    named = [annotate(np.pad(enlarge(panel, scale), border), name)
+             for name, panel in panels.items()]
+    text = f"{settings.question_for(truth.name)}: {answer.answer}"
+    return annotate(np.concatenate(named, 2), text, lines=2)
 
 
-def preview(path: Path, vlm: VLM, settings: Settings, clips: list[list[Truth]], batch: int, shape) -> None:
-    """A GIF: question, answer, map, background map, difference, exact mask of each clip's first phenomenon."""
+def preview(path: Path, vlm: VLM, settings: Settings, clips: list[list[Truth]], batch: int) -> None:
+    """A GIF with a row for the first phenomenon of each clip."""
     rows = []
-    for clip in clips:
-        truth, (frames, fps) = clip[0], shape(clip[0])
-        look, behind = vlm.look_for([frames], fps, [[truth.name]], settings, batch=batch)[0]
-        one, bg = look.density(sinks=settings.sinks), behind.density(sinks=settings.sinks)
-        scale = max(1, 112 // truth.video.shape[1])
-        panels = [("map", heat(truth.video, one)), ("background map", heat(truth.video, bg)),
-                  ("difference", heat(truth.video, align.relative(one, bg).clamp(min=0))),
-                  ("exact mask", tint(truth.video, truth.mask, (255, 120, 40), .7))]
-        rows.append(tile(truth.video, panels, f"{settings.ask(truth.name)}: {look.answer}", scale))
-    longest, widest = (max(row.shape[axis] for row in rows) for axis in (0, 2))
-    rows = [np.pad(np.pad(row, ((0, longest - len(row)), (0, 0), (0, 0), (0, 0)), mode="edge"),
-                   ((0, 0), (0, 0), (0, widest - row.shape[2]), (0, 0))) for row in rows]
+    for truth, *_ in clips:
+        answers = vlm.ask_about([truth.video], truth.fps, [[truth.name]], settings, batch=batch)[0]
+        rows.append(preview_row(truth, *answers, settings))
     save_gif(path, np.concatenate(rows, 1), max(1, clips[0][0].fps / 2))
     print(f"wrote {path}")
-
-
-def print_report(vlm: VLM, settings: Settings, clips: list[list[Truth]], args, shape) -> None:
-    """The table of `report`, best AUC first."""
-    untrained = None
-    if args.untrained:
-        with tempfile.TemporaryDirectory() as folder:
-            write_tiny(Path(folder), 0)
-            untrained = VLM(folder)
-    found = report(vlm, settings, clips, untrained, args.batch, shape)
-    rows = found.pop("rows")
-    columns = list(next(iter(rows.values()), {}))
-    if not rows:
-        raise UserError("No phenomenon of these clips covers some, and not all, of the VLM's tokens.")
-    print(f"\n{sum(map(len, clips))} phenomena of {len(clips)} clips; " +
-          ", ".join(f"{name} {value:.2f}" for name, value in found.items()) + "\n")
-    print("| rows, layers, background | " + " | ".join(columns) + " |\n|" + "---|" * (len(columns) + 1))
-    for name, values in sorted(rows.items(), key=lambda row: -row[1]["AUC"]):
-        print(f"| {name} | " + " | ".join(f"{values[column]:.3f}" for column in columns) + " |")

@@ -1,4 +1,10 @@
-"""A VLM of a tenth of a million parameters, and its training on the synthetic clips."""
+"""A VLM of a tenth of a million parameters, and its training on synthetic clips.
+
+It has the architecture of Qwen2.5-VL, so a laptop runs the same code as a GPU with a real one. It
+learns from words alone ("is there melting" - "yes"), never from a mask.
+
+Letters: B rows of a batch, N tokens of a clip, t h w their grid, P tokens of a prompt, S of a row.
+"""
 import dataclasses
 import json
 import re
@@ -12,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import data
 import world
 from common.files import write_text
 from common.libraries import library
@@ -20,182 +25,262 @@ from config import Config, Stopped, UserError, stream
 from physics import PHENOMENA
 from vlm.qwen import VLM
 
-
-SPECIAL = ("<|pad|>", "<|end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>")
-MARKS = dict(image_token_id=2, video_token_id=3, vision_start_token_id=4, vision_end_token_id=5)
-TINY = dict(question="is there {name}", background="what is the background", words=4, sinks=.93)
+SPECIAL = ("<|pad|>", "<|end|>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>",
+           "<|vision_end|>")
+TOKEN_IDS = {  # where they stand in SPECIAL
+    "image_token_id": 2, "video_token_id": 3, "vision_start_token_id": 4, "vision_end_token_id": 5}
+TINY_SETTINGS = {  # its teacher.json
+    "question": "is there {name}", "background": "what is the background", "words": 4, "sinks": .93}
 KEPT = 24  # video tokens that a question may see in training
-GLIMPSES = 4  # draws of so many from each video
+GLIMPSES = 4  # draws of so many from each clip
 
 
-def tiny_words() -> list[str]:
-    """All words of the tiny VLM's questions and answers. A phenomenon's name is one word: "motion" alone would look for
-    four of them."""
-    return ["is", "there", "what", "the", "background", "yes", "no", "nothing", *PHENOMENA]
-
-
-def lessons(clip: world.Clip, still: bool, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Questions and answers about a clip: words alone, never a mask. To ask again is a weight in the loss.
-
-    still: it is a photograph, in which nothing happens. What only looks as if it happened is asked for as well (the
-    caption tells, or it is a photograph), for otherwise a press or a hot plate, as sure a sign as what happens in it
-    and often larger, would be looked for.
-    """
-    shown = [actor.phenomenon for actor in clip.actors]
-    alike = [name for name in PHENOMENA if name not in shown
-             and any(re.search(phrase.replace("{c}", r"\w+"), clip.caption)
-                     for phrase in PHENOMENA[name].decoy_phrases)]
-    present, alike = ([], shown + alike) if still else (shown, alike)
-    absent = [name for name in PHENOMENA if name not in shown]
-    asked = 3 * present + 2 * alike + [str(rng.choice(absent))]
-    return [(TINY["background"], "nothing"),
-            *((TINY["question"].format(name=name), "yes" if name in present else "no") for name in asked)]
-
-
-def photograph(cfg: Config, rng: np.random.Generator) -> world.Clip:
-    """A still of the world, in any colours: colour cues and motion are missing, everything else is there."""
-    drawing = {**data.world_settings(cfg), "decoys": 1.0, "colour_cues": False}
-    clip = world.make_clip(cfg.world_seed, int(rng.integers(cfg.world_clips)), **drawing)
-    still = np.broadcast_to(clip.video[rng.integers(cfg.frames)], clip.video.shape)
-    return dataclasses.replace(clip, video=still)
-
-
+# --- the model ----------------------------------------------------------------------------------
 def tiny_tokenizer():
-    """Words to ids, with a chat template as Qwen-VL's, but for its many words."""
+    """Words to ids, with a chat template like Qwen-VL's, but for the many words around it.
+
+    The name of a phenomenon is one word: "motion" alone would stand for four of them.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
-    words = {word: i for i, word in enumerate([*SPECIAL, *tiny_words()])}
-    core = Tokenizer(models.WordLevel(words, unk_token=SPECIAL[0]))
+    words = ["is", "there", "what", "the", "background", "yes", "no", "nothing", *PHENOMENA]
+    ids = {word: i for i, word in enumerate([*SPECIAL, *words])}
+    core = Tokenizer(models.WordLevel(ids, unk_token=SPECIAL[0]))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.add_tokens([word for word in words if " " in word])  # found before the text is split at its spaces
+    core.add_tokens([word for word in ids if " " in word])  # found before the split at spaces
     tokenizer = library("transformers").PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token=SPECIAL[0], eos_token=SPECIAL[1], extra_special_tokens=list(SPECIAL[2:]))
-    tokenizer.chat_template = ("{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'video' %}"
-                               "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
-                               "{% endfor %}{% endfor %}")
+        tokenizer_object=core, pad_token=SPECIAL[0], eos_token=SPECIAL[1],
+        extra_special_tokens=list(SPECIAL[2:]))
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% for part in m['content'] %}{% if part['type'] == 'video' %}"
+        "<|vision_start|><|video_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}"
+        "{% endfor %}{% endfor %}")
     return tokenizer
 
 
 def write_tiny(folder: Path, seed: int) -> None:
-    """An untrained tiny VLM: a Qwen2.5-VL of a tenth of a million parameters with its tokenizer, as a folder for VLM.
+    """Write an untrained tiny VLM and its tokenizer, as a folder for `VLM.from_folder`.
 
-    What made it work: weights of std 0.08, about 1 / sqrt(width) (with transformers' 0.02 nothing is grounded); no
-    attention in the vision tower and one layer behind it, so that a token is what is at its place, and nothing else;
-    no rotation by place (all frequencies turn with time, whose ids are the same throughout the video), so that
-    attention goes by content.
+    Three things made it learn:
+
+    * Weights of std 0.08, about 1 / sqrt(width). With transformers' 0.02 it finds nothing.
+    * No attention in the vision tower, and one layer behind it. So a token knows what is at its own
+      place, and nothing else.
+    * No rotation by height and width: all frequencies turn with the position in time, which is the
+      same for all tokens of a video. So attention goes by content.
     """
-    transformers, tokenizer = library("transformers"), tiny_tokenizer()
+    transformers = library("transformers")
+    tokenizer = tiny_tokenizer()
     rope = dict(rope_type="default", rope_theta=3.0, mrope_section=[12, 0, 0])
-    text = dict(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=1,
-                num_attention_heads=4, num_key_value_heads=4, initializer_range=0.08, rope_parameters=rope,
-                bos_token_id=None, pad_token_id=0, eos_token_id=1, tie_word_embeddings=True)
-    vision = dict(depth=0, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=4, temporal_patch_size=2,
-                  spatial_merge_size=1, window_size=32, fullatt_block_indexes=[], out_hidden_size=96,
-                  tokens_per_second=0, initializer_range=0.08)
+    text = dict(vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192,
+                num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4,
+                initializer_range=0.08, rope_parameters=rope, bos_token_id=None, pad_token_id=0,
+                eos_token_id=1, tie_word_embeddings=True)
+    vision = dict(depth=0, hidden_size=64, intermediate_size=128, num_heads=4, patch_size=4,
+                  temporal_patch_size=2, spatial_merge_size=1, window_size=32,
+                  fullatt_block_indexes=[], out_hidden_size=96, tokens_per_second=0,
+                  initializer_range=0.08)
     torch.manual_seed(seed)
     model = transformers.Qwen2_5_VLForConditionalGeneration(transformers.Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision, tie_word_embeddings=True, **MARKS))
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **TOKEN_IDS))
     model.generation_config.eos_token_id = 1
+
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    # The world is dark: with the usual mean and spread all patches would look alike.
-    write_text(folder / "preprocessor_config.json", json.dumps(dict(
-        image_mean=[.12, .12, .16], image_std=[.2, .2, .2], min_pixels=1, max_pixels=2**20)))
-    write_text(folder / "teacher.json", json.dumps(TINY))
+    # Synthetic clips are dark: with the usual mean and spread all patches would look alike.
+    pictures = dict(image_mean=[.12, .12, .16], image_std=[.2, .2, .2], min_pixels=1,
+                    max_pixels=2**20)
+    write_text(folder / "preprocessor_config.json", json.dumps(pictures))
+    write_text(folder / "teacher.json", json.dumps(TINY_SETTINGS))
 
 
-def branches(vlm: VLM, asked: list[list[tuple[str, str]]], grid: tuple[int, int, int], fps: float
-             ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One sequence a row of questions: KEPT video tokens once, then a branch a question, which sees them and itself.
+# --- what it is taught --------------------------------------------------------------------------
+def lessons(clip: world.Clip, still: bool, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Questions about a clip, and their answers. What is asked twice weighs twice in the loss.
 
-    -> ids, labels (B, S), places (3, B, S), mask (B, 1, S, S).
+    still: the clip is a photograph, in which nothing happens, so that all answers are "no".
+
+    Look-alikes are asked for too: what only seems to happen, as the caption or the photograph
+    tells. Otherwise the VLM would look for a press or a hot plate. They are as sure a sign as the
+    phenomenon, and often larger.
     """
-    whole, _ = vlm.prompt(TINY["background"], grid, fps)
-    places = vlm.positions(whole, grid, fps)  # (3, 1, n): which of the video's is no matter, none turns (`write_tiny`)
-    dropped = set([i for i, token in enumerate(whole) if token == vlm.pad][KEPT:])
-    left = [i for i in range(len(whole)) if i not in dropped]
-    words = {text: vlm.tokenizer(text).input_ids for text in {text for row in asked for pair in row for text in pair}}
-    end, first, P = vlm.tokenizer.eos_token_id, int(places.max()) + 1, len(left)
-    S = P + max(sum(len(words[q] + words[a]) + 1 for q, a in row) for row in asked)
-    ids, labels = torch.zeros(len(asked), S, dtype=torch.int64), torch.full((len(asked), S), -100)
-    ids[:, :P], places = torch.tensor(whole)[left], F.pad(places[:, :, left], (0, S - P)).repeat(1, len(asked), 1)
-    mask = torch.eye(S, dtype=torch.bool).repeat(len(asked), 1, 1)  # everyone sees itself, padding too
-    mask[:, :P, :P] = torch.ones(P, P, dtype=torch.bool).tril()
-    for b, row in enumerate(asked):
-        at = P
-        for question, answer in row:
-            tail, length = words[question] + words[answer] + [end], len(words[question])
-            here = slice(at, at + len(tail))
-            ids[b, here], places[:, b, here] = torch.tensor(tail), first + torch.arange(len(tail))
-            labels[b, at + length - 1:at + len(tail) - 1] = torch.tensor(tail[length:])
-            mask[b, here, :P], mask[b, here, here] = True, torch.ones(len(tail), len(tail), dtype=torch.bool).tril()
-            at += len(tail)
-    return ids, labels, places, mask[:, None]
+    shown = [actor.phenomenon for actor in clip.actors]
+    absent = [name for name in PHENOMENA if name not in shown]
+    alike = [name for name in absent
+             if any(re.search(phrase.replace("{c}", r"\w+"), clip.caption)
+                    for phrase in PHENOMENA[name].decoy_phrases)]
+    present = shown
+    if still:
+        present = []
+        alike = shown + alike
+    asked = 3 * present + 2 * alike + [str(rng.choice(absent))]
+    answers = [("yes" if name in present else "no") for name in asked]
+    questions = [TINY_SETTINGS["question"].format(name=name) for name in asked]
+    return [(TINY_SETTINGS["background"], "nothing"), *zip(questions, answers)]
 
 
-def glimpses(vlm: VLM, clips: list[world.Clip], random: torch.Generator) -> tuple[Tensor, tuple[int, int, int]]:
-    """Pixel values (B GLIMPSES KEPT, C) of tokens drawn from each clip (all, where there are fewer), and the grid t h w
-    of all its tokens.
+def draw_clip(cfg: Config, rng: np.random.Generator, **drawing) -> world.Clip:
+    """A clip of the training split, with a look-alike in every scene that has room for one: a glass
+    or a candle alone must not give the answer away."""
+    drawing = {**world.drawing(cfg), "decoys": 1.0, **drawing}
+    return world.make_clip(cfg.world_seed, int(rng.integers(cfg.world_clips)), **drawing)
 
-    Token dropout: no single token will do, so attention must find all of an object. As the tiny VLM's tokens know
-    nothing of each other (no attention in the tower, one layer behind it), those that a question may not see need not
-    be there at all, which makes a step cheap.
+
+def photograph(cfg: Config, rng: np.random.Generator) -> world.Clip:
+    """One frame of a clip, standing still, in any colours: colour cues and motion are missing,
+    everything else is there."""
+    clip = draw_clip(cfg, rng, colour_cues=False)
+    still = np.broadcast_to(clip.video[rng.integers(cfg.frames)], clip.video.shape)
+    return dataclasses.replace(clip, video=still)
+
+
+def glimpses(vlm: VLM, clips: list[world.Clip], random: torch.Generator
+             ) -> tuple[Tensor, tuple[int, int, int]]:
+    """Pixel values (B GLIMPSES KEPT, C) of tokens drawn from each clip (all tokens, where there are
+    fewer than KEPT), and the grid (t, h, w) of all its tokens.
+
+    This is token dropout: a question sees a few tokens, never a certain one, so attention must find
+    all of an object. The tokens of the tiny VLM know nothing of each other, so those that a
+    question may not see need not be there at all, which makes a step cheap.
     """
     pixels, grid = vlm.patches([clip.video for clip in clips])
     pixels = pixels.unflatten(0, (len(clips), -1))  # (B, N, C)
-    drawn = torch.rand(len(clips), GLIMPSES, pixels.shape[1], generator=random).argsort(-1)[..., :KEPT]
+    drawn = torch.rand(len(clips), GLIMPSES, pixels.shape[1], generator=random).argsort(-1)
+    drawn = drawn[..., :KEPT]  # (B, GLIMPSES, KEPT): numbers of tokens
     return pixels[torch.arange(len(clips))[:, None, None], drawn].flatten(0, 2), grid
 
 
+def pack_questions(vlm: VLM, asked: list[list[tuple[str, str]]], grid: tuple[int, int, int],
+                   fps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All questions about a clip, and their answers, as one sequence behind the clip's tokens.
+
+    -> ids and labels (B, S), positions (3, B, S), mask (B, 1, S, S) of what each token sees.
+
+    An example: the questions "is there melting" and "is there collision" about a clip of 8 x 8
+    tokens a frame. v is a video token, < and > mark where the video starts and ends, . is the token
+    that ends an answer:
+
+        token     <  v  v  v  >   is  there  melting  yes  .    is  there  collision  no  .   pad
+        label                                   yes    .                       no      .
+        position  0  1  1  1  9   10    11      12    13  14    10    11       12     13  14
+        sees      < v v v >       < v v v > is there ... yes .  < v v v > is there ... no .   pad
+
+    (The position is the one in time. Of what a token sees, it sees nothing behind itself.)
+
+    A label stands at the token before the word that it names, since that token predicts the word.
+    So a name predicts the answer, the answer predicts the end, and nothing else is learned. No
+    question sees another one, and each has the positions that it would have alone behind the whole
+    video: as when the VLM is asked.
+    """
+    # The prompt, with KEPT of the video's tokens. It does not matter which: their ids are the same,
+    # and so are their positions in time, the only ones that the tiny VLM looks at.
+    whole, _ = vlm.prompt(TINY_SETTINGS["background"], grid, fps)
+    whole_positions = vlm.positions(whole, grid, fps)  # (3, 1, n)
+    video_at = [i for i, token in enumerate(whole) if token == vlm.video_id]
+    kept = sorted(set(range(len(whole))) - set(video_at[KEPT:]))
+    prompt = torch.tensor(whole)[kept]
+    first = int(whole_positions.max()) + 1  # position of a question's first word
+    P = len(kept)
+
+    # Words to ids, each text once.
+    texts = {text for row in asked for pair in row for text in pair}
+    words = {text: vlm.tokenizer(text).input_ids for text in texts}
+    end = [vlm.tokenizer.eos_token_id]
+    rows = [[(words[question], words[answer] + end) for question, answer in row] for row in asked]
+
+    # The prompt stands first in every row. Padding sees itself, since a softmax needs something.
+    S = P + max(sum(len(question + answer) for question, answer in row) for row in rows)
+    ids = torch.zeros(len(rows), S, dtype=torch.int64)
+    ids[:, :P] = prompt
+    labels = torch.full_like(ids, -100)  # cross_entropy ignores this value
+    positions = F.pad(whole_positions[:, :, kept], (0, S - P)).repeat(1, len(rows), 1)
+    mask = torch.eye(S, dtype=torch.bool).repeat(len(rows), 1, 1)
+    mask[:, :P, :P] = torch.ones(P, P, dtype=torch.bool).tril()
+
+    # Then the questions, one behind the other.
+    for b, row in enumerate(rows):
+        start = P
+        for question, answer in row:
+            n = len(question + answer)
+            here = slice(start, start + n)
+            ids[b, here] = torch.tensor(question + answer)
+            labels[b, start + len(question) - 1:start + n - 1] = torch.tensor(answer)
+            positions[:, b, here] = first + torch.arange(n)
+            mask[b, here, :P] = True
+            mask[b, here, here] = torch.ones(n, n, dtype=torch.bool).tril()
+            start += n
+    return ids, labels, positions, mask[:, None]
+
+
+# --- training -----------------------------------------------------------------------------------
 def answer_loss(vlm: VLM, cfg: Config, n: int, rng: np.random.Generator, random: torch.Generator,
                 watcher=None) -> Tensor:
-    """Cross-entropy of the answers about n clips; every other one is a photograph. watcher: of `watched_attention`."""
-    # A look-alike in every scene that has room: a glass or a candle alone must not give the answer.
-    drawing = {**data.world_settings(cfg), "decoys": 1.0}
-    clips = [photograph(cfg, rng) if i % 2 else
-             world.make_clip(cfg.world_seed, int(rng.integers(cfg.world_clips)), **drawing) for i in range(n)]
+    """Cross-entropy of the answers about n clips, every other one a photograph.
+
+    rng draws clips and questions, random the glimpses. watcher: of `watched_attention`.
+    """
+    still = [i % 2 == 1 for i in range(n)]
+    clips = [photograph(cfg, rng) if photo else draw_clip(cfg, rng) for photo in still]
     pixels, grid = glimpses(vlm, clips, random)
-    ids, labels, places, mask = branches(vlm, [lessons(clip, bool(i % 2), rng) for i, clip in enumerate(clips)], grid,
-                                         cfg.frames)
+    asked = [lessons(clip, photo, rng) for clip, photo in zip(clips, still)]
+    ids, labels, positions, mask = pack_questions(vlm, asked, grid, cfg.frames)
+
+    # Each row once a glimpse of its clip.
     ids, labels, mask = (x.repeat_interleave(GLIMPSES, 0) for x in (ids, labels, mask))
-    places, told = places.repeat_interleave(GLIMPSES, 1), labels >= 0
-    thw = torch.tensor([[len(pixels) // len(ids), 1, 1]] * len(ids))  # as if each token were a frame of its own
-    out = vlm.core(ids, mask, places, use_cache=False, pixel_values_videos=pixels, video_grid_thw=thw,
-                   watcher=watcher)
-    return F.cross_entropy(vlm.model.get_output_embeddings()(out.last_hidden_state[told]), labels[told])
+    positions = positions.repeat_interleave(GLIMPSES, 1)
+    kept = len(pixels) // len(ids)
+    as_frames = torch.tensor([[kept, 1, 1]] * len(ids))  # as if each token were a frame of its own
+    out = vlm.core(ids, mask, positions, use_cache=False, pixel_values_videos=pixels,
+                   video_grid_thw=as_frames, watcher=watcher)
+    labelled = labels >= 0
+    logits = vlm.model.get_output_embeddings()(out.last_hidden_state[labelled])
+    return F.cross_entropy(logits, labels[labelled])
 
 
 class DropHeads:
-    """Leaves whole heads out at random as it watches attention, so that each learns to find everything.
+    """A watcher of attention that leaves whole heads out at random, so each learns to find
+    everything.
 
-    Without it some find nothing, rest on the background, and spoil the mean of heads.
+    Without it some heads find nothing, rest on the background, and spoil the mean over heads.
     """
 
     def __init__(self, share: float, random: torch.Generator):
-        self.share, self.random = share, random
+        self.share = share
+        self.random = random
 
-    def __call__(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float, output: Tensor) -> Tensor:
-        kept = torch.rand(*output.shape[:3], 1, generator=self.random) >= self.share  # output (B, S, h, d)
+    def __call__(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float,
+                 output: Tensor) -> Tensor:
+        B, S, heads, _ = output.shape
+        kept = torch.rand(B, S, heads, 1, generator=self.random) >= self.share
         return output * kept / (1 - self.share)
 
 
 def train_tiny(vlm: VLM, cfg: Config, seed: int, minutes: float, steps: int = 0, batch: int = 8,
                lr: float = 5e-3) -> None:
-    """Train a tiny VLM on the world's answers for so long, or for so many steps, which a like machine repeats.
+    """Train a tiny VLM for so many minutes, or so many steps, which a like machine repeats to the
+    bit.
 
-    Muon on the matrices: with AdamW alone names are hardly told apart in that time. Its weight decay is a hundred
-    times the usual: it keeps attention soft, so that it finds all of an object and not its surest token.
+    Muon trains the matrices: with AdamW alone the VLM hardly tells names apart in that time. Its
+    weight decay is a hundred times the usual one, which keeps attention soft: it finds all of an
+    object and not only its surest token.
     """
-    model, rng, random = vlm.model.train(), stream(seed, "lessons"), torch.Generator().manual_seed(seed)
+    model = vlm.model.train()
+    rng = stream(seed, "lessons")
+    random = torch.Generator().manual_seed(seed)
+    dropping = DropHeads(.3, random)
     words = model.get_input_embeddings().weight
     matrices = [p for p in model.parameters() if p.ndim == 2 and p is not words]
     others = [p for p in model.parameters() if not any(p is m for m in matrices)]
-    optimizers = [torch.optim.Muon(matrices, lr=lr, weight_decay=1.0, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(others, lr=lr, betas=(.9, .98), weight_decay=.01)]
-    dropping = DropHeads(.3, random)
-    start, step, mean, done = time.monotonic(), 0, 0.0, 0.0
+    optimizers = [
+        torch.optim.Muon(matrices, lr=lr, weight_decay=1.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=lr, betas=(.9, .98), weight_decay=.01)]
+
+    step = 0
+    done = 0.0  # share of the training
+    mean = 0.0  # of the loss, for the progress bar
+    start = time.monotonic()
     with tqdm(total=100, desc="tiny VLM", unit="%") as bar:
-        while (done := step / steps if steps else (time.monotonic() - start) / (60 * minutes)) < 1:
+        while done < 1:
             loss = answer_loss(vlm, cfg, batch, rng, random, dropping)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -204,26 +289,30 @@ def train_tiny(vlm: VLM, cfg: Config, seed: int, minutes: float, steps: int = 0,
                     group["lr"] = lr * min(1, (step + 1) / 50, 2 * (1 - done))
                 optimizer.step()
                 optimizer.zero_grad()
-            step, mean = step + 1, .98 * mean + .02 * loss.item()
+            step += 1
+            mean = .98 * mean + .02 * loss.item()
+            done = step / steps if steps else (time.monotonic() - start) / (60 * minutes)
             bar.update(int(100 * done) - bar.n)
             bar.set_postfix_str(f"step {step}, loss {mean / (1 - .98 ** step):.3f}")
     model.eval()
 
 
 def make_tiny(folder: Path, cfg: Config, seed: int, minutes: float, steps: int = 0) -> None:
-    """Train a tiny VLM and write it to a folder: whole or not at all."""
+    """Train a tiny VLM and write it to a folder, whole or not at all. Raises UserError, Stopped."""
     if not folder.name or folder.exists():
-        raise UserError(f"{folder} is there already: `--annotate tiny_vlm` makes its maps; to train another VLM give "
-                        "another --vlm, or delete it.")
+        raise UserError(f"{folder} is there already: `--annotate tiny_vlm` makes its maps; to "
+                        "train another VLM give another --vlm, or delete it.")
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
         write_tiny(part, seed)
-        vlm = VLM(part)
+        vlm = VLM.from_folder(part)
         vlm.model.requires_grad_(True)
         train_tiny(vlm, cfg, seed, minutes, steps)
         vlm.model.save_pretrained(part)
         part.rename(folder)
     except OSError as e:
-        raise Stopped(f"The tiny VLM could not be written to {folder}: {e.strerror or e}.") from None
-    print(f"wrote {folder}: {sum(p.numel() for p in vlm.model.parameters()) / 1e6:.2f} M parameters")
+        reason = e.strerror or e
+        raise Stopped(f"The tiny VLM could not be written to {folder}: {reason}.") from None
+    parameters = sum(p.numel() for p in vlm.model.parameters()) / 1e6
+    print(f"wrote {folder}: {parameters:.2f} M parameters")

@@ -420,7 +420,7 @@ def test_a_vlms_maps_of_the_world_are_those_of_each_clip_alone(saliency, small_v
             "--background", "behind?", *words_of(WORLD)]
     teacher.main(argv)
     assert "16 maps made" in capsys.readouterr().out
-    pool, model = data.open_pool(saliency, progress=False), vlm_qwen.VLM(small_vlm)
+    pool, model = data.open_pool(saliency, progress=False), vlm_qwen.VLM.from_folder(small_vlm)
     found = vlm_maps.open_maps(dataclasses.replace(saliency, teacher="seen"), pool)
     for row in (0, 7, 15):
         name, start, size, crop = pool.sources[row]
@@ -428,7 +428,7 @@ def test_a_vlms_maps_of_the_world_are_those_of_each_clip_alone(saliency, small_v
         tensors, about = found.store.read(file)
         names = [physics.phenomena.CATEGORIES[c] for c in pool.categories[row]]
         settings = model.settings(answer="a {name}", question="{name}?", background="behind?")
-        looks = model.look([pool.video[row]], 4.0, [[*(f"{name}?" for name in names), "behind?"]], settings,
+        looks = model.ask([pool.video[row]], 4.0, [[*(f"{name}?" for name in names), "behind?"]], settings,
                            answers=[[*(f"a {name}" for name in names), "a background"]])[0]
         assert about["answers"] == {name: f"a {name}" for name in names}
         assert about["background"] == "a background"

@@ -19,8 +19,10 @@ import torch
 transformers = pytest.importorskip(
     "transformers", reason="the teacher needs transformers: pip install -r requirements.txt")
 
+from vlm import attention as vlm_attention  # noqa: E402
 from vlm import maps as vlm_maps  # noqa: E402
 from vlm import qwen as vlm_qwen  # noqa: E402
+from vlm import settings as vlm_settings  # noqa: E402
 import seams  # noqa: E402
 import teacher  # noqa: E402
 from config import Stopped, UserError  # noqa: E402
@@ -39,7 +41,7 @@ def family(request):
 
 @pytest.fixture
 def vlm(vlm_folders, family):
-    return vlm_qwen.VLM(vlm_folders[family])
+    return vlm_qwen.VLM.from_folder(vlm_folders[family])
 
 
 def clip(seed=0, frames=6, height=16, width=24):
@@ -51,26 +53,24 @@ QUESTIONS = [["where is fire?", "what?"], ["tell me about the ice and the water"
 ANSWER = "top <|im_start|>left"
 
 
-def check_maps(vlm, eager, family, videos, fps=FPS, questions=QUESTIONS, answer=ANSWER, batch=0, heads="",
+def check_maps(vlm, eager, family, videos, fps=FPS, questions=QUESTIONS, answer=ANSWER, batch=0, heads=None,
                tolerance=1e-6):
     """Do all rows of all layers look where the eager model looks?"""
     layers = list(range(vlm.n_layers))
-    looks = vlm.look(videos, fps, questions, vlm_qwen.Settings(answer=answer, heads=heads), vlm_qwen.KINDS,
-                     layers, batch)
-    chosen = vlm_qwen.heads_of(heads, layers, 4)
+    looks = vlm.ask(videos, fps, questions, vlm_qwen.Settings(answer=answer), vlm_settings.KINDS, layers,
+                    batch, heads=heads)
     for video, asked, found in zip(videos, questions, looks, strict=True):
         for question, look in zip(asked, found, strict=True):
             right, _ = expected(eager[family], family, vlm.tokenizer, video, fps, question, answer)
-            # (layers, kinds, N)
-            right = torch.stack([right[layer, of].mean(0) for layer, of in chosen.items()])
-            assert look.maps.shape == (len(chosen), 3, 3, 2, 3) and look.maps.dtype == torch.float32
+            right = right[:, heads or [0, 1, 2, 3]].mean(1)  # (layers, kinds, N)
+            assert look.maps.shape == (len(layers), 3, 3, 2, 3) and look.maps.dtype == torch.float32
             assert (look.maps.flatten(2) - right).abs().max() < tolerance
             assert torch.allclose(look.mass(1), right[:, 1].sum(-1), atol=1e-5)
 
 
 def check_answers(vlm, eager, family, videos, fps=FPS, questions=QUESTIONS, words=12, batch=0):
     """Are the answers those of `generate`?"""
-    said = vlm.look(videos, fps, questions, vlm_qwen.Settings(words=words), batch=batch)
+    said = vlm.ask(videos, fps, questions, vlm_qwen.Settings(words=words), batch=batch)
     for video, asked, looks in zip(videos, questions, said, strict=True):
         for question, look in zip(asked, looks, strict=True):
             inputs = inputs_of(family, vlm.tokenizer, video, fps, question)
@@ -85,7 +85,7 @@ def refusal(call, *args, **kwargs):
 
 
 # ------------------------------------------------------------------------------------------------- extraction
-@pytest.mark.parametrize("batch, heads", [(0, ""), (1, ""), (3, ""), (0, "0.1, 2.0, 2.3, 4.2")])
+@pytest.mark.parametrize("batch, heads", [(0, None), (1, None), (3, None), (0, [3, 1])])
 def test_maps_are_those_of_output_attentions(vlm, eager, family, batch, heads):
     """Several videos, questions of several lengths, the prefix shared: as one eager pass over everything."""
     check_maps(vlm, eager, family, [clip(0), clip(1)], batch=batch, heads=heads)
@@ -95,12 +95,12 @@ def test_maps_are_those_of_output_attentions(vlm, eager, family, batch, heads):
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl_moe"])
 def test_other_families_that_are_built_alike(family, tmp_path):
     """Nothing in `VLM` names them: they have what is needed. (Qwen2-VL knows nothing of seconds.)"""
-    vlm = vlm_qwen.VLM(make_vlm(tmp_path, family))
+    vlm = vlm_qwen.VLM.from_folder(make_vlm(tmp_path, family))
     kind = transformers.AutoModelForImageTextToText
     eager = {family: kind.from_pretrained(tmp_path, attn_implementation="eager").eval()}
     check_maps(vlm, eager, family, [clip(0), clip(1)])
     check_answers(vlm, eager, family, [clip(0), clip(1)])
-    assert {*FAMILIES, family} <= set(vlm_qwen.VLM.TRIED)
+    assert {*FAMILIES, family} <= set(vlm_qwen.TRIED)
 
 
 def test_layers_that_do_not_see_the_whole_video_are_refused(vlm_folders, tmp_path):
@@ -110,23 +110,23 @@ def test_layers_that_do_not_see_the_whole_video_are_refused(vlm_folders, tmp_pat
     rewrite(folder / "config.json",
             text_config={**text, "layer_types": ["full_attention"] * 3 + ["sliding_attention"] * 2,
                                                  "use_sliding_window": True, "sliding_window": 8})
-    assert "layers are full_attention, sliding_attention" in refusal(vlm_qwen.VLM, folder)
+    assert "layers are full_attention, sliding_attention" in refusal(vlm_qwen.VLM.from_folder, folder)
 
 
 def test_one_question_about_one_video(vlm, eager, family):
     check_maps(vlm, eager, family, [clip(2)], questions=[["where is the fire?"]], answer="left")
 
 
-def test_settings_choose_rows_layers_and_heads(vlm):
-    """`look` without kinds and layers gives the part of the whole that the settings name."""
+def test_settings_choose_rows_and_layers(vlm):
+    """`ask` without kinds and layers gives the part of the whole that the settings name."""
     video, asked = clip(3), [["where is the fire?"]]
-    whole = vlm.look([video], FPS, asked, vlm_qwen.Settings(answer=ANSWER), vlm_qwen.KINDS,
-                     list(range(5)))[0][0].maps
-    for k, kind in enumerate(vlm_qwen.KINDS):
-        part = vlm.look([video], FPS, asked,
-                        vlm_qwen.Settings(answer=ANSWER, rows=kind, layers="1-3"))[0][0].maps
+    whole = vlm.ask([video], FPS, asked, vlm_qwen.Settings(answer=ANSWER), vlm_settings.KINDS,
+                    list(range(5)))[0][0].maps
+    for k, kind in enumerate(vlm_settings.KINDS):
+        part = vlm.ask([video], FPS, asked,
+                       vlm_qwen.Settings(answer=ANSWER, rows=kind, layers="1-3"))[0][0].maps
         assert part.shape == (3, 1, 3, 2, 3) and torch.allclose(part[:, 0], whole[1:4, k], atol=1e-7)
-    default = vlm.look([video], FPS, asked, vlm_qwen.Settings(answer=ANSWER))[0][0]
+    default = vlm.ask([video], FPS, asked, vlm_qwen.Settings(answer=ANSWER))[0][0]
     # of five layers 5 // 2 up to before 4
     assert torch.allclose(default.maps[:, 0], whole[2:4, 1], atol=1e-7)
     density = whole[2:4, 1].mean(0) / whole[2:4, 1].mean(0).sum() * 18
@@ -139,20 +139,18 @@ def test_settings_choose_rows_layers_and_heads(vlm):
 def test_given_answers_go_to_their_questions(vlm):
     """In batches that cut across videos: as if each had been asked alone."""
     asked, answers = [["a?", "bb?"], ["c?"]], [["left", "top right"], ["low"]]
-    found = vlm.look([clip(0), clip(1)], FPS, asked, vlm_qwen.Settings(), batch=2, answers=answers)
+    found = vlm.ask([clip(0), clip(1)], FPS, asked, vlm_qwen.Settings(), batch=2, answers=answers)
     for video, questions, given, looks in zip((clip(0), clip(1)), asked, answers, found):
         for question, answer, look in zip(questions, given, looks, strict=True):
-            alone = vlm.look([video], FPS, [[question]], vlm_qwen.Settings(answer=answer))[0][0]
+            alone = vlm.ask([video], FPS, [[question]], vlm_qwen.Settings(answer=answer))[0][0]
             assert look.answer == answer and torch.allclose(look.maps, alone.maps, atol=1e-6)
 
 
-def test_which_layers_and_heads():
-    assert vlm_qwen.layers_of("", 28) == list(range(14, 22))
-    assert vlm_qwen.layers_of("", 64) == list(range(32, 51))
-    assert vlm_qwen.layers_of("", 2) == [1] and vlm_qwen.layers_of("", 1) == [0]
-    assert vlm_qwen.layers_of("3", 5) == [3]
-    assert vlm_qwen.heads_of("", [1, 2], 2) == {1: [0, 1], 2: [0, 1]}
-    assert vlm_qwen.heads_of("2.1, 1.0,2.0", [1, 2, 3], 2) == {1: [0], 2: [1, 0]}
+def test_which_layers():
+    assert vlm_settings.layers_of("", 28) == list(range(14, 22))
+    assert vlm_settings.layers_of("", 64) == list(range(32, 51))
+    assert vlm_settings.layers_of("", 2) == [1] and vlm_settings.layers_of("", 1) == [0]
+    assert vlm_settings.layers_of("3", 5) == [3]
 
 
 @pytest.mark.slow
@@ -165,10 +163,10 @@ def test_answers_are_those_of_generate(vlm, eager, family):
 
 def test_an_answer_ends_where_the_model_ends_it(vlm, eager, family):
     """Each answer's third letter made an end: `generate` stops there, and so must all, at their own time."""
-    said = vlm.look([clip(0)], FPS, [QUESTIONS[0]], vlm_qwen.Settings(words=6))[0]
+    said = vlm.ask([clip(0)], FPS, [QUESTIONS[0]], vlm_qwen.Settings(words=6))[0]
     ends = sorted({vlm.tokenizer(look.answer[at]).input_ids[0] for at, look in zip((2, 4), said)})
-    vlm.ends = set(ends)
-    stopped = vlm.look([clip(0)], FPS, [QUESTIONS[0]], vlm_qwen.Settings(words=6))[0]
+    vlm.end_ids = set(ends)
+    stopped = vlm.ask([clip(0)], FPS, [QUESTIONS[0]], vlm_qwen.Settings(words=6))[0]
     for question, look in zip(QUESTIONS[0], stopped):
         inputs = inputs_of(family, vlm.tokenizer, clip(0), FPS, question)
         ids = eager[family].generate(**inputs, max_new_tokens=6, do_sample=False,
@@ -185,7 +183,7 @@ def test_positions_are_the_models_own(vlm, eager, family, fps, monkeypatch):
                         (seen.append(places), real(self, ids, places, *more, **named))[1])
     question, video = "where?", clip(4, frames=10)
     _, right = expected(eager[family], family, vlm.tokenizer, video, fps, question, "left")
-    vlm.look([video], fps, [[question]], vlm_qwen.Settings(answer="left"))
+    vlm.ask([video], fps, [[question]], vlm_qwen.Settings(answer="left"))
     ours = torch.cat([ids[-3:] for ids in seen], dim=2)
     assert torch.equal(ours, right)
     # time runs on past the video's height and width
@@ -195,7 +193,7 @@ def test_positions_are_the_models_own(vlm, eager, family, fps, monkeypatch):
 def test_density_ignores_heads_that_ignore_the_video():
     """A head with a thousandth of its attention on the video weighs a thousandth."""
     maps = torch.tensor([[.5, .1, .3], [.0001, .0007, .0001]]).view(2, 1, 1, 1, 3)
-    look = vlm_qwen.Look("", maps, False)
+    look = vlm_qwen.AnswerAttention("", maps, False)
     assert torch.allclose(look.density().flatten(), torch.tensor([.5001, .1007, .3001]) / .9009 * 3,
                           atol=1e-6)
     assert torch.allclose(look.mass(), torch.tensor([.9, .0009]))
@@ -244,7 +242,7 @@ def no_mask_over_padding(patch, vlm):
 def places_of_patches_before_merging(patch, vlm):
     def positions(self, ids, grid, fps):
         thw = torch.tensor([[grid[0], 4 * grid[1], 4 * grid[2]]])
-        kinds = torch.tensor([[2 * (token == self.pad) for token in ids]])
+        kinds = torch.tensor([[2 * (token == self.video_id) for token in ids]])
         places, _ = self.core.get_rope_index(torch.tensor([ids]), mm_token_type_ids=kinds, video_grid_thw=thw,
                                              second_per_grid_ts=torch.tensor([2 / fps]))
         return places[..., :len(ids)]
@@ -253,12 +251,12 @@ def places_of_patches_before_merging(patch, vlm):
 
 @trap()
 def a_grid_before_merging(patch, vlm):
-    vlm.merge = 1
+    vlm.pictures = dataclasses.replace(vlm.pictures, merge=1)
 
 
 @trap()
 def special_tokens_are_kept(patch, vlm):
-    vlm.special = set()
+    vlm.special_ids = set()
 
 
 @trap()
@@ -274,19 +272,18 @@ def a_run_of_columns(patch, vlm):
 
     def run(self, videos, fps):
         prefix = prefill(self, videos, fps)
-        together = prefix.columns[-1] - torch.arange(len(prefix.columns)).flip(0)
-        return dataclasses.replace(prefix, columns=together)
+        together = prefix.video_at[-1] - torch.arange(len(prefix.video_at)).flip(0)
+        return dataclasses.replace(prefix, video_at=together)
     patch.setattr(vlm_qwen.VLM, "prefill", run)
 
 
-@trap(heads="0.1, 3.2")  # the mean of all heads would not change
+@trap(heads=[1])  # the mean of all heads would not change
 def groups_of_heads_dealt_in_turn(patch, vlm):
-    real = vlm_qwen.RowMaps.__init__
+    real = vlm_attention.RowMaps.__init__
 
-    def dealt(self, rows, prefix, heads):
-        real(self, rows, prefix,
-             {layer: [[0, 2, 1, 3][head] for head in chosen] for layer, chosen in heads.items()})
-    patch.setattr(vlm_qwen.RowMaps, "__init__", dealt)
+    def dealt(self, rows, video_at, prefix, layers, heads):
+        real(self, rows, video_at, prefix, layers, [[0, 2, 1, 3][head] for head in heads])
+    patch.setattr(vlm_attention.RowMaps, "__init__", dealt)
 
 
 @trap(families=FAMILIES[1:])
@@ -326,7 +323,7 @@ def time_axis_of_the_answer_starts_anew(patch, vlm):
 @trap()
 def the_mask_is_not_registered(patch, vlm):
     masks = transformers.AttentionMaskInterface()
-    without = {name: mask for name, mask in masks.items() if name != vlm_qwen.ATTENTION}
+    without = {name: mask for name, mask in masks.items() if name != vlm_attention.ATTENTION}
     patch.setattr(transformers.AttentionMaskInterface, "_global_mapping", without)
 
 
@@ -334,7 +331,7 @@ def the_mask_is_not_registered(patch, vlm):
                          [(name, family) for name, (_, of, _) in TRAPS.items() for family in of])
 def test_mistakes_that_say_nothing_are_noticed(vlm_folders, eager, family, mistake, monkeypatch):
     plant, _, seen_by = TRAPS[mistake]
-    vlm = vlm_qwen.VLM(vlm_folders[family])
+    vlm = vlm_qwen.VLM.from_folder(vlm_folders[family])
     check = functools.partial(seen_by, vlm, eager, family, [clip(0), clip(1)])
     check()
     with monkeypatch.context() as patch:
@@ -349,7 +346,7 @@ from vlm import qwen as vlm_qwen
 import os, resource, sys, numpy as np, torch
 torch.set_num_threads(1)
 import teacher
-vlm = vlm_qwen.VLM(sys.argv[1])
+vlm = vlm_qwen.VLM.from_folder(sys.argv[1])
 video = np.random.default_rng(0).integers(0, 256, (20, 56, 56, 3), dtype=np.uint8)  # 1,960 tokens
 settings = vlm_qwen.Settings(answer="on the left", question="", layers="0-5")
 pixels, grid = vlm.patches([video])
@@ -362,7 +359,7 @@ def plain(**more):
                         video_grid_thw=torch.tensor([grid]), **more)
 
 def ours():
-    vlm.look([video], 2.0, [["what?", "where is fire?"]], settings)
+    vlm.ask([video], 2.0, [["what?", "where is fire?"]], settings)
 
 def eager():
     vlm.model.set_attn_implementation({"text_config": "eager"})
@@ -409,18 +406,18 @@ def test_each_cell_comes_out_at_its_place(vlm_folders, windows):
     """Flip one cell of 8 x 8 pixels and two frames:
     of the map's layer 0, whose keys know one token each, that token alone moves against the rest."""
     for family in FAMILIES:
-        vlm = vlm_qwen.VLM(vlm_folders[family])
+        vlm = vlm_qwen.VLM.from_folder(vlm_folders[family])
         still(vlm)
         if family == "qwen2_5_vl":
             vlm.model.model.visual.fullatt_block_indexes = [] if windows else [0, 1]
         video = clip(5, frames=6, height=24, width=40)
-        settings = vlm_qwen.Settings(answer="a", layers="0", heads="0.1")
+        settings = vlm_qwen.Settings(answer="a", layers="0")
         cells = [(0, 0, 0), (0, 0, 4), (0, 2, 0), (1, 1, 3), (2, 2, 4), (2, 0, 1)]
         flipped = [video.copy() for _ in cells]
         for (t, h, w), one in zip(cells, flipped):
             one[2 * t:2 * t + 2, 8 * h:8 * h + 8, 8 * w:8 * w + 8] ^= 255
         maps = [looks[0].maps[0, 0].double()
-                for looks in vlm.look([video, *flipped], FPS, [["where?"]] * 7, settings)]
+                for looks in vlm.ask([video, *flipped], FPS, [["where?"]] * 7, settings, heads=[1])]
         for cell, one in zip(cells, maps[1:]):
             assert one.shape == (3, 3, 5)
             change = (one / maps[0]).log()
@@ -430,11 +427,12 @@ def test_each_cell_comes_out_at_its_place(vlm_folders, windows):
 
 def test_columns_of_qwen3_are_not_one_run(vlm_folders):
     for family, runs in zip(FAMILIES, (1, 3)):
-        vlm = vlm_qwen.VLM(vlm_folders[family])
+        vlm = vlm_qwen.VLM.from_folder(vlm_folders[family])
         prefix = vlm.prefill([clip()], FPS)
-        gaps = (prefix.columns.diff() > 1).sum() + 1
-        assert prefix.grid == (3, 2, 3) and len(prefix.columns) == 18 and gaps == runs
-        assert all(prefix.ids[i] == vlm.pad for i in prefix.columns) and prefix.ids.count(vlm.pad) == 18
+        gaps = (prefix.video_at.diff() > 1).sum() + 1
+        assert prefix.grid == (3, 2, 3) and len(prefix.video_at) == 18 and gaps == runs
+        assert all(prefix.ids[i] == vlm.video_id for i in prefix.video_at)
+        assert prefix.ids.count(vlm.video_id) == 18
         text = vlm.tokenizer.decode(prefix.ids)
         # middles of pairs at 3 fps: 1/6, 5/6, 3/2
         assert [f"<{s} seconds>" in text for s in ("0.2", "0.8", "1.5")] == [runs == 3] * 3
@@ -476,11 +474,11 @@ def test_the_resize_rule_is_smart_resize(vlm):
     sizes = [(480, 720), (1080, 1920), (720, 405), (14, 14), (27, 100),
              *map(tuple, rng.integers(16, 1200, (300, 2)).tolist())]
     for patch, least, most in ((14, 56 * 56, 14 * 14 * 4 * 1280), (16, 65536, 200_000), (4, 64, 4096)):
-        vlm.patch, vlm.pictures = patch, {**vlm.pictures, "least": least, "most": most}
+        vlm.pictures = dataclasses.replace(vlm.pictures, patch=patch, least=least, most=most)
         for height, width in sizes:
             right = seams.resize_rule(max(height, patch), max(width, patch), 2 * patch, least, most)
             assert vlm.size_for(max(height, patch), max(width, patch)) == right, (patch, height, width)
-    vlm.patch, vlm.pictures = 14, {**vlm.pictures, "least": 56 * 56, "most": 14 * 14 * 4 * 1280}
+    vlm.pictures = dataclasses.replace(vlm.pictures, patch=14, least=56 * 56, most=14 * 14 * 4 * 1280)
     assert vlm.size_for(480, 720, 350_000) == (476, 728)
 
 
@@ -500,7 +498,7 @@ def test_aligned_frames_are_what_latents_show():
 
 # ----------------------------------------------------------------------------------------------------- errors
 def test_wrong_videos_are_one_sentence(vlm):
-    say = functools.partial(refusal, vlm.look, fps=FPS, questions=[["?"]])
+    say = functools.partial(refusal, vlm.ask, fps=FPS, questions=[["?"]])
     assert "has 1 frame(s) but the model merges 2" in say([clip(frames=1)])
     assert "got shape (6, 16, 24)" in say([clip()[..., 0]])
     assert "got shape (6, 16, 24, 4)" in say([np.zeros((6, 16, 24, 4), np.uint8)])
@@ -514,12 +512,12 @@ def test_a_truncated_prompt_is_named(vlm, monkeypatch):
     real = type(vlm.tokenizer).__call__
     monkeypatch.setattr(type(vlm.tokenizer), "__call__",
                         lambda self, text, **k: real(self, text, **k, truncation=True, max_length=20))
-    said = refusal(vlm.look, [clip()], FPS, [["?"]])
+    said = refusal(vlm.ask, [clip()], FPS, [["?"]])
     assert "<|video_pad|> tokens (id 4) but the video has 3x2x3 = 18 tokens. Was the prompt truncated" in said
 
 
 def test_a_question_with_a_place_for_another_video_is_refused(vlm):
-    assert "no single place" in refusal(vlm.look, [clip()], FPS,
+    assert "no single place" in refusal(vlm.ask, [clip()], FPS,
                                         [["<|vision_start|><|video_pad|><|vision_end|>?"]])
 
 
@@ -576,7 +574,7 @@ HARMS = {
 def test_broken_folders_are_one_sentence(copy, harm):
     break_it, error, words = HARMS[harm]
     break_it(copy)
-    assert words in sentence(vlm_qwen.VLM, copy, error=error)
+    assert words in sentence(vlm_qwen.VLM.from_folder, copy, error=error)
 
 
 def test_where_older_checkpoints_keep_template_and_sizes(copy):
@@ -585,10 +583,10 @@ def test_where_older_checkpoints_keep_template_and_sizes(copy):
     (copy / "preprocessor_config.json").unlink()
     (copy / "video_preprocessor_config.json").write_text(
         json.dumps({"size": {"shortest_edge": 100, "longest_edge": 5000}}))
-    vlm = vlm_qwen.VLM(copy)
-    assert vlm.template == TEMPLATE and (vlm.pictures["least"], vlm.pictures["most"]) == (100, 5000)
-    assert vlm.pictures["mean"] == transformers.image_utils.OPENAI_CLIP_MEAN
-    assert vlm.pictures["std"] == transformers.image_utils.OPENAI_CLIP_STD
+    vlm = vlm_qwen.VLM.from_folder(copy)
+    assert vlm.template == TEMPLATE and (vlm.pictures.least, vlm.pictures.most) == (100, 5000)
+    assert vlm.pictures.mean == transformers.image_utils.OPENAI_CLIP_MEAN
+    assert vlm.pictures.std == transformers.image_utils.OPENAI_CLIP_STD
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -599,32 +597,32 @@ def test_numbers_that_are_not_finite_are_named(vlm, dtype):
         weights = dict(vlm.model.named_parameters())
         name = next(name for name in weights if name.endswith("layers.1.mlp.down_proj.weight"))
         weights[name].mul_(float("nan") if dtype == torch.float32 else 60000)
-    said = refusal(vlm.look, [clip()], FPS, [["?"]], vlm_qwen.Settings(answer="a", layers="0-4"))
+    said = refusal(vlm.ask, [clip()], FPS, [["?"]], vlm_qwen.Settings(answer="a", layers="0-4"))
     assert f"layer 2 is not finite ({dtype})" in said and "bfloat16" in said
 
 
 def test_bf16_looks_where_float32_looks(vlm_folders, family):
-    looks = [vlm_qwen.VLM(vlm_folders[family],
-                         dtype=dtype).look([clip()], FPS, [["where?"]], vlm_qwen.Settings(answer="left"))[0][0]
-             for dtype in (torch.float32, torch.bfloat16)]
+    vlms = [vlm_qwen.VLM.from_folder(vlm_folders[family], dtype=dtype)
+            for dtype in (torch.float32, torch.bfloat16)]
+    looks = [vlm.ask([clip()], FPS, [["where?"]], vlm_qwen.Settings(answer="left"))[0][0] for vlm in vlms]
     assert looks[1].maps.dtype == torch.float32
     a, b = (look.density().flatten() for look in looks)
     assert (a - b).norm() < .15 * a.norm() and torch.nn.functional.cosine_similarity(a, b, dim=0) > .99
 
 
 def test_an_empty_answer_is_empty(vlm):
-    look = vlm.look([clip()], FPS, [["?"]], vlm_qwen.Settings(answer="<|im_start|><|im_end|>"))[0][0]
+    look = vlm.ask([clip()], FPS, [["?"]], vlm_qwen.Settings(answer="<|im_start|><|im_end|>"))[0][0]
     assert look.empty and look.answer == "" and (look.maps == 0).all() and look.density().isfinite().all()
-    vlm.ends = set(range(200))  # the model ends at once
-    look = vlm.look([clip()], FPS, [["?"]], vlm_qwen.Settings())[0][0]
+    vlm.end_ids = set(range(200))  # the model ends at once
+    look = vlm.ask([clip()], FPS, [["?"]], vlm_qwen.Settings())[0][0]
     assert look.empty and look.answer == ""
 
 
 def test_full_memory_says_what_helps_in_order(vlm, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 97.12 GiB.\nMore lines.")
-    monkeypatch.setattr(vlm_qwen.RowMaps, "__call__", full)
-    said = sentence(vlm.look, [clip()], FPS, [["?", "what?"]], vlm_qwen.Settings(), error=Stopped)
+    monkeypatch.setattr(vlm_attention.RowMaps, "__call__", full)
+    said = sentence(vlm.ask, [clip()], FPS, [["?", "what?"]], vlm_qwen.Settings(), error=Stopped)
     at = [said.index(word)
           for word in ("--batch 1", "--pixels", "--frames", "--dtype bf16", "--answer", "smaller VLM")]
     assert at == sorted(at) and "2 questions at once" in said and "5 layers" in said
@@ -634,9 +632,7 @@ def test_full_memory_says_what_helps_in_order(vlm, monkeypatch):
 @pytest.mark.parametrize("given, words", [
     (dict(layers="5"), "--layers is first-last, from 0 to 4 here, not '5'"), (dict(layers="3-2"), "--layers"),
     (dict(layers="a-b"), "--layers"),
-    (dict(layers="-1"), "--layers"), (dict(heads="2.4"), "--heads"), (dict(heads="0.1"), "--heads"),
-    (dict(heads="2"), "--heads"),
-    (dict(heads="2.1,,"), "--heads"),
+    (dict(layers="-1"), "--layers"),
     (dict(rows="tokens"), "--rows must be one of question, predict, answer"),
     (dict(question="Where is {nom}?"),
      "--question has a place for {name} and {cue}, --answer for {name}, not 'nom'"),
@@ -647,7 +643,7 @@ def test_full_memory_says_what_helps_in_order(vlm, monkeypatch):
     (dict(sinks=0.0), "--sinks"), (dict(sinks=1.5), "--sinks"), (dict(sinks=float("nan")), "--sinks"),
     (dict(words=0), "--words")])
 def test_wrong_settings_are_one_sentence(vlm_folders, given, words):
-    assert words in sentence(vlm_qwen.VLM(vlm_folders["qwen2_5_vl"]).settings, **given)
+    assert words in sentence(vlm_qwen.VLM.from_folder(vlm_folders["qwen2_5_vl"]).settings, **given)
 
 
 @pytest.mark.parametrize("stored, ends", [(2, {0, 2}), ([2, 1], {0, 1, 2}), (None, {0})])
@@ -656,13 +652,13 @@ def test_ends_are_those_of_generation_config_and_tokenizer(copy, stored, ends):
     rewrite(copy / "config.json",
             text_config={**json.loads((copy / "config.json").read_text())["text_config"],
                          "eos_token_id": stored})
-    assert vlm_qwen.VLM(copy).ends == ends
+    assert vlm_qwen.VLM.from_folder(copy).end_ids == ends
 
 
 def test_settings_come_from_the_folder_unless_given(copy):
     (copy / "teacher.json").write_text(json.dumps(dict(words=7, rows="answer")))
-    vlm = vlm_qwen.VLM(copy)
+    vlm = vlm_qwen.VLM.from_folder(copy)
     assert vlm.settings(rows=None) == vlm_qwen.Settings(words=7, rows="answer")
     assert vlm.settings(rows="question", words=None).rows == "question"
     (copy / "teacher.json").write_text(json.dumps(dict(words="7", mood="good")))
-    assert "mood, words" in sentence(vlm_qwen.VLM(copy).settings)
+    assert "mood, words" in sentence(vlm_qwen.VLM.from_folder(copy).settings)

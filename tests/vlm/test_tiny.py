@@ -1,23 +1,24 @@
 """The tiny teacher:
 what it is taught, what a question may see, that it learns, and the report that judges maps."""
 import dataclasses
-import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 
 import physics.phenomena
-from vlm import maps as vlm_maps
 from vlm import qwen as vlm_qwen
+from vlm import speed as vlm_speed
 from vlm import report as vlm_report
 from vlm import tiny as vlm_tiny
 import align
 import config
 import data
-import teacher
 import world
+from helpers import ROOT
 
 CFG = config.preset("debug", colour_cues=True, frames=4, height=32, width=32)
 
@@ -26,14 +27,14 @@ def test_it_is_a_qwen_of_a_tenth_of_a_million_parameters_with_its_own_settings(t
     assert tiny.config.model_type == "qwen2_5_vl"
     assert sum(p.numel() for p in tiny.model.parameters()) < 250_000
     settings = tiny.settings()
-    assert settings.ask("rigid body motion") == "is there rigid body motion"
-    assert settings.background == vlm_tiny.TINY["background"]
+    assert settings.question_for("rigid body motion") == "is there rigid body motion"
+    assert settings.background == vlm_tiny.TINY_SETTINGS["background"]
     assert tiny.settings(rows="answer").rows == "answer"
 
 
 def test_a_name_is_one_word_and_every_word_is_known(tiny):
     for name in physics.phenomena.PHENOMENA:
-        ids = tiny.tokenizer(vlm_tiny.TINY["question"].format(name=name)).input_ids
+        ids = tiny.tokenizer(vlm_tiny.TINY_SETTINGS["question"].format(name=name)).input_ids
         assert len(ids) == 3 and 0 not in ids and tiny.tokenizer.decode(ids[-1:]) == name
     assert 0 not in tiny.tokenizer("what is the background yes no nothing").input_ids
 
@@ -45,7 +46,7 @@ def test_lessons_are_true_and_ask_for_look_alikes(still):
         clip = world.make_clip(0, index, decoys=1, colour_cues=True)
         shown = {actor.phenomenon for actor in clip.actors}
         asked = vlm_tiny.lessons(clip, still, rng)
-        assert asked[0] == (vlm_tiny.TINY["background"], "nothing")
+        assert asked[0] == (vlm_tiny.TINY_SETTINGS["background"], "nothing")
         names = [question.removeprefix("is there ") for question, _ in asked[1:]]
         answers = dict(zip(names, (answer for _, answer in asked[1:])))
         assert {name for name, answer in answers.items() if answer == "yes"} == (set() if still else shown)
@@ -72,9 +73,9 @@ def test_a_photograph_stands_still_and_has_no_colour_cues():
 def test_a_branch_sees_the_video_and_itself_and_no_other_branch(tiny):
     grid = (2, 8, 8)
     asked = [[("is there melting", "yes"), ("is there collision", "no")], [("is there melting", "no")]]
-    ids, labels, places, mask = vlm_tiny.branches(tiny, asked, grid, 4)
+    ids, labels, places, mask = vlm_tiny.pack_questions(tiny, asked, grid, 4)
     P, N = vlm_tiny.KEPT + 2, 128
-    assert ids[0, :P].tolist() == [4] + [tiny.pad] * vlm_tiny.KEPT + [5]
+    assert ids[0, :P].tolist() == [4] + [tiny.video_id] * vlm_tiny.KEPT + [5]
     said = tiny.tokenizer.decode(ids[0, P:]).replace(" ", "")
     assert said == "istheremeltingyes<|end|>istherecollisionno<|end|>"
     first, second = slice(P, P + 5), slice(P + 5, P + 10)
@@ -131,7 +132,7 @@ def test_a_dropped_head_says_nothing_and_the_others_make_up_for_it():
 
 
 def trained(folder, cfg, steps):
-    vlm = vlm_qwen.VLM(folder)
+    vlm = vlm_qwen.VLM.from_folder(folder)
     vlm.model.requires_grad_(True)
     vlm_tiny.train_tiny(vlm, cfg, seed=0, minutes=1, steps=steps)
     return vlm
@@ -142,7 +143,7 @@ def test_training_teaches_it_to_look(tmp_path, monkeypatch):
     """Its loss falls on clips that it never saw,
     and rises again when it is shown another clip than the one it is asked about."""
     vlm_tiny.write_tiny(tmp_path / "vlm", seed=0)
-    cfg, before = dataclasses.replace(CFG, frames=2, two=0.0), vlm_qwen.VLM(tmp_path / "vlm")
+    cfg, before = dataclasses.replace(CFG, frames=2, two=0.0), vlm_qwen.VLM.from_folder(tmp_path / "vlm")
     vlm, glimpses = trained(tmp_path / "vlm", cfg, 120), vlm_tiny.glimpses
     loss = held_out(vlm, cfg)
     assert loss < .5 * held_out(before, cfg)
@@ -194,64 +195,43 @@ def test_layer_bands_cover_all_layers_and_name_the_default():
 def test_a_map_that_is_the_mask_wins_the_report_and_its_opposite_loses(tiny, monkeypatch):
     """The report's plumbing with a VLM that looks exactly where truth is,
     and one that looks everywhere else."""
-    clips = vlm_report.of_clips(CFG, 6)
-    shape = lambda truth: (truth.video, truth.fps)
+    clips = vlm_report.held_out_truths(CFG, 6)
     grid = (2, 8, 8)
 
     def looking(sign):
-        def look_for(videos, fps, names, settings, kinds=(), layers=None, batch=0):
+        def ask_about(videos, fps, names, settings, kinds=(), layers=None, batch=0):
             clip = next(clip for clip in clips if clip[0].video is videos[0])
             maps = [data.resample(torch.from_numpy(truth.mask).float(), grid) * sign + (sign < 0)
                     for truth in clip] + [torch.full(grid, .5)]
-            return [[vlm_qwen.Look("yes", m.expand(1, 3, *grid) / m.numel(), False) for m in maps]]
-        return look_for
+            return [[vlm_qwen.AnswerAttention("yes", m.expand(1, 3, *grid) / m.numel(), False)
+                     for m in maps]]
+        return ask_about
     for sign, best in ((1, True), (-1, False)):
-        monkeypatch.setattr(tiny, "look_for", looking(sign))
-        rows = vlm_report.report(tiny, tiny.settings(), clips, None, 0, shape)["rows"]
+        monkeypatch.setattr(tiny, "ask_about", looking(sign))
+        rows = vlm_report.report(tiny, tiny.settings(), clips, 0)["rows"]
         value = rows["predict, layers default, subtract"]["AUC"]
         assert value > .99 if best else value < .01
     assert {"frame differences", "location prior"} <= set(rows)
 
 
 def test_the_report_counts_what_is_affirmed_and_is_not_there(tiny, monkeypatch):
-    clips = vlm_report.of_clips(CFG, 6)
+    clips = vlm_report.held_out_truths(CFG, 6)
     asked = []
 
-    def look_for(videos, fps, names, settings, **_):
+    def ask_about(videos, fps, names, settings, **_):
         here = {truth.name for clip in clips if clip[0].video is videos[0] for truth in clip}
         asked.append((here, names[0]))
         # one false friend
         answers = ["yes" if name in here or name == asked[0][1][-1] else "no" for name in names[0]]
-        return [[vlm_qwen.Look(answer, torch.rand(1, 3, 2, 8, 8), False) for answer in (*answers, "nothing")]]
-    monkeypatch.setattr(tiny, "look_for", look_for)
-    found = vlm_report.report(tiny, tiny.settings(), clips, None, 0,
-                           lambda t: (t.video, t.fps))
+        return [[vlm_qwen.AnswerAttention(answer, torch.rand(1, 3, 2, 8, 8), False)
+                 for answer in (*answers, "nothing")]]
+    monkeypatch.setattr(tiny, "ask_about", ask_about)
+    found = vlm_report.report(tiny, tiny.settings(), clips, 0)
     wrong = [names[-1] == asked[0][1][-1] for _, names in asked]
     assert all(len(names) == len(here) + 1 and names[-1] not in here for here, names in asked)
     assert not all(wrong)
     assert found["answers that affirm what is there"] == 1
     assert found["what is not"] == pytest.approx(np.mean(wrong))
-
-
-def test_truth_from_a_file_of_boxes(tiny, tmp_path):
-    clip = world.make_clip(0, 1, frames=16, height=32, width=32)
-    import imageio.v3 as iio
-    iio.imwrite(tmp_path / "a.mp4", clip.video, fps=8, plugin="pyav", codec="libx264")
-    (tmp_path / "truth.json").write_text(
-        json.dumps({"a.mp4": {"melting": [[0, 1, 0, 0, .5, 1]], "combustion": [[0, 9, .5, 0, 1, .5]]}}))
-    film = dataclasses.replace(CFG, frames=9, fps=8.0, windows=1)
-    first, second = vlm_report.of_json(tmp_path / "truth.json", tiny, film, 350_000)[0]
-    F_, H, W = first.mask.shape
-    assert (F_, H, W) == (9, 32, 32) and first.name == "melting"
-    # frame 8 is shown at one second, where the box ends
-    assert first.mask[:8, :, :16].all() and first.mask.sum() == 8 * 32 * 16
-    assert second.mask[:, :16, 16:].all() and second.mask.sum() == 9 * 16 * 16
-    assert (first.objects == (first.mask | second.mask)).all()
-    for wrong, why in (({"a.mp4": {"magic": [[0, 1, 0, 0, 1, 1]]}}, "magic"),
-                       ({"b.mp4": {"melting": []}}, "b.mp4"), ({"a.mp4": {"melting": [[1]]}}, "a.mp4")):
-        (tmp_path / "truth.json").write_text(json.dumps(wrong))
-        with pytest.raises(config.UserError, match=why):
-            vlm_report.of_json(tmp_path / "truth.json", tiny, film, 350_000)
 
 
 def test_divide_and_none_and_subtract_rank_a_token_differently():
@@ -265,6 +245,20 @@ def test_seven_billion_parameters():
     import transformers
     with torch.device("meta"):
         model = transformers.Qwen2_5_VLForConditionalGeneration(
-            transformers.Qwen2_5_VLConfig(**teacher.SEVEN_B, **vlm_tiny.MARKS))
+            transformers.Qwen2_5_VLConfig(**vlm_speed.SEVEN_B, **vlm_tiny.TOKEN_IDS))
     # as Qwen2.5-VL-7B-Instruct counts itself
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(8.29e9, rel=.01)
+
+
+def test_the_door_of_the_room_does_not_wait_for_transformers():
+    """train.py opens map files through it, and needs no VLM for that."""
+    code = "import sys, vlm; sys.exit('transformers' in sys.modules or not set(vlm.__all__) <= set(dir(vlm)))"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_a_folder_of_maps_goes_on_after_heads_could_be_chosen(tiny):
+    """maps.json of older versions holds the setting; without it their folders would be refused."""
+    assert tiny.identity(tiny.settings(), fps=8.0).keys() == {
+        "format", "vlm", "dtype", "layers", "template", "fps", "question", "background", "answer", "words",
+        "rows", "heads", "sinks"}
+    assert tiny.identity(tiny.settings())["heads"] == ""
