@@ -89,8 +89,8 @@ class State:
     def training_step(self, batch: data.Batch, t: Tensor, eps: Tensor, lr: float):
         """One step, at times t (B,), with noise eps (shaped as batch.x) and this learning rate.
 
-        -> {"loss": Eq. 6, and each of its terms}, the diffusion loss of each clip (B,), the norm of the
-        gradient before clipping, and whether both are finite. Where they are not, nothing changes.
+        -> {"loss": Eq. 6, and each of its terms}, the diffusion loss of each clip (B,), the norm of
+        the gradient before clipping, and whether both are finite. Where not, nothing changes.
         """
         losses, per_clip = losses_of(self, batch, t, eps)
         loss = total_loss(losses, self.cfg)  # Eq. 6
@@ -214,7 +214,7 @@ def prepare_blocks(model: nn.Module, cfg: Config) -> None:
 
 # --- losses ---------------------------------------------------------------------------------------
 def losses_of(state: State, batch: data.Batch, t: Tensor, eps: Tensor) -> tuple[dict, Tensor]:
-    """Every term of Eq. 6 that this stage has, unweighted, and the diffusion loss of each clip (B,)."""
+    """The terms of Eq. 6 that this stage has, unweighted; the diffusion loss of each clip (B,)."""
     cfg = state.cfg
     x_t = state.process.noise(batch.x, t, eps)  # (B, C, F, H, W), as prediction and eps are
     with torch.autocast(state.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):

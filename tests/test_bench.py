@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import bench
 import config
 from config import Stopped, UserError
+from official import cost, reference
 
 pytest.importorskip("diffusers",
                     reason="the comparison needs diffusers: pip install -r requirements-extra.txt")
@@ -43,7 +44,7 @@ def test_flops_of_a_block(name):
     assert counter.get_total_flops() == forward
     with FlopCounterMode(display=False) as counter:
         bench.forward_backward(call, leaves)()
-    assert counter.get_total_flops() == bench.block_flops(cfg) == 3 * forward
+    assert counter.get_total_flops() == cost.block_flops(cfg) == 3 * forward
 
 
 @pytest.mark.parametrize("name, depth, teraflops",
@@ -51,7 +52,7 @@ def test_flops_of_a_block(name):
 def test_flops_at_full_size(name, depth, teraflops):
     """All blocks at the native token count, forward,
     as worked out by hand from 24 S D^2 + 4 S^2 D and Wan's like of it."""
-    assert abs(depth * bench.block_flops(bench.full_sizes("cuda")[name]) / 3e12 - teraflops) < 0.1
+    assert abs(depth * cost.block_flops(bench.full_sizes("cuda")[name]) / 3e12 - teraflops) < 0.1
 
 
 # --- like with like
@@ -80,7 +81,7 @@ def test_both_blocks_are_one_function(name):
 @pytest.mark.parametrize("name", ["CogVideoX, tiny", "Wan, tiny"])
 def test_both_models_are_one_function(name, dtype):
     cfg = bench.official_sizes("cpu")[name]
-    ours, theirs, call_theirs = bench.official_pair(cfg, dtype)
+    ours, theirs, call_theirs = reference.official_pair(cfg, dtype)
     x, t, text = bench.official_inputs(cfg, dtype)
     assert {p.dtype for p in (*ours.parameters(), *theirs.parameters())} == {dtype}
     assert 0 <= bench.difference(lambda: ours(x, t, text),

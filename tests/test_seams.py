@@ -120,7 +120,7 @@ def test_prompts_are_encoded_by_a_public_method(name):
 
 # ------------------------------------------------------------------------------------------------------ torch
 def test_a_storage_is_one_object_for_all_its_views():
-    """`train.block_cost` counts bytes a storage, on the meta device, where all addresses are zero."""
+    """`official.cost.block_cost` counts bytes a storage, on the meta device, where all addresses are zero."""
     def check():
         tensor = torch.zeros(3, 4, device="meta")
         views = {x.untyped_storage() for x in (tensor, tensor.t(), tensor[1:], tensor.detach())}

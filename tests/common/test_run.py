@@ -365,7 +365,7 @@ def test_resume_refuses_other_clips(half, monkeypatch):
     said = str(caught.value)
     assert f"go on with the code of revision {revision}, or start anew in another --out_dir." in said
     (half / "checkpoints" / "base.pt").write_bytes(b"")  # stage one was finished
-    with pytest.raises(UserError, match=f"or train stage two anew by --init_from {half} and another --out_dir"):
+    with pytest.raises(UserError, match=f"or train stage two anew by --init_from {half} and another"):
         again(half)
 
 

@@ -489,7 +489,7 @@ def test_resume_with_other_maps_is_refused(runs, saliency, tmp_path):
                 json.dumps({**json.loads((folder / name).read_text()), "settings": {},
                             "key": common.files.digest({})}))
         said = sentence(train.main, config.parse(again, ""))
-        assert "the maps of --teacher" in said
+        assert "The maps of --teacher" in said
     finally:
         shutil.rmtree(folder)
         shutil.copytree(kept, folder)
