@@ -40,6 +40,9 @@ from official.export import export_run
 from official.folder import Lineage, lineage_of
 
 
+SIZES = ("frames", "fps", "height", "width")  # the lineage's own where they are not given
+
+
 @dataclass(frozen=True)
 class Flags:
     """The command line."""
@@ -69,6 +72,9 @@ class Flags:
             if not getattr(self, name):
                 raise UserError(f"The flag --{name} is required; --help lists every flag.")
         shard_of(self.shard)
+        for name in SIZES:
+            if getattr(self, name) == 0:
+                raise UserError(f"--{name} must be more than zero, not 0.")
         if self.frames and self.frames % 4 != 1:
             raise UserError(f"--frames must be 1 + 4 m (5, 9, ... 49, 81), not {self.frames}: the "
                             "VAE takes the first one alone and four at a time after it.")
@@ -81,8 +87,7 @@ class Flags:
 
 def sized(flags: Flags, lineage: Lineage) -> Flags:
     """The flags, with the lineage's own sizes where none were given."""
-    sizes = {name: getattr(flags, name) or getattr(lineage, name)
-             for name in ("frames", "fps", "height", "width")}
+    sizes = {name: getattr(flags, name) or getattr(lineage, name) for name in SIZES}
     return dataclasses.replace(flags, **sizes)
 
 
