@@ -75,7 +75,7 @@ def plan(cfg: Config) -> None:
         backbone = build_backbone(cfg, vocabulary=120)
         model = ProPhy(backbone, cfg) if stage_two else backbone
         total = sum(p.numel() for p in model.parameters())
-        branch = sum(p.numel() for p in model.branch_parameters()) if stage_two else 0
+        branch = sum(p.numel() for p in model.branch_state().values()) if stage_two else 0
         linear, attention, kept, entry = block_cost(backbone, cfg)
     frozen = stage_two and cfg.freeze_backbone
     trained = branch if frozen else total

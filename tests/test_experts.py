@@ -124,7 +124,7 @@ def test_dispatch_is_the_naive_loop_forward_and_backward(case, dtype, tolerance)
 def test_eq_2(residual, renormalise, k):
     block = awake(experts.RefinementExpertBlock(D, 4, k, 17, residual, renormalise))
     x = torch.randn(2, 7, D)
-    y, rho, chosen = block(x)
+    y, rho, _, chosen = block(x)
     assert chosen.shape == (2, 7, k) and rho.shape == (2, 7, 4)
     for b in range(2):
         for n in range(7):
@@ -210,7 +210,7 @@ def test_untrained_lora_changes_nothing_and_trained_merges_into_the_weights(line
     assert len(net.branch_state()) == 2 * 4 * attentions * cfg.depth
     assert all(name.endswith((".down", ".up")) for name in net.branch_state())
     with torch.no_grad():
-        for p in net.branch_parameters():
+        for p in net.branch_state().values():
             p.add_(0.1 * torch.randn_like(p))
     layer = net.backbone.blocks[0].attn1.to_q
     close(layer(torch.eye(D)) - layer.bias, (layer.weight + 2 * layer.up @ layer.down).T)
@@ -341,7 +341,7 @@ def test_init_from_backbone_copies_exactly_and_shares_nothing():
 
 def test_branch_and_backbone_together_are_all():
     net = build()
-    branch, backbone = {id(p) for p in net.branch_parameters()}, {id(p) for p in net.backbone.parameters()}
+    branch, backbone = {id(p) for p in net.branch_state().values()}, {id(p) for p in net.backbone.parameters()}
     assert branch and not branch & backbone and branch | backbone == {id(p) for p in net.parameters()}
 
 
