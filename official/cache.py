@@ -26,7 +26,7 @@ from common.files import digest, read_json
 from common.store import Kind, Store, clip_file
 from common.video import LABELS, Cut, Folder, Video, Window, pixels, split_by_video
 from config import Config, Stopped, UserError, stream
-from data import Batch, Stream
+from data import Batch, ClipOrder
 from official.encoders import VAE, TextEncoder
 from official.folder import Lineage, identity
 
@@ -166,7 +166,7 @@ def open_cache(cfg: Config, folder: Path, expected: dict | None = None) -> Cache
     return Cache(store, files, names, captions, categories, train, held, summary, key)
 
 
-class Latents(Stream):
+class Latents(ClipOrder):
     """Batches of latents and text embeddings from a cache, read clip by clip."""
 
     def __init__(self, cfg: Config, cache: Cache, maps=None):

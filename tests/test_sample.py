@@ -77,8 +77,8 @@ def test_a_clip_depends_on_seed_index_and_prompt(loaded):
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_guidance_against_two_separate_calls(loaded, guidance):
     cfg, net, process, tokenizer, _ = loaded
-    ids, n = tokenizer.encode(PROMPTS[1], cfg.text_len)
-    text, length, noise = ids[None], torch.tensor([n]), process.draw(7, [0], (3, 4, 16, 16))[1]
+    text, length = tokenizer.encode_all(PROMPTS[1:2], cfg.text_len)
+    noise = process.draw(7, [0], (3, 4, 16, 16))[1]
     nothing = torch.zeros_like(text), torch.tensor([0])
     x = process.sample(lambda x, t: (net(x, t, text, length)[0], net(x, t, *nothing)[0]), noise, 4, guidance)
     expected = ((x[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
