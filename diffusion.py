@@ -49,11 +49,6 @@ class Step(NamedTuple):
     t_next: float  # where it ends
 
 
-def per_clip(t: Tensor, x: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, ...) so that it multiplies x."""
-    return t.view(-1, *[1] * (x.dim() - 1))
-
-
 class Process:
     """What both lineages share.
 
@@ -83,14 +78,19 @@ class Process:
         # float64 until the times are warped: at both ends of u small differences become large.
         return self.warp(u).float().to(device), torch.from_numpy(eps).to(device)
 
+    def per_clip(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """a and s of times (B,), each (B, 1, 1, 1, 1), so that they multiply clips."""
+        a, s = self.coefficients(t)
+        return a.view(-1, 1, 1, 1, 1), s.view(-1, 1, 1, 1, 1)
+
     def noise(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = a x + s eps."""
-        a, s = self.coefficients(t)  # (B,) each
-        return per_clip(a, x) * x + per_clip(s, x) * eps
+        a, s = self.per_clip(t)
+        return a * x + s * eps
 
     def to_x(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The network's output as an estimate of the clean clip."""
-        a, s = (per_clip(c, x_t) for c in self.coefficients(t))
+        a, s = self.per_clip(t)
         if self.predict == "x":
             return prediction
         if self.predict == "eps":
@@ -100,7 +100,7 @@ class Process:
 
     def loss(self, prediction: Tensor, t: Tensor, x: Tensor, eps: Tensor) -> Tensor:
         """Per-clip loss (B,): mean squared error of v, whatever the network predicts."""
-        a, s = (per_clip(c, x) for c in self.coefficients(t))
+        a, s = self.per_clip(t)
         prediction = prediction.float()
         if self.predict == "v":  # no division, so it is exact at every t
             error = prediction - self.v(x, eps, a, s)

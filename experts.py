@@ -57,9 +57,10 @@ def invert(logits: Tensor) -> Tensor:
 class FullMaps(nn.Module):
     """The paper's basis maps B_e: one number for each expert, channel and token."""
 
-    def __init__(self, grid: Grid, dim: int, experts: int):
+    def __init__(self, cfg: Config):
         super().__init__()
-        self.maps = nn.Parameter(torch.randn(experts, dim, *grid) * 0.02)  # B_e, (E_s, D, f, h, w)
+        maps = torch.randn(cfg.semantic_experts, cfg.dim, *cfg.grid) * 0.02
+        self.maps = nn.Parameter(maps)  # B_e, (E_s, D, f, h, w)
 
     def forward(self, rho: Tensor, grid: Grid) -> Tensor:
         """Weights rho (B, E_s) and a grid -> the mix of the maps (B, N, D)."""
@@ -76,13 +77,14 @@ class FactoredMaps(nn.Module):
     published branch can afford.
     """
 
-    def __init__(self, grid: Grid, dim: int, experts: int, rank: int):
+    def __init__(self, cfg: Config):
         super().__init__()
-        f, h, w = grid
+        f, h, w = cfg.grid
+        experts, R = cfg.semantic_experts, cfg.map_rank
         # Factors of time start nearly constant, so that a fresh map does not flicker.
-        self.time = nn.Parameter(1 + 0.02 * torch.randn(experts * rank, 1, f))
-        self.space = nn.Parameter(torch.randn(experts * rank, 1, h, w))
-        self.width = nn.Parameter(torch.randn(experts, rank, dim) * 0.02 * rank**-0.5)
+        self.time = nn.Parameter(1 + 0.02 * torch.randn(experts * R, 1, f))
+        self.space = nn.Parameter(torch.randn(experts * R, 1, h, w))
+        self.width = nn.Parameter(torch.randn(experts, R, cfg.dim) * 0.02 * R**-0.5)
 
     def forward(self, rho: Tensor, grid: Grid) -> Tensor:
         """Weights rho (B, E_s) and a grid -> the mix of the maps (B, N, D)."""
@@ -102,19 +104,15 @@ class SemanticExpertBlock(nn.Module):
     """X~ = X + sum_e rho_s[e] B_e, with a learnable map B_e (N, D) for each kind of physics (Eq. 1).
 
     All experts take part: a hard top-k collapses at the small batches of video training. A map
-    belongs to one token grid and is interpolated to any other (ours). Rank 0 means full maps.
+    belongs to one token grid and is interpolated to any other (ours).
     """
 
-    def __init__(self, grid: Grid, dim: int, text_dim: int, experts: int, categories: int,
-                 rank: int = 0):
+    def __init__(self, cfg: Config, text_dim: int):
         super().__init__()
         self.router = nn.Sequential(  # its depth is ours
-            nn.Linear(text_dim, text_dim), nn.SiLU(), nn.Linear(text_dim, experts))
-        if rank:
-            self.basis = FactoredMaps(grid, dim, experts, rank)
-        else:
-            self.basis = FullMaps(grid, dim, experts)
-        self.lift = nn.Linear(experts, categories)
+            nn.Linear(text_dim, text_dim), nn.SiLU(), nn.Linear(text_dim, cfg.semantic_experts))
+        self.basis = FactoredMaps(cfg) if cfg.map_rank else FullMaps(cfg)
+        self.lift = nn.Linear(cfg.semantic_experts, cfg.categories)
 
     def route(self, y: Tensor, length: Tensor, edit=None) -> tuple[Tensor, Tensor, Tensor]:
         """Text -> logits (B, E_s), weights rho_s (B, E_s), and their lift (B, E_cat).
@@ -142,29 +140,27 @@ class RefinementExpertBlock(nn.Module):
     A residual around it and no renormalisation of the chosen weights are ours; both are switches.
     """
 
-    def __init__(self, dim: int, experts: int, k: int, categories: int, residual: bool = True,
-                 renormalise: bool = False):
+    def __init__(self, cfg: Config):
         super().__init__()
-        self.k = k
-        self.residual = residual
-        self.renormalise = renormalise
+        self.cfg = cfg
+        dim, experts = cfg.dim, cfg.refinement_experts
         self.router = nn.Linear(dim, experts)  # its depth is ours
         # All experts stand in one table each of weights and biases: e_i(x) = x W_i + b_i.
         self.weight = nn.Parameter(torch.randn(experts, dim, dim) * dim**-0.5)
         self.bias = nn.Parameter(torch.zeros(experts, dim))
-        self.lift = nn.Sequential(nn.Linear(experts, 64), nn.SiLU(), nn.Linear(64, categories))
+        self.lift = nn.Sequential(nn.Linear(experts, 64), nn.SiLU(), nn.Linear(64, cfg.categories))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Video tokens (B, N, D) -> refined (B, N, D), rho_r (B, N, E_r), its lift P'_r of Eq. 5
         (B, N, E_cat), chosen (B, N, k)."""
         rho = self.router(x).float().softmax(dim=-1)  # over all experts, before the choice
-        gate, chosen = rho.topk(self.k, dim=-1)  # (B, N, k) each
-        if self.renormalise:
+        gate, chosen = rho.topk(self.cfg.top_k, dim=-1)  # (B, N, k) each
+        if self.cfg.renormalise:
             gate = gate / gate.sum(-1, keepdim=True)
         # To `dispatch` the tokens of all clips are one list (B N, ...).
         y = dispatch(x.flatten(0, 1), gate.flatten(0, 1), chosen.flatten(0, 1),
                      self.weight, self.bias).view_as(x)
-        refined = x + y if self.residual else y  # Eq. 2
+        refined = x + y if self.cfg.residual else y  # Eq. 2
 
         # An MLP learns slowly from inputs of 1 / E_r: times E_r (ours), an even share reads as 1.
         lift = self.lift((rho * len(self.weight)).type_as(self.weight))
@@ -207,24 +203,22 @@ class ProPhy(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.at = cfg.physical_at  # rising indices of the backbone blocks with one beside them
-        dim = cfg.dim
         # Without physical blocks nothing would read what the experts do to the tokens.
         self.semantic = self.refinement = None
         if cfg.semantic and self.at:
-            self.semantic = SemanticExpertBlock(cfg.grid, dim, backbone.text_dim,
-                                                cfg.semantic_experts, cfg.categories, cfg.map_rank)
+            self.semantic = SemanticExpertBlock(cfg, backbone.text_dim)
         self.physical = nn.ModuleList(copy.deepcopy(backbone.blocks[i]) for i in self.at)
         # LoRA comes after the copies were made, because these train all their weights anyway.
         if cfg.lora_rank:
             add_lora(backbone, cfg)
         if cfg.refinement and self.at:
-            self.refinement = RefinementExpertBlock(dim, cfg.refinement_experts, cfg.top_k,
-                                                    cfg.categories, cfg.residual, cfg.renormalise)
+            self.refinement = RefinementExpertBlock(cfg)
         # Zero-initialised injection: the untrained branch adds nothing to the backbone's tokens.
         # These layers get the first gradient of the diffusion loss, and pass it on once they are
         # not zero; the routers learn from the alignment losses from the first step on.
         self.inject = nn.ModuleList(
-            nn.Linear(dim, dim) if cfg.injection == "zero" else nn.Identity() for _ in self.at)
+            nn.Linear(cfg.dim, cfg.dim) if cfg.injection == "zero" else nn.Identity()
+            for _ in self.at)
         for parameter in self.inject.parameters():
             nn.init.zeros_(parameter)
 
