@@ -54,7 +54,8 @@ class Condition:
 def patchify(x: Tensor, pt: int, p: int) -> Tensor:
     """(B, C, F, H, W) -> (B, N, C pt p p), tokens by time, row, column. With pt = 2 and p = 8:
     (4, 3, 8, 32, 32) -> (4, 64, 384), which are 4 x 4 x 4 tokens of 3 x 2 x 8 x 8 numbers."""
-    x = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(2, (-1, pt))  # (B, C, f, pt, h, p, w, p)
+    x = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(2, (-1, pt))
+    # (B, C, f, pt, h, p, w, p) -> (B, f, h, w, C, pt, p, p) -> (B, N, C pt p p)
     return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
 
 
@@ -147,19 +148,11 @@ def rope_angles(places: Tensor, channels: int, base: float = 10_000) -> Tensor:
     return places[:, None] * (1 / base**exponents)
 
 
-def over_grid(axes: list[Tensor]) -> Tensor:
-    """A table for each axis -> one for all tokens, whose rows are those of the three, side by side.
-    On a grid of 3 x 2 x 5: (3, 8), (2, 12), (5, 12) -> (30, 32); row 17 = (1 * 2 + 1) * 5 + 2 joins
-    the rows 1, 1 and 2, because that token is at time 1, row 1, column 2."""
-    time, height, width = axes
-    sizes = (len(time), len(height), len(width))
-    shaped = (time[:, None, None], height[:, None], width)  # (3, 1, 1, 8), (2, 1, 12), (5, 12)
-    return torch.cat([table.expand(*sizes, -1) for table in shaped], dim=-1).flatten(0, 2)
-
-
 def grid_angles(axes: list[Tensor], channels: Grid) -> Tensor:
-    """Places along three axes, and how many channels each of them turns -> angles (N, d / 2)."""
-    return over_grid([rope_angles(places, part) for places, part in zip(axes, channels)])
+    """Places along three axes, and how many channels each of them turns -> angles (N, d / 2). On a
+    grid of 3 x 2 x 5, row 17 = (1 * 2 + 1) * 5 + 2 is of the token at time 1, row 1, column 2."""
+    places = torch.cartesian_prod(*axes).T  # (3, N): time, row and column of every token
+    return torch.cat([rope_angles(at, part) for at, part in zip(places, channels)], dim=1)
 
 
 def integers(grid: Grid) -> list[Tensor]:
@@ -190,12 +183,13 @@ def wan_channels(d: int) -> Grid:
 
 def sincos_table(grid: Grid, dim: int) -> Tensor:
     """CogVideoX-2B's table (N, D): sines, then cosines of time (D / 4), WIDTH (3 D / 8), height."""
-    time, height, width = integers(grid)
-    axes = (time, height / 1.875, width / 1.875)  # rows and columns are this much closer together
-    angles = [rope_angles(at.double(), part) for at, part in zip(axes, cog_channels(dim))]
-    table = over_grid([torch.cat([angle.sin(), angle.cos()], dim=1) for angle in angles])
-    time, height, width = table.split(cog_channels(dim), dim=1)
-    return torch.cat([time, width, height], dim=1).float()
+    time, height, width = torch.cartesian_prod(*integers(grid)).T  # (N,) each
+    parts = []
+    # Rows and columns are 1.875 times as close together as the tokens are.
+    for places, part in zip((time, width / 1.875, height / 1.875), cog_channels(dim)):
+        angles = rope_angles(places.double(), part)
+        parts += [angles.sin(), angles.cos()]
+    return torch.cat(parts, dim=1).float()
 
 
 def position_tables(cfg: Config, grid: Grid) -> tuple[Tensor | None, Tensor]:
