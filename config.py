@@ -132,9 +132,9 @@ class Config:
     background: str = knob(  # maps against a generic question's: subtract (paper) | divide | none
         "subtract", choices=("subtract", "divide", "none"))
     # `negatives` has two meanings. With the world's exact masks it is the weight of the phenomena
-    # that a clip does not show: the router is to see them nowhere. With a teacher's maps it is the
-    # weight of a small pull to zero where a phenomenon that the clip shows is not.
-    negatives: float = 0.0  # masks: weight of absent phenomena; maps: pull to zero elsewhere; 0 = paper
+    # that a clip does not show: their maps should be zero everywhere. With a teacher's maps it is
+    # the weight of a small pull to zero at those tokens of a shown phenomenon that are not positive.
+    negatives: float = 0.0  # masks: weight of absent phenomena; maps: pull to zero; 0 = paper
 
     # --- clips
     data_dir: str = ""  # folder of videos; empty = the physics world of world.py

@@ -121,6 +121,7 @@ class Tokenizer:
         """Raises UserError when the file is missing or broken."""
         try:
             words = json.loads(Path(path).read_text(encoding="utf-8"))["words"]
+            # They must be text, and all of them different.
             if not isinstance(words, list) or sorted(set(words)) != sorted(map(str, words)):
                 raise ValueError
         except FileNotFoundError:

@@ -10,8 +10,8 @@
 From `main` on the file is a story. Inside its loop everything that happens once in a while comes
 first, and the single training step is fenced. No random state is carried along: noise, clip order
 and caption dropout are functions of (seed, position in the training order), so a checkpoint holds
-weights, averages, optimizers and a step. Left out on purpose: what a run folder is made of (common/run.py),
-optimizers (common/optim.py), and how official weights are read (official/).
+weights, averages, optimizers and a step. Left out on purpose: what a run folder is made of
+(common/run.py), optimizers (common/optim.py), and how official weights are read (official/).
 """
 import contextlib
 import dataclasses
@@ -238,7 +238,7 @@ def held_out_loss(state: State, clips: data.Clips) -> dict[str, float]:
     totals = {}  # a sum over clips, so that a shorter last batch weighs less
     with state.averaged():
         for first in range(0, n, size):
-            positions = range(first, min(first + size, n))
+            positions = range(n)[first:first + size]
             batch = clips.batch(positions, train=False).to(state.device)
             t, eps = state.process.draw(HELD_OUT_SEED, positions, batch.x.shape[1:], state.device)
             losses, _ = losses_of(state, batch, t, eps)
