@@ -87,7 +87,7 @@ class Flags:
 
 def sized(flags: Flags, lineage: Lineage) -> Flags:
     """The flags, with the lineage's own sizes where none were given."""
-    sizes = {name: getattr(flags, name) or getattr(lineage, name) for name in SIZES}
+    sizes = {name: getattr(flags, name) or getattr(lineage.preset, name) for name in SIZES}
     return dataclasses.replace(flags, **sizes)
 
 
@@ -152,7 +152,7 @@ def encode_folder(flags: Flags, lineage: Lineage) -> None:
                         f"{skipped or '; the annotations name no video'}.")
     too_long = ""
     if cut_captions:
-        too_long = f"; {cut_captions} captions have more than {lineage.text_len} tokens and are cut"
+        too_long = f"; {cut_captions} captions have more than {lineage.preset.text_len} tokens and are cut"
     print(f"{made} clips made, {len(have)} were there; {store.folder} holds "
           f"{len(index['clips'])} from {index['done']} of {index['videos']} videos"
           f"{too_long}{skipped}{folder.unknown_labels()}")

@@ -55,7 +55,7 @@ def settings_of(args, lineage: Lineage, weights: Path, dtype: torch.dtype) -> di
     return {"format": FORMAT, "lineage": lineage.name,
             **{field: getattr(args, field) for field in fields},
             "dtype": str(dtype).removeprefix("torch."),
-            "text_len": lineage.text_len, "text_dim": text.get("d_model"),
+            "text_len": lineage.preset.text_len, "text_dim": text.get("d_model"),
             "channels": vae.get("z_dim") or vae.get("latent_channels"),
             **identity(weights)}
 

@@ -91,7 +91,7 @@ class TextEncoder:
     def too_long(self, prompts: list[str]) -> int:
         """How many have more tokens than the model reads, so that their ends are cut."""
         rows = self.tokenizer([self.prepare(prompt) for prompt in prompts]).input_ids
-        return sum(len(row) > self.lineage.text_len for row in rows)
+        return sum(len(row) > self.lineage.preset.text_len for row in rows)
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], batch: int = 8) -> tuple[Tensor, Tensor]:
@@ -108,7 +108,7 @@ class TextEncoder:
             for first in range(0, len(prompts), batch):
                 texts = [self.prepare(prompt) for prompt in prompts[first:first + batch]]
                 tokens = self.tokenizer(
-                    texts, padding="max_length", max_length=self.lineage.text_len,
+                    texts, padding="max_length", max_length=self.lineage.preset.text_len,
                     truncation=True, return_tensors="pt")
                 embeddings.append(self.embed(tokens.input_ids, tokens.attention_mask))
                 empty = torch.tensor([not text.strip() for text in texts])
