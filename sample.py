@@ -23,7 +23,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,13 +62,6 @@ class RunModel:
     process: diffusion.Process
     tokenizer: data.Tokenizer
     precision: str = "fp32"
-    solver = None  # the process's usual one
-    dynamic = False
-
-    @property
-    def autocast(self) -> bool:
-        """Are matrix products made in bf16, from weights in float32?"""
-        return self.precision == "bf16"
 
     @property
     def device(self) -> torch.device:
@@ -79,11 +72,6 @@ class RunModel:
         """Word ids (n, L) and lengths (n,), on the CPU; an empty prompt has length 0."""
         return self.tokenizer.encode_all(prompts, self.cfg.text_len)
 
-    def noise(self, seed: int, index: Sequence[int]) -> tuple[Tensor, None]:
-        """Of each clip a function of (seed, its index); the solvers need no generator."""
-        shape = (3, self.cfg.frames, self.cfg.height, self.cfg.width)
-        return self.process.draw(seed, index, shape)[1].to(self.device), None
-
     def predict(self, x_t: Tensor, t: Tensor, text: Tensor, length: Tensor, edit):
         """The network's outputs, and its Routing (None of a bare backbone). All rows in one forward:
         up to 1.6 times as fast on a CPU, never slower."""
@@ -91,8 +79,14 @@ class RunModel:
             return self.net(x_t, t, text, length, edit)
         return self.net(x_t, t, text, length), None
 
-    def frames(self, x: Tensor) -> np.ndarray:
-        """Clips -> uint8 (B, F, H, W, 3)."""
+    def draw(self, denoise: Callable, seed: int, index: Sequence[int], *how) -> np.ndarray:
+        """Clips uint8 (B, F, H, W, 3), the noise of each a function of (seed, its index). how: steps,
+        guidance and watch of Process.sample."""
+        shape = (3, self.cfg.frames, self.cfg.height, self.cfg.width)
+        noise = self.process.draw(seed, index, shape)[1].to(self.device)
+        half = self.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            x = self.process.sample(denoise, noise, *how)
         return to_bytes(x).cpu().numpy()
 
 
@@ -109,8 +103,7 @@ def generate(model, prompts: list[str], *, indices: Sequence[int] | None = None,
     for the routers to matter still.
     """
     indices = indices or range(len(prompts))
-    times = model.process.times(steps, model.solver)[:-1]
-    routing_time = min(times, key=lambda t: abs(t - 0.5))
+    routing_time = min(model.process.times(steps)[:-1], key=lambda t: abs(t - 0.5))
     words, lengths = model.read([*prompts, negative])
     copies = 1 if guidance == 1 else 2
     bar = tqdm(total=math.ceil(len(prompts) / batch) * steps, unit="step", disable=not progress,
@@ -122,7 +115,6 @@ def generate(model, prompts: list[str], *, indices: Sequence[int] | None = None,
         rows += [-1] * (copies - 1) * B
         text = words[rows].to(model.device)  # (copies B, L) ids, or (copies B, L, D_text)
         length = lengths[rows].to(model.device)
-        noise, generator = model.noise(seed, indices[start:start + batch])
         said = {}  # the routing of the newest step, and of the step that is shown
 
         def denoise(x_t, t):
@@ -135,10 +127,8 @@ def generate(model, prompts: list[str], *, indices: Sequence[int] | None = None,
                 said["shown"] = said["newest"]
             bar.update()
 
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=model.autocast):
-            x = model.process.sample(denoise, noise, steps, guidance, watch, solver=model.solver,
-                                     dynamic=model.dynamic, generator=generator)
-        for i, clip in enumerate(model.frames(x)):
+        index = indices[start:start + batch]
+        for i, clip in enumerate(model.draw(denoise, seed, index, steps, guidance, watch)):
             yield clip, clip_routing(said["shown"], i, routing_time, model.cfg.grid)
     bar.close()
 

@@ -1,6 +1,6 @@
 """Official models as sample.generate takes them: clips as the official pipelines make them."""
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +30,6 @@ OF_LINEAGE = ("process", "predict", "guidance", "frames", "fps", "height", "widt
 class OfficialModel:
     """A folder in diffusers' layout, its clips made as diffusers' pipeline makes them from the same
     seed. Text encoder, network and VAE take turns on the device."""
-
-    autocast = False  # its weights are held in dtype
 
     def __init__(self, weights, device: str = "cpu", dtype: torch.dtype = torch.float32,
                  branch: str = "", *, solver: str = "", dynamic: bool = False, tiled: bool = False,
@@ -66,17 +64,6 @@ class OfficialModel:
         self.vae = VAE(self.weights, self.device, self.dtype, self.tiled)
         return text.to(self.dtype), length
 
-    def noise(self, seed: int, index: Sequence[int]) -> tuple[Tensor, list[torch.Generator]]:
-        """Of clip i from generator seed + i, which goes on in solvers that draw noise.
-
-        CogVideoX 1.5 works on pairs of latent frames: an odd number is made even in front.
-        """
-        generators = [torch.Generator().manual_seed(seed + i) for i in index]
-        shape = (len(index), *input_size(self.cfg))
-        # Wan's latents are float32 all along.
-        dtype = torch.float32 if self.cfg.lineage == "wan" else self.dtype
-        return self.process.randn(shape, generators, dtype).to(self.device), generators
-
     def predict(self, x_t: Tensor, t: Tensor, text: Tensor, length: Tensor, edit):
         """The network's outputs, and None in place of a Routing. One row after the other: half the
         memory of both at once."""
@@ -85,10 +72,22 @@ class OfficialModel:
             return torch.cat([self.net(*row, edit)[0] for row in rows]), None
         return torch.cat([self.net(*row) for row in rows]), None
 
-    def frames(self, x: Tensor) -> np.ndarray:
-        """Latents -> uint8 (B, F, H, W, 3), without what was added in front."""
-        kept = 1 + (self.cfg.frames - 1) // 4  # latent frames
-        return to_bytes(self.vae.decode(x[:, :, -kept:])).cpu().numpy()
+    def draw(self, denoise: Callable, seed: int, index: Sequence[int], *how) -> np.ndarray:
+        """Clips uint8 (B, F, H, W, 3). Clip i starts from generator seed + i, which goes on in
+        solvers that draw noise. how: steps, guidance and watch of Process.sample.
+
+        CogVideoX 1.5 works on pairs of latent frames: an odd number is made even in front, and what
+        was added is dropped.
+        """
+        generators = [torch.Generator().manual_seed(seed + i) for i in index]
+        shape = (len(index), *input_size(self.cfg))
+        # Wan's latents are float32 all along.
+        dtype = torch.float32 if self.cfg.lineage == "wan" else self.dtype
+        noise = self.process.randn(shape, generators, dtype).to(self.device)
+        x = self.process.sample(denoise, noise, *how, solver=self.solver, dynamic=self.dynamic,
+                                generator=generators)
+        wanted = 1 + (self.cfg.frames - 1) // 4  # latent frames
+        return to_bytes(self.vae.decode(x[:, :, -wanted:])).cpu().numpy()
 
 
 def scheduled(cfg: Config, lineage: Lineage, path: Path) -> tuple[Config, str]:

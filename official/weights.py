@@ -21,50 +21,51 @@ from torch import Tensor, nn
 
 import config
 from common.files import join_some, read_json, whole_file, write_text
-from common.libraries import tensor_files
+from common.libraries import fingerprint, tensor_files
+from common.run import same_architecture
 from config import Config, Stopped, UserError
 from model import MODELS, Backbone
 from official.folder import network_folder
 
 # Our name -> the checkpoint's, as regular expressions.
-COG_NAMES = (
-    (r"^blocks\.", "transformer_blocks."),  # blocks.3.norm1 ...
-    (r"\.to_out\.", ".to_out.0."),
-    (r"\.ff\.0\.", ".ff.net.0.proj."),
-    (r"\.ff\.2\.", ".ff.net.2."),
-    (r"^time_embedding\.0\.", "time_embedding.linear_1."),
-    (r"^time_embedding\.2\.", "time_embedding.linear_2."),
-    (r"^patch_proj\.", "patch_embed.proj."),
-    (r"^text_proj\.", "patch_embed.text_proj."),
-    (r"^norm_out\.", "norm_out.norm."),
-    (r"^modulate_out\.", "norm_out.linear."),
-)
-WAN_NAMES = (
-    (r"\.to_out\.", ".to_out.0."),
-    (r"\.ff\.0\.", ".ffn.net.0.proj."),
-    (r"\.ff\.2\.", ".ffn.net.2."),
-    (r"(^|\.)table$", r"\1scale_shift_table"),  # of each block, and of the head
-    (r"^patch_proj\.", "patch_embedding."),
-    (r"^text_proj\.0\.", "condition_embedder.text_embedder.linear_1."),
-    (r"^text_proj\.2\.", "condition_embedder.text_embedder.linear_2."),
-    (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
-    (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
-    (r"^time_proj\.", "condition_embedder.time_proj."),
-)
-WAN_ORIGINAL_NAMES = (
-    (r"^table$", "head.modulation"),
-    (r"\.table$", ".modulation"),
-    (r"^proj_out\.", "head.head."),
-    (r"^patch_proj\.", "patch_embedding."),
-    (r"^text_proj\.", "text_embedding."),
-    (r"^time_proj\.", "time_projection.1."),
-    (r"\.ff\.", ".ffn."),
-    (r"\.norm2\.", ".norm3."),  # our norm2 stands before cross-attention
-    (r"\.attn1\.", ".self_attn."),
-    (r"\.attn2\.", ".cross_attn."),
-    (r"\.to_out\.", ".o."),
-    (r"\.to_([qkv])\.", r".\1."),  # to_q -> q
-)
+COG_NAMES = {
+    r"^blocks\.": "transformer_blocks.",  # blocks.3.norm1 ...
+    r"\.to_out\.": ".to_out.0.",
+    r"\.ff\.0\.": ".ff.net.0.proj.",
+    r"\.ff\.2\.": ".ff.net.2.",
+    r"^time_embedding\.0\.": "time_embedding.linear_1.",
+    r"^time_embedding\.2\.": "time_embedding.linear_2.",
+    r"^patch_proj\.": "patch_embed.proj.",
+    r"^text_proj\.": "patch_embed.text_proj.",
+    r"^norm_out\.": "norm_out.norm.",
+    r"^modulate_out\.": "norm_out.linear.",
+}
+WAN_NAMES = {
+    r"\.to_out\.": ".to_out.0.",
+    r"\.ff\.0\.": ".ffn.net.0.proj.",
+    r"\.ff\.2\.": ".ffn.net.2.",
+    r"(^|\.)table$": r"\1scale_shift_table",  # of each block, and of the head
+    r"^patch_proj\.": "patch_embedding.",
+    r"^text_proj\.0\.": "condition_embedder.text_embedder.linear_1.",
+    r"^text_proj\.2\.": "condition_embedder.text_embedder.linear_2.",
+    r"^time_embedding\.0\.": "condition_embedder.time_embedder.linear_1.",
+    r"^time_embedding\.2\.": "condition_embedder.time_embedder.linear_2.",
+    r"^time_proj\.": "condition_embedder.time_proj.",
+}
+WAN_ORIGINAL_NAMES = {
+    r"^table$": "head.modulation",
+    r"\.table$": ".modulation",
+    r"^proj_out\.": "head.head.",
+    r"^patch_proj\.": "patch_embedding.",
+    r"^text_proj\.": "text_embedding.",
+    r"^time_proj\.": "time_projection.1.",
+    r"\.ff\.": ".ffn.",
+    r"\.norm2\.": ".norm3.",  # our norm2 stands before cross-attention
+    r"\.attn1\.": ".self_attn.",
+    r"\.attn2\.": ".cross_attn.",
+    r"\.to_out\.": ".o.",
+    r"\.to_([qkv])\.": r".\1.",  # to_q -> q
+}
 # Those of Wan's tensors that stay float32, in our names.
 WAN_IN_FLOAT32 = r"table$|^time_embedding|\.norm2\."
 
@@ -150,7 +151,7 @@ LAYOUTS = {  # _class_name: what must be as we take it for granted, our fields, 
 }
 
 
-def read_config(folder: Path) -> tuple[Config, tuple]:
+def read_config(folder: Path) -> tuple[Config, dict[str, str]]:
     """config.json of a transformer's folder -> our fields, and the naming of its tensors.
 
     Raises UserError for a file that is not there, or that says what model.py cannot build.
@@ -218,9 +219,9 @@ def their_config(cfg: Config) -> dict:
 
 
 # --- their tensors ------------------------------------------------------------------------------
-def renamed(name: str, rules) -> str:
+def renamed(name: str, rules: dict[str, str]) -> str:
     """Our name of a tensor in the checkpoint's naming."""
-    for ours, theirs in rules:
+    for ours, theirs in rules.items():
         name = re.sub(ours, theirs, name)
     return name
 
@@ -240,8 +241,7 @@ def from_stored(name: str, tensor: Tensor, cfg: Config) -> Tensor:
     if name == "patch_proj.weight":
         return tensor.flatten(1)
     if cfg.lineage == "wan" and name.startswith("proj_out."):
-        sizes = (cfg.patch_t, cfg.patch, cfg.patch, cfg.channels)
-        return tensor.unflatten(0, sizes).movedim(3, 0).flatten(0, 3)
+        return tensor.unflatten(0, (-1, cfg.channels)).transpose(0, 1).flatten(0, 1)
     return tensor
 
 
@@ -250,16 +250,8 @@ def to_stored(name: str, tensor: Tensor, cfg: Config) -> Tensor:
     if name == "patch_proj.weight":
         return tensor.reshape(stored_shape(name, tensor.shape, cfg))
     if cfg.lineage == "wan" and name.startswith("proj_out."):
-        sizes = (cfg.channels, cfg.patch_t, cfg.patch, cfg.patch)
-        return tensor.unflatten(0, sizes).movedim(0, 3).flatten(0, 3).contiguous()
+        return tensor.unflatten(0, (cfg.channels, -1)).transpose(0, 1).flatten(0, 1).contiguous()
     return tensor
-
-
-def check_names(folder: Path, wanted: set[str], found: set[str]) -> None:
-    """Raises UserError that names missing or extra tensors, three of each."""
-    for what, names in (("lacks", wanted - found), ("has unknown", found - wanted)):
-        if names:
-            raise UserError(f"{folder} {what} {join_some(sorted(names), 3)}.")
 
 
 # --- in -----------------------------------------------------------------------------------------
@@ -279,11 +271,13 @@ def load_pretrained(folder, device="cpu", dtype: torch.dtype | None = None) -> B
         model = MODELS[cfg.lineage](cfg)
     layout = model.state_dict()
     ours = {renamed(name, names): name for name in layout}
-    check_names(folder, set(ours), set(files))
+    for what, odd in (("lacks", ours.keys() - files), ("has unknown", files.keys() - ours)):
+        if odd:
+            raise UserError(f"{folder} {what} {join_some(sorted(odd), 3)}.")
 
     # A tensor's shape is in the file's header; its numbers are looked at once it is read.
     for path in sorted(set(files.values())):
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, "pt") as file:
             for theirs in file.keys():
                 name = ours[theirs]
                 shape = stored_shape(name, layout[name].shape, cfg)
@@ -294,26 +288,35 @@ def load_pretrained(folder, device="cpu", dtype: torch.dtype | None = None) -> B
                 if not tensor.isfinite().all():
                     raise UserError(f"{theirs} in {path} holds numbers that are not finite.")
 
-                # Ours, where and in which type it is wanted.
-                tensor = from_stored(name, tensor, cfg)
+                # Ours, where and in which type it is wanted; a copy has no tie to the mapped file.
                 in_float32 = cfg.lineage == "wan" and re.search(WAN_IN_FLOAT32, name)
-                tensor = tensor.to(device, torch.float32 if in_float32 and dtype else dtype)
-                if tensor.is_cpu:
-                    tensor = tensor.clone()  # no tie to the mapped file
+                wanted = torch.float32 if in_float32 and dtype else dtype
+                tensor = from_stored(name, tensor, cfg).to(device, wanted, copy=True)
                 owner, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
     return model.eval()
 
 
+def open_backbone(cfg: Config, device: torch.device) -> tuple[Backbone, str]:
+    """--weights: the frozen backbone that stage two stands beside, and its files' fingerprint.
+
+    Raises UserError where they are of another architecture than cfg says.
+    """
+    half = cfg.precision == "bf16" and cfg.freeze_backbone  # what trains is kept in float32
+    model = load_pretrained(cfg.weights, device, torch.bfloat16 if half else torch.float32)
+    same_architecture(f"--weights {cfg.weights}", model.cfg, cfg, config.NETWORK)
+    model.requires_grad_(False)  # it has no optimizer and no average until stage two says so
+    return model, fingerprint(network_folder(cfg.weights))
+
+
 # --- out ----------------------------------------------------------------------------------------
-def save_pretrained(model: Backbone, folder, shard_bytes: int = 5 * 2**30) -> None:
+def save_pretrained(model: Backbone, folder: Path, shard_bytes: int = 5 * 2**30) -> None:
     """Write a backbone as diffusers reads it: config.json, safetensors, an index of several ones.
 
     Raises UserError for a model with learned words, which diffusers has no place for; Stopped when
     the disk is full.
     """
     cfg = model.cfg
-    folder = Path(folder)
     if not cfg.text_dim or cfg.positions == "both":
         raise UserError("A backbone that learned its own words or positions has no place in "
                         "diffusers' layout.")
