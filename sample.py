@@ -103,7 +103,6 @@ def generate(model, prompts: list[str], *, indices: Sequence[int] | None = None,
     for the routers to matter still.
     """
     indices = indices or range(len(prompts))
-    routing_time = min(model.process.times(steps)[:-1], key=lambda t: abs(t - 0.5))
     words, lengths = model.read([*prompts, negative])
     copies = 1 if guidance == 1 else 2
     bar = tqdm(total=math.ceil(len(prompts) / batch) * steps, unit="step", disable=not progress,
@@ -115,7 +114,7 @@ def generate(model, prompts: list[str], *, indices: Sequence[int] | None = None,
         rows += [-1] * (copies - 1) * B
         text = words[rows].to(model.device)  # (copies B, L) ids, or (copies B, L, D_text)
         length = lengths[rows].to(model.device)
-        said = {}  # the routing of the newest step, and of the step that is shown
+        said = {"t": math.inf}  # the newest routing, and the one to show with its time
 
         def denoise(x_t, t):
             x_t = x_t.repeat(copies, 1, 1, 1, 1)
@@ -123,13 +122,13 @@ def generate(model, prompts: list[str], *, indices: Sequence[int] | None = None,
             return out[:B], out[B:] if copies == 2 else None
 
         def watch(t):
-            if t == routing_time:
-                said["shown"] = said["newest"]
+            if abs(t - 0.5) < abs(said["t"] - 0.5):
+                said.update(t=t, shown=said["newest"])
             bar.update()
 
         index = indices[start:start + batch]
         for i, clip in enumerate(model.draw(denoise, seed, index, steps, guidance, watch)):
-            yield clip, clip_routing(said["shown"], i, routing_time, model.cfg.grid)
+            yield clip, clip_routing(said["shown"], i, said["t"], model.cfg.grid)
     bar.close()
 
 
