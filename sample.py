@@ -308,26 +308,24 @@ def with_usual(flags: Flags, **usual) -> Flags:
 
 
 def all_prompts(flags: Flags) -> list[str]:
-    """What --prompt and --prompts ask for. Raises UserError."""
-    prompts = flags.prompt + (read_prompts(flags.prompts) if flags.prompts else [])
+    """What --prompt and --prompts ask for: of a file its lines that are not empty. Raises
+    UserError."""
+    lines = []
+    if flags.prompts:
+        try:
+            lines = Path(flags.prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"--prompts {flags.prompts} cannot be read as UTF-8 text "
+                            f"({type(e).__name__}).") from None
+        lines = [line.strip() for line in lines if line.strip()]
+        if not lines:
+            raise UserError(f"--prompts {flags.prompts} holds no prompt.")
+    prompts = flags.prompt + lines
     if not prompts:
         raise UserError('Say what to generate: --prompt "..." or --prompts FILE.')
     for prompt in prompts:
         if not data.Tokenizer.split(prompt):
             raise UserError(f"The prompt {prompt!r} is empty: it has no word.")
-    return prompts
-
-
-def read_prompts(path: str) -> list[str]:
-    """The prompts of a text file, one a line, empty lines left out. Raises UserError."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--prompts {path} cannot be read as UTF-8 text ({type(e).__name__})."
-                        ) from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"--prompts {path} holds no prompt.")
     return prompts
 
 
@@ -361,14 +359,10 @@ def main(argv: list[str]) -> None:
     """From the command line to clips. Raises UserError and Stopped."""
     flags = config.parse_flags(Flags, argv,
                                "Generate clips from a run folder, or with an official model.")
-    flags = dataclasses.replace(flags, prompt=all_prompts(flags), prompts="")
     device = pick_device(flags.device)
-    flags = dataclasses.replace(flags, device=device,
-                                precision=pick_precision(flags.precision, device))
-    if flags.weights:
-        main_official(flags)
-    else:
-        main_run(flags)
+    precision = pick_precision(flags.precision, device)
+    flags = dataclasses.replace(flags, prompt=all_prompts(flags), device=device, precision=precision)
+    (main_official if flags.weights else main_run)(flags)
 
 
 def main_run(flags: Flags) -> None:

@@ -22,9 +22,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import config
-from common.files import digest, read_json
+from common.files import cores, digest, read_json
 from common.store import Kind, Store, clip_file
-from common.video import LABELS, Cut, Folder, Video, Window, pixels, split_by_video
+from common.video import LABELS, Cut, Folder, Video, Window, pixels, reason_of, split_by_video
 from config import Config, Stopped, UserError, stream
 from data import Batch, Stream
 from official.encoders import VAE, TextEncoder
@@ -63,11 +63,12 @@ def settings_of(args, lineage: Lineage, weights: Path, dtype: torch.dtype) -> di
 class Encoder:
     """Makes the files of videos."""
 
-    def __init__(self, store: Store, text: TextEncoder, vae: VAE, dtype: torch.dtype,
+    def __init__(self, store: Store, weights: Path, device: str, dtype: torch.dtype, tiled: bool,
                  text_batch: int):
+        """Reads the weights. Raises UserError."""
         self.store = store
-        self.text = text
-        self.vae = vae
+        self.text = TextEncoder(weights, device, dtype)
+        self.vae = VAE(weights, device, dtype, tiled)
         self.dtype = dtype  # of what is stored
         self.text_batch = text_batch  # captions at once
         self.made = 0  # clips
@@ -80,20 +81,21 @@ class Encoder:
         self.store.write(self.store.folder / EMPTY, tensors, {"text_length": 0})
 
     def write_videos(self, folder: Folder, videos: dict[str, Video], have: set[str], cut: Cut,
-                     threads: int, bar: tqdm) -> None:
+                     bar: tqdm) -> None:
         """Encode these videos ({NAME in the store: video}) but for the files in `have`. The videos
         that gave none are noted in folder.skipped."""
-        todo = list(videos.items())
-        for at in range(0, len(todo), GROUP):
-            group = todo[at:at + GROUP]
-            captions = [video.caption for _, video in group]
+        threads = min(4, cores(0))  # each reads ahead a video's clips, a hundred megabytes apiece
+        for at in range(0, len(videos), GROUP):
+            names = list(videos)[at:at + GROUP]
+            group = [videos[name] for name in names]
+            captions = [video.caption for video in group]
             # Always the same number at once: a batch of another shape may round differently, and a
             # clip would depend on where the run was interrupted, or on its shard.
             padded = captions + [""] * (-len(captions) % self.text_batch)
             embeddings, lengths = self.text(padded, self.text_batch)
             self.cut_captions += self.text.too_long(captions)
-            read = folder.read(cut, threads, [video for _, video in group])
-            for (name, _), (video, windows), *words in zip(group, read, embeddings, lengths):
+            read = folder.read(cut, threads, group)
+            for name, (video, windows), *words in zip(names, read, embeddings, lengths):
                 for window in windows:
                     file = clip_file(name, window.number, window.taken)
                     if file not in have and not self.write_clip(file, video, window, *words):
@@ -111,8 +113,7 @@ class Encoder:
         length = int(length)
         tensors = {"text": self.stored_text(embedding, length), "categories": categories,
                    **{part: value[0].to("cpu", self.dtype) for part, value in latent.items()}}
-        settings = self.store.settings
-        end = window.start + settings["frames"] / settings["fps"]
+        end = window.start + self.store.settings["frames"] / self.store.settings["fps"]
         about = {"caption": video.caption, "file": video.name, "text_length": length,
                  "times": [window.start, end], "size": window.size, "crop": window.crop}
         self.store.write(self.store.clips / file, tensors, about)
@@ -176,9 +177,8 @@ class Latents(Stream):
         try:
             tensors, _ = cache.store.load(path)
         except (OSError, ValueError) as e:
-            reason = getattr(e, "strerror", None) or e
             raise UserError(f"{path}, the embedding of the empty caption, cannot be read "
-                            f"({reason}): run encode.py again.") from None
+                            f"({reason_of(e)}): run encode.py again.") from None
         self.empty = tensors["text"]
 
     def clip(self, row: int, among: list[int]) -> tuple[int, dict, dict]:
@@ -204,7 +204,7 @@ class Latents(Stream):
         rows = list(rows)
 
         # Words: the empty caption stands in for a dropped one. Zeros were not worth storing.
-        drop = self.dropped(positions) if train else torch.zeros(len(positions), dtype=torch.bool)
+        drop = self.dropped(positions) & train
         text_len = self.pool.store.settings["text_len"]
         texts = [self.empty if gone else clip["text"] for gone, clip in zip(drop, clips)]
         texts = [F.pad(text.float(), (0, 0, 0, text_len - len(text))) for text in texts]
