@@ -18,6 +18,7 @@ Letters: n clips, B clips of a batch, L words, F H W video, T' h w token grid, E
 E_cat phenomena.
 """
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -62,6 +63,7 @@ class RunModel:
     process: diffusion.Process
     tokenizer: data.Tokenizer
     precision: str = "fp32"
+    info: dict | None = None  # what load_run says of the checkpoint
 
     @property
     def device(self) -> torch.device:
@@ -301,12 +303,6 @@ class Flags:
                 raise UserError(f"--{name} must be 1 or more, not 0.")
 
 
-def with_usual(flags: Flags, **usual) -> Flags:
-    """The flags, with these values, which depend on the model, where none were given."""
-    missing = {name: value for name, value in usual.items() if getattr(flags, name) is None}
-    return dataclasses.replace(flags, **missing)
-
-
 def all_prompts(flags: Flags) -> list[str]:
     """What --prompt and --prompts ask for: of a file its lines that are not empty. Raises
     UserError."""
@@ -362,77 +358,79 @@ def main(argv: list[str]) -> None:
     device = pick_device(flags.device)
     precision = pick_precision(flags.precision, device)
     flags = dataclasses.replace(flags, prompt=all_prompts(flags), device=device, precision=precision)
-    (main_official if flags.weights else main_run)(flags)
 
+    # The model, and what is usual for it where nothing else is asked for.
+    if flags.weights:
+        model = open_official(flags)
+        usual = {"n": 1, "steps": 50, "guidance": model.cfg.guidance}
+    else:
+        model = open_run(flags)
+        usual = {"n": 4, "steps": 25, "guidance": 1.5}
+    scale = flags.scale or max(1, round(256 / model.cfg.height))
+    missing = {name: value for name, value in usual.items() if getattr(flags, name) is None}
+    flags = dataclasses.replace(flags, scale=scale, **missing)
 
-def main_run(flags: Flags) -> None:
-    """Clips of a run's model, all in one file."""
     # Everything that can be refused is refused before the first step.
-    flags = with_usual(flags, n=4, steps=25, guidance=1.5)
+    (check_official if flags.weights else check_run)(flags, model)
+    out = open_out(flags)
+    prompts = [prompt for prompt in flags.prompt for _ in range(flags.n)]
+    make = functools.partial(generate, model, prompts, seed=flags.seed, steps=flags.steps,
+                             guidance=flags.guidance)
+    if not flags.weights:
+        warn(model.tokenizer, model.cfg, flags.prompt)
+        save(out, clips_in_one(flags, model, prompts, make), flags.fps or play_fps(model.cfg))
+        print(f"wrote {out}")
+        return
+
+    # Each clip of an official model is written when it is done, for it took minutes.
+    edit = invert if flags.invert_experts else None
+    for i, (clip, _) in enumerate(make(negative=flags.negative, edit=edit, batch=1)):
+        path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{i}")
+        save(path, clip, flags.fps or model.cfg.fps)
+        print(f"wrote {path}")
+
+
+def open_run(flags: Flags) -> RunModel:
+    """The model of --run. Raises UserError."""
     cfg, net, process, tokenizer, info = load_run(flags.run, flags.checkpoint, flags.device)
     if flags.no_branch and isinstance(net, ProPhy):
         net = net.backbone
-    names = {i: data.category_names(cfg)[i] for i in info["categories_present"]}
-    check_routers(flags, net, names, info["stage"])
-    versions = {"plain": None, "inverted": invert} if flags.invert_experts else {"": None}
-    prompts = [prompt for prompt in flags.prompt for _ in range(flags.n)]
-    scale = flags.scale or max(1, round(256 / cfg.height))
+    return RunModel(cfg, net, process, tokenizer, flags.precision, info)
+
+
+def open_official(flags: Flags):
+    """The model of --weights. Raises UserError."""
+    from official import clips
+    return clips.OfficialModel(
+        flags.weights, flags.device, torch.bfloat16 if flags.precision == "bf16" else torch.float32,
+        "" if flags.no_branch else flags.branch, solver=flags.solver, dynamic=flags.dynamic,
+        tiled=flags.tiled, frames=flags.frames, height=flags.height, width=flags.width)
+
+
+def check_run(flags: Flags, model: RunModel) -> None:
+    """Raises UserError for what a run's model cannot do."""
+    semantic = getattr(model.net, "semantic", None)
+    maps = getattr(model.net, "refinement", None) and model.info["categories_present"]
+    which = f"this {model.info['stage']} model of {flags.run} has none"
+    if flags.show_routing and semantic is None and not maps:
+        raise UserError(f"--show_routing needs a router; {which} to show.")
+    if flags.invert_experts and semantic is None:
+        raise UserError(f"--invert_experts needs a semantic router; {which}.")
+    clips = flags.n * len(flags.prompt)
     size = 4 if flags.show_routing else 1  # a routing cell is as large as four clips
-    cells = len(prompts) * len(versions) * size
-    if cells * cfg.frames * cfg.height * cfg.width * scale**2 > MOST_PIXELS:
-        raise UserError(f"{len(prompts)} clips at --scale {scale} make too large a picture: lower --n "
+    cells = clips * (1 + flags.invert_experts) * size
+    cfg = model.cfg
+    if cells * cfg.frames * cfg.height * cfg.width * flags.scale**2 > MOST_PIXELS:
+        raise UserError(f"{clips} clips at --scale {flags.scale} make too large a picture: lower --n "
                         "or --scale.")
     try:
-        process.times(flags.steps)
+        model.process.times(flags.steps)
     except ValueError as e:
         raise UserError(f"--steps {flags.steps}: {e}") from None
-    out = open_out(flags)
-    warn(tokenizer, cfg, flags.prompt)
-
-    # The same prompts and the same noise for each version.
-    model = RunModel(cfg, net, process, tokenizer, flags.precision)
-    indices = list(range(flags.n)) * len(flags.prompt)
-    made = [list(generate(model, prompts, indices=indices, seed=flags.seed, steps=flags.steps,
-                          guidance=flags.guidance, edit=edit, batch=flags.batch))
-            for edit in versions.values()]
-
-    # One cell a clip; the versions of a clip stand side by side.
-    cells = []
-    for prompt, *clips in zip(prompts, *made):
-        for label, (clip, routing) in zip(versions, clips):
-            if flags.show_routing:
-                cells.append(routing_cell(clip, prompt, label, scale, routing, names))
-            else:
-                cells.append(plain_cell(clip, prompt, label, scale))
-    group = len(versions) * (flags.n if len(flags.prompt) > 1 else 1)
-    save(out, sheet(cells, len(versions), group), flags.fps or play_fps(cfg))
-    print(f"wrote {out}")
 
 
-def check_routers(flags: Flags, model, names: dict[int, str], stage: str) -> None:
-    """Raises UserError where the model has no router to show or to invert."""
-    semantic = getattr(model, "semantic", None)
-    refinement = getattr(model, "refinement", None)
-    if flags.show_routing and semantic is None and (refinement is None or not names):
-        raise UserError(f"--show_routing needs a router; this {stage} model of {flags.run} has none "
-                        "to show.")
-    if flags.invert_experts and semantic is None:
-        raise UserError(f"--invert_experts needs a semantic router; this {stage} model of {flags.run} "
-                        "has none.")
-
-
-def main_official(flags: Flags) -> None:
-    """Clips of an official model, one file a clip: each is written when it is done, for it took
-    minutes."""
-    # Everything that can be refused is refused before the first step.
-    from official import clips
-    sizes = {name: getattr(flags, name) for name in ("frames", "height", "width")}
-    branch = "" if flags.no_branch else flags.branch
-    half = flags.precision == "bf16"
-    model = clips.OfficialModel(
-        flags.weights, flags.device, torch.bfloat16 if half else torch.float32, branch,
-        solver=flags.solver, dynamic=flags.dynamic, tiled=flags.tiled, **sizes)
-    flags = with_usual(flags, n=1, steps=50, guidance=model.cfg.guidance)
+def check_official(flags: Flags, model) -> None:
+    """Raises UserError for what an official model cannot do."""
     if flags.invert_experts and getattr(model.net, "semantic", None) is None:
         raise UserError("--invert_experts needs a semantic router: give --branch, a file trained with "
                         "one.")
@@ -442,16 +440,25 @@ def main_official(flags: Flags) -> None:
             model.process.dynamic(1.0, 0, flags.steps)
     except ValueError as e:
         raise UserError(str(e)) from None
-    out = open_out(flags)
 
-    # Clip after clip.
-    prompts = [prompt for prompt in flags.prompt for _ in range(flags.n)]
-    made = generate(model, prompts, seed=flags.seed, steps=flags.steps, guidance=flags.guidance,
-                    negative=flags.negative, edit=invert if flags.invert_experts else None, batch=1)
-    for i, (clip, _) in enumerate(made):
-        path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{i}")
-        save(path, clip, flags.fps or model.cfg.fps)
-        print(f"wrote {path}")
+
+def clips_in_one(flags: Flags, model: RunModel, prompts: list[str], make: Callable) -> np.ndarray:
+    """The clips of a run as one moving picture. make: `generate`, told most of what it needs."""
+    # The same prompts and the same noise for each version.
+    versions = {"plain": None, "inverted": invert} if flags.invert_experts else {"": None}
+    indices = list(range(flags.n)) * len(flags.prompt)
+    made = [list(make(indices=indices, edit=edit, batch=flags.batch)) for edit in versions.values()]
+
+    # One cell a clip; the versions of a clip stand side by side.
+    names = {i: data.category_names(model.cfg)[i] for i in model.info["categories_present"]}
+    cells = []
+    for prompt, *clips in zip(prompts, *made):
+        for label, (clip, routing) in zip(versions, clips):
+            cell = (clip, prompt, label, flags.scale)
+            cells.append(routing_cell(*cell, routing, names) if flags.show_routing
+                         else plain_cell(*cell))
+    group = len(versions) * (flags.n if len(flags.prompt) > 1 else 1)
+    return sheet(cells, len(versions), group)
 
 
 if __name__ == "__main__":

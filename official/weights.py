@@ -17,7 +17,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import config
 from common.files import join_some, read_json, whole_file, write_text
@@ -275,25 +275,25 @@ def load_pretrained(folder, device="cpu", dtype: torch.dtype | None = None) -> B
         if odd:
             raise UserError(f"{folder} {what} {join_some(sorted(odd), 3)}.")
 
-    # A tensor's shape is in the file's header; its numbers are looked at once it is read.
+    # The files are mapped: of a tensor that does not fit, its numbers are never read.
+    state = {}
     for path in sorted(set(files.values())):
         with safe_open(path, "pt") as file:
             for theirs in file.keys():
                 name = ours[theirs]
-                shape = stored_shape(name, layout[name].shape, cfg)
-                found = file.get_slice(theirs).get_shape()
-                if found != shape:
-                    raise UserError(f"{theirs} in {path} has the shape {found}, not {shape}.")
                 tensor = file.get_tensor(theirs)
+                shape = stored_shape(name, layout[name].shape, cfg)
+                if list(tensor.shape) != shape:
+                    raise UserError(f"{theirs} in {path} has the shape {list(tensor.shape)}, not "
+                                    f"{shape}.")
                 if not tensor.isfinite().all():
                     raise UserError(f"{theirs} in {path} holds numbers that are not finite.")
 
                 # Ours, where and in which type it is wanted; a copy has no tie to the mapped file.
                 in_float32 = cfg.lineage == "wan" and re.search(WAN_IN_FLOAT32, name)
                 wanted = torch.float32 if in_float32 and dtype else dtype
-                tensor = from_stored(name, tensor, cfg).to(device, wanted, copy=True)
-                owner, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+                state[name] = from_stored(name, tensor, cfg).to(device, wanted, copy=True)
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 
