@@ -364,7 +364,10 @@ def main(argv: list[str]) -> None:
         model = open_official(flags)
         usual = {"n": 1, "steps": 50, "guidance": model.cfg.guidance}
     else:
-        model = open_run(flags)
+        cfg, net, process, tokenizer, info = load_run(flags.run, flags.checkpoint, device)
+        bare = flags.no_branch and isinstance(net, ProPhy)
+        net = net.backbone if bare else net
+        model = RunModel(cfg, net, process, tokenizer, precision, info)
         usual = {"n": 4, "steps": 25, "guidance": 1.5}
     scale = flags.scale or max(1, round(256 / model.cfg.height))
     missing = {name: value for name, value in usual.items() if getattr(flags, name) is None}
@@ -388,14 +391,6 @@ def main(argv: list[str]) -> None:
         path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{i}")
         save(path, clip, flags.fps or model.cfg.fps)
         print(f"wrote {path}")
-
-
-def open_run(flags: Flags) -> RunModel:
-    """The model of --run. Raises UserError."""
-    cfg, net, process, tokenizer, info = load_run(flags.run, flags.checkpoint, flags.device)
-    if flags.no_branch and isinstance(net, ProPhy):
-        net = net.backbone
-    return RunModel(cfg, net, process, tokenizer, flags.precision, info)
 
 
 def open_official(flags: Flags):

@@ -11,7 +11,6 @@ Letters: B clips, C F H W the latent and its grid, L text tokens, N video tokens
 """
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -129,19 +128,19 @@ class Encoder:
 
 
 # --- reading ------------------------------------------------------------------------------------
-@dataclass
 class Cache:
     """What encode.py made of a folder of videos, opened. `train` and `held` list the rows of either
     split, as a Pool's do."""
-    store: Store
-    files: list[str]
-    names: list[str]  # of the videos they are from
-    captions: list[str]
-    categories: list[list[int]]  # of all 29
-    train: list[int]
-    held: list[int]
-    summary: str
-    key: str  # of settings and clips
+
+    def __init__(self, store: Store, val_clips: int):
+        self.store = store
+        rows = map(list, zip(*store.rows))
+        self.files, self.names, self.captions, self.categories = rows  # names are the videos'
+        self.train, self.held, self.summary = split_by_video(self.names, val_clips)
+        if store.done < store.total:
+            absent = store.total - store.done
+            self.summary += f"; {absent} of {store.total} videos are not there (yet)"
+        self.key = digest([store.key, self.files])  # of settings and clips
 
 
 def open_cache(cfg: Config, folder: Path, expected: dict | None = None) -> Cache:
@@ -158,13 +157,7 @@ def open_cache(cfg: Config, folder: Path, expected: dict | None = None) -> Cache
                             "encode again into another folder.")
     if not store.rows:
         raise UserError(f"There is no clip in {folder}: encode.py made none.")
-    files, names, captions, categories = map(list, zip(*store.rows))
-    train, held, summary = split_by_video(names, cfg.val_clips)
-    if store.done < store.total:
-        absent = store.total - store.done
-        summary += f"; {absent} of {store.total} videos are not there (yet)"
-    key = digest([store.key, files])
-    return Cache(store, files, names, captions, categories, train, held, summary, key)
+    return Cache(store, cfg.val_clips)
 
 
 class Latents(Stream):

@@ -23,8 +23,6 @@ SOLVERS = {  # class in scheduler_config.json: ours, where it is not the lineage
     "CogVideoXDPMScheduler": "dpm",
     "FlowMatchEulerDiscreteScheduler": "wan-euler",
 }
-# What no file in the folder says.
-OF_LINEAGE = ("process", "predict", "guidance", "frames", "fps", "height", "width")
 
 
 class OfficialModel:
@@ -91,15 +89,15 @@ class OfficialModel:
 
 
 def scheduled(cfg: Config, lineage: Lineage, path: Path) -> tuple[Config, str]:
-    """The Config with the lineage's clips and the noise schedule of scheduler_config.json, and the
-    solver's name. Without that file both are the lineage's usual ones. Raises UserError."""
+    """The lineage's Config with the network of cfg and the noise schedule of scheduler_config.json,
+    and the solver's name. Without that file both are the lineage's usual ones. Raises UserError."""
     stored = read_json(path) if path.exists() else {}
     try:
         snr_shift = float(stored.get("snr_shift_scale") or 1)
         shift = float(stored.get("flow_shift") or stored.get("shift") or 5)
     except (ValueError, TypeError) as e:
         raise UserError(f"{path} cannot be read ({type(e).__name__}).") from None
-    usual = {name: getattr(lineage.preset, name) for name in OF_LINEAGE}
-    cfg = dataclasses.replace(cfg, **usual, snr_shift=snr_shift, shift=shift)
+    network = {name: getattr(cfg, name) for name in config.marked(config.NETWORK)}
+    cfg = dataclasses.replace(lineage.preset, **network, snr_shift=snr_shift, shift=shift)
     solver = "unipc" if lineage.name == "wan" else "ddim"
     return cfg, SOLVERS.get(stored.get("_class_name"), solver)
