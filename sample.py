@@ -185,12 +185,11 @@ def load_run(run_dir, checkpoint: str = "best", device: str = "cpu"):
         averages = model.load_state_dict(stored["ema"], strict=False)  # it holds what was trained
         present = description(run).get("categories_present", [])
         info = dict(step=stored["step"], stage=stored["stage"], categories_present=present)
-        fits = not averages.unexpected_keys and all(0 <= i < cfg.categories for i in present)
+        if averages.unexpected_keys or not all(0 <= i < cfg.categories for i in present):
+            raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError):
-        fits = False
-    if not fits:
         raise UserError(f"{path} does not fit its run's config.json and tokenizer.json: they describe "
-                        "another model.")
+                        "another model.") from None
     return cfg, model.to(device).eval(), diffusion.build(cfg), tokenizer, info
 
 
