@@ -196,12 +196,13 @@ def load_run(run_dir, checkpoint: str = "best", device: str = "cpu"):
 def find_checkpoint(folder: Path, name: str) -> Path:
     """The file that best | last | base | a file's own name stands for. Raises UserError where there
     is none."""
-    steps = [path for path in folder.glob("step*.pt") if path.stem[4:].isdigit()]
+    steps = {int(path.stem[4:]): path for path in folder.glob("step*.pt")
+             if path.stem[4:].isdigit()}
     if name == "last" or (name == "best" and not (folder / "best.pt").is_file()):
         if not steps:
             raise UserError(f"{folder} holds no checkpoint yet: train first, or wait for the first "
                             "save.")
-        return max(steps, key=lambda path: int(path.stem[4:]))
+        return steps[max(steps)]
     path = folder / (name if name.endswith(".pt") else f"{name}.pt")
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in folder.glob("*.pt"))) or "no checkpoint"
@@ -355,8 +356,8 @@ def main(argv: list[str]) -> None:
     flags = config.parse_flags(Flags, argv,
                                "Generate clips from a run folder, or with an official model.")
     device = pick_device(flags.device)
-    precision = pick_precision(flags.precision, device)
-    flags = dataclasses.replace(flags, prompt=all_prompts(flags), device=device, precision=precision)
+    flags = dataclasses.replace(flags, prompt=all_prompts(flags), device=device,
+                                precision=pick_precision(flags.precision, device))
 
     # The model, and what is usual for it where nothing else is asked for.
     if flags.weights:
@@ -364,9 +365,9 @@ def main(argv: list[str]) -> None:
         usual = {"n": 1, "steps": 50, "guidance": model.cfg.guidance}
     else:
         cfg, net, process, tokenizer, info = load_run(flags.run, flags.checkpoint, device)
-        bare = flags.no_branch and isinstance(net, ProPhy)
-        net = net.backbone if bare else net
-        model = RunModel(cfg, net, process, tokenizer, precision, info)
+        if flags.no_branch and isinstance(net, ProPhy):
+            net = net.backbone
+        model = RunModel(cfg, net, process, tokenizer, flags.precision, info)
         usual = {"n": 4, "steps": 25, "guidance": 1.5}
     scale = flags.scale or max(1, round(256 / model.cfg.height))
     missing = {name: value for name, value in usual.items() if getattr(flags, name) is None}
@@ -448,9 +449,11 @@ def clips_in_one(flags: Flags, model: RunModel, prompts: list[str], make: Callab
     cells = []
     for prompt, *clips in zip(prompts, *made):
         for label, (clip, routing) in zip(versions, clips):
-            cell = (clip, prompt, label, flags.scale)
-            cells.append(routing_cell(*cell, routing, names) if flags.show_routing
-                         else plain_cell(*cell))
+            if flags.show_routing:
+                cell = routing_cell(clip, prompt, label, flags.scale, routing, names)
+            else:
+                cell = plain_cell(clip, prompt, label, flags.scale)
+            cells.append(cell)
     group = len(versions) * (flags.n if len(flags.prompt) > 1 else 1)
     return sheet(cells, len(versions), group)
 

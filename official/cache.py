@@ -94,7 +94,7 @@ class Encoder:
             embeddings, lengths = self.text(padded, self.text_batch)
             self.cut_captions += self.text.too_long(captions)
             read = folder.read(cut, threads, group)
-            for name, (video, windows), *words in zip(names, read, embeddings, lengths):
+            for name, (video, windows), *words in zip(names, read, embeddings, lengths.tolist()):
                 for window in windows:
                     file = clip_file(name, window.number, window.taken)
                     if file not in have and not self.write_clip(file, video, window, *words):
@@ -102,14 +102,13 @@ class Encoder:
                 bar.update()
 
     def write_clip(self, file: str, video: Video, window: Window, embedding: Tensor,
-                   length: Tensor) -> bool:
+                   length: int) -> bool:
         """One clip's file. False where its latent is not finite."""
         latent = self.vae.encode(pixels(window.video)[None])
         if not all(part.isfinite().all() for part in latent.values()):
             return False
         categories = torch.zeros(len(LABELS), dtype=torch.uint8)
         categories[video.categories] = 1
-        length = int(length)
         tensors = {"text": self.stored_text(embedding, length), "categories": categories,
                    **{part: value[0].to("cpu", self.dtype) for part, value in latent.items()}}
         end = window.start + self.store.settings["frames"] / self.store.settings["fps"]

@@ -82,72 +82,64 @@ WAN_ORIGINAL_FIXED = dict(model_type="t2v", eps=1e-6)
 
 
 # --- their config -------------------------------------------------------------------------------
+# Our fields of Config, and theirs that say the same.
+COG_FIELDS = dict(
+    heads="num_attention_heads", depth="num_layers", channels="in_channels",
+    time_dim="time_embed_dim", text_dim="text_embed_dim", text_len="max_text_seq_length",
+    patch="patch_size")
+WAN_FIELDS = dict(
+    heads="num_attention_heads", depth="num_layers", channels="in_channels",
+    text_dim="text_dim", ffn="ffn_dim", freq_dim="freq_dim")
+WAN_ORIGINAL_FIELDS = dict(
+    heads="num_heads", depth="num_layers", channels="in_dim", dim="dim", ffn="ffn_dim",
+    freq_dim="freq_dim", text_len="text_len")
+
+
 def cog_fields(theirs: dict) -> dict:
-    """Our fields of a CogVideoX. Rotary positions with patches over time are those of 1.5."""
-    heads = theirs["num_attention_heads"]
-    dim = heads * theirs["attention_head_dim"]
-    patch = theirs["patch_size"]
+    """Our other fields of a CogVideoX. Rotary positions with patches over time are those of 1.5."""
+    dim = theirs["num_attention_heads"] * theirs["attention_head_dim"]
     patch_t = theirs.get("patch_size_t")
     rotary = "integer" if patch_t else "fitted"
     return dict(
         lineage="cogvideox",
         dim=dim,
-        heads=heads,
-        depth=theirs["num_layers"],
         ffn=4 * dim,
-        time_dim=theirs["time_embed_dim"],
-        text_dim=theirs["text_embed_dim"],
-        text_len=theirs["max_text_seq_length"],
-        channels=theirs["in_channels"],
         patch_t=patch_t or 1,
-        patch=patch,
         positions=rotary if theirs["use_rotary_positional_embeddings"] else "sincos",
-        fit_height=theirs["sample_height"] // patch,
-        fit_width=theirs["sample_width"] // patch)
+        fit_height=theirs["sample_height"] // theirs["patch_size"],
+        fit_width=theirs["sample_width"] // theirs["patch_size"])
 
 
 def wan_fields(theirs: dict) -> dict:
-    """Our fields of a Wan in diffusers' layout."""
+    """Our other fields of a Wan in diffusers' layout."""
     patch_t, patch, patch_width = theirs["patch_size"]
     if patch != patch_width:
         raise ValueError("patches that are not square")
-    heads = theirs["num_attention_heads"]
     return dict(
         lineage="wan",
-        dim=heads * theirs["attention_head_dim"],
-        heads=heads,
-        depth=theirs["num_layers"],
-        ffn=theirs["ffn_dim"],
-        freq_dim=theirs["freq_dim"],
-        text_dim=theirs["text_dim"],
+        dim=theirs["num_attention_heads"] * theirs["attention_head_dim"],
         text_len=512,
-        channels=theirs["in_channels"],
         patch_t=patch_t,
         patch=patch,
         positions="integer")
 
 
 def wan_original_fields(theirs: dict) -> dict:
-    """Our fields of a Wan in its original layout."""
+    """Our other fields of a Wan in its original layout."""
     return dict(
         lineage="wan",
-        dim=theirs["dim"],
-        heads=theirs["num_heads"],
-        depth=theirs["num_layers"],
-        ffn=theirs["ffn_dim"],
-        freq_dim=theirs["freq_dim"],
         text_dim=theirs.get("text_dim", 4096),
-        text_len=theirs["text_len"],
-        channels=theirs["in_dim"],
         patch_t=1,
         patch=2,
         positions="integer")
 
 
-LAYOUTS = {  # _class_name: what must be as we take it for granted, our fields, names of tensors
-    "CogVideoXTransformer3DModel": (COG_FIXED, cog_fields, COG_NAMES),
-    "WanTransformer3DModel": (WAN_FIXED, wan_fields, WAN_NAMES),
-    "WanModel": (WAN_ORIGINAL_FIXED, wan_original_fields, WAN_ORIGINAL_NAMES),
+# _class_name: what must be as we take it for granted, fields that say the same, a function that
+# gives our other fields, names of tensors.
+LAYOUTS = {
+    "CogVideoXTransformer3DModel": (COG_FIXED, COG_FIELDS, cog_fields, COG_NAMES),
+    "WanTransformer3DModel": (WAN_FIXED, WAN_FIELDS, wan_fields, WAN_NAMES),
+    "WanModel": (WAN_ORIGINAL_FIXED, WAN_ORIGINAL_FIELDS, wan_original_fields, WAN_ORIGINAL_NAMES),
 }
 
 
@@ -164,7 +156,7 @@ def read_config(folder: Path) -> tuple[Config, dict[str, str]]:
     kind = theirs.get("_class_name")
     if kind not in LAYOUTS:
         raise UserError(f"{path} describes a {kind}; known are {', '.join(LAYOUTS)}.")
-    fixed, fields_of, names = LAYOUTS[kind]
+    fixed, same, others, names = LAYOUTS[kind]
     for field, value in fixed.items():
         if theirs.get(field, value) != value:
             raise UserError(f"{path} has {field} = {theirs[field]!r}; only {value!r} is known "
@@ -172,7 +164,7 @@ def read_config(folder: Path) -> tuple[Config, dict[str, str]]:
 
     # Our fields, whose sizes must be possible.
     try:
-        fields = fields_of(theirs)
+        fields = {ours: theirs[name] for ours, name in same.items()} | others(theirs)
         if any(type(value) is int and not 0 <= value < 2**20 for value in fields.values()):
             raise ValueError("impossible sizes")
         if fields["dim"] % fields["heads"]:
@@ -187,30 +179,22 @@ def read_config(folder: Path) -> tuple[Config, dict[str, str]]:
 
 def their_config(cfg: Config) -> dict:
     """The config.json that diffusers reads."""
-    shared = dict(
+    kind = "WanTransformer3DModel" if cfg.lineage == "wan" else "CogVideoXTransformer3DModel"
+    fixed, same, *_ = LAYOUTS[kind]
+    # Some of `same` stand here as well: they keep their places in the file.
+    theirs = dict(
+        _class_name=kind,
         num_attention_heads=cfg.heads,
         attention_head_dim=cfg.dim // cfg.heads,
         num_layers=cfg.depth,
         in_channels=cfg.channels,
-        out_channels=cfg.channels)
+        out_channels=cfg.channels,
+        **fixed)
+    theirs |= {name: getattr(cfg, ours) for ours, name in same.items()}
     if cfg.lineage == "wan":
-        return dict(
-            _class_name="WanTransformer3DModel",
-            **shared,
-            **WAN_FIXED,
-            text_dim=cfg.text_dim,
-            ffn_dim=cfg.ffn,
-            freq_dim=cfg.freq_dim,
-            patch_size=[cfg.patch_t, cfg.patch, cfg.patch],
-            rope_max_seq_len=1024)
-    return dict(
-        _class_name="CogVideoXTransformer3DModel",
-        **shared,
-        **COG_FIXED,
-        time_embed_dim=cfg.time_dim,
-        text_embed_dim=cfg.text_dim,
-        max_text_seq_length=cfg.text_len,
-        patch_size=cfg.patch,
+        patch = [cfg.patch_t, cfg.patch, cfg.patch]
+        return theirs | dict(patch_size=patch, rope_max_seq_len=1024)
+    return theirs | dict(
         patch_size_t=cfg.patch_t if cfg.positions == "integer" else None,
         sample_frames=49,
         sample_height=cfg.fit_height * cfg.patch,
