@@ -356,29 +356,20 @@ def main(argv: list[str]) -> None:
     flags = config.parse_flags(Flags, argv,
                                "Generate clips from a run folder, or with an official model.")
     device = pick_device(flags.device)
-    flags = dataclasses.replace(flags, prompt=all_prompts(flags), device=device,
-                                precision=pick_precision(flags.precision, device))
-
-    # The model, and what is usual for it where nothing else is asked for.
-    if flags.weights:
-        model = open_official(flags)
-        usual = {"n": 1, "steps": 50, "guidance": model.cfg.guidance}
-    else:
-        cfg, net, process, tokenizer, info = load_run(flags.run, flags.checkpoint, device)
-        if flags.no_branch and isinstance(net, ProPhy):
-            net = net.backbone
-        model = RunModel(cfg, net, process, tokenizer, flags.precision, info)
-        usual = {"n": 4, "steps": 25, "guidance": 1.5}
-    scale = flags.scale or max(1, round(256 / model.cfg.height))
-    missing = {name: value for name, value in usual.items() if getattr(flags, name) is None}
-    flags = dataclasses.replace(flags, scale=scale, **missing)
+    n, steps = (1, 50) if flags.weights else (4, 25)
+    flags = dataclasses.replace(
+        flags, prompt=all_prompts(flags), device=device, n=flags.n or n, steps=flags.steps or steps,
+        precision=pick_precision(flags.precision, device))
 
     # Everything that can be refused is refused before the first step.
-    (check_official if flags.weights else check_run)(flags, model)
+    model = (open_official if flags.weights else open_run)(flags)
     out = open_out(flags)
     prompts = [prompt for prompt in flags.prompt for _ in range(flags.n)]
+    guidance = flags.guidance
+    if guidance is None:
+        guidance = model.cfg.guidance if flags.weights else 1.5
     make = functools.partial(generate, model, prompts, seed=flags.seed, steps=flags.steps,
-                             guidance=flags.guidance)
+                             guidance=guidance)
     if not flags.weights:
         warn(model.tokenizer, model.cfg, flags.prompt)
         save(out, clips_in_one(flags, model, prompts, make), flags.fps or play_fps(model.cfg))
@@ -394,38 +385,12 @@ def main(argv: list[str]) -> None:
 
 
 def open_official(flags: Flags):
-    """The model of --weights. Raises UserError."""
+    """The model of --weights. Raises UserError where it cannot do what is asked for."""
     from official import clips
-    return clips.OfficialModel(
+    model = clips.OfficialModel(
         flags.weights, flags.device, torch.bfloat16 if flags.precision == "bf16" else torch.float32,
         "" if flags.no_branch else flags.branch, solver=flags.solver, dynamic=flags.dynamic,
         tiled=flags.tiled, frames=flags.frames, height=flags.height, width=flags.width)
-
-
-def check_run(flags: Flags, model: RunModel) -> None:
-    """Raises UserError for what a run's model cannot do."""
-    semantic = getattr(model.net, "semantic", None)
-    maps = getattr(model.net, "refinement", None) and model.info["categories_present"]
-    which = f"this {model.info['stage']} model of {flags.run} has none"
-    if flags.show_routing and semantic is None and not maps:
-        raise UserError(f"--show_routing needs a router; {which} to show.")
-    if flags.invert_experts and semantic is None:
-        raise UserError(f"--invert_experts needs a semantic router; {which}.")
-    clips = flags.n * len(flags.prompt)
-    size = 4 if flags.show_routing else 1  # a routing cell is as large as four clips
-    cells = clips * (1 + flags.invert_experts) * size
-    cfg = model.cfg
-    if cells * cfg.frames * cfg.height * cfg.width * flags.scale**2 > MOST_PIXELS:
-        raise UserError(f"{clips} clips at --scale {flags.scale} make too large a picture: lower --n "
-                        "or --scale.")
-    try:
-        model.process.times(flags.steps)
-    except ValueError as e:
-        raise UserError(f"--steps {flags.steps}: {e}") from None
-
-
-def check_official(flags: Flags, model) -> None:
-    """Raises UserError for what an official model cannot do."""
     if flags.invert_experts and getattr(model.net, "semantic", None) is None:
         raise UserError("--invert_experts needs a semantic router: give --branch, a file trained with "
                         "one.")
@@ -435,6 +400,42 @@ def check_official(flags: Flags, model) -> None:
             model.process.dynamic(1.0, 0, flags.steps)
     except ValueError as e:
         raise UserError(str(e)) from None
+    return model
+
+
+def open_run(flags: Flags) -> RunModel:
+    """The model of --run. Raises UserError where it cannot do what is asked for."""
+    cfg, net, process, tokenizer, info = load_run(flags.run, flags.checkpoint, flags.device)
+    if flags.no_branch and isinstance(net, ProPhy):
+        net = net.backbone
+
+    # Has it the routers?
+    semantic = getattr(net, "semantic", None)
+    maps = getattr(net, "refinement", None) and info["categories_present"]
+    which = f"this {info['stage']} model of {flags.run} has none"
+    if flags.show_routing and semantic is None and not maps:
+        raise UserError(f"--show_routing needs a router; {which} to show.")
+    if flags.invert_experts and semantic is None:
+        raise UserError(f"--invert_experts needs a semantic router; {which}.")
+
+    # Can all clips be one picture, and can its process take so many steps?
+    clips = flags.n * len(flags.prompt)
+    size = 4 if flags.show_routing else 1  # a routing cell is as large as four clips
+    cells = clips * (1 + flags.invert_experts) * size
+    scale = scale_of(flags, cfg)
+    if cells * cfg.frames * cfg.height * cfg.width * scale**2 > MOST_PIXELS:
+        raise UserError(f"{clips} clips at --scale {scale} make too large a picture: lower --n or "
+                        "--scale.")
+    try:
+        process.times(flags.steps)
+    except ValueError as e:
+        raise UserError(f"--steps {flags.steps}: {e}") from None
+    return RunModel(cfg, net, process, tokenizer, flags.precision, info)
+
+
+def scale_of(flags: Flags, cfg: Config) -> int:
+    """Screen pixels per pixel of a clip."""
+    return flags.scale or max(1, round(256 / cfg.height))
 
 
 def clips_in_one(flags: Flags, model: RunModel, prompts: list[str], make: Callable) -> np.ndarray:
@@ -446,13 +447,14 @@ def clips_in_one(flags: Flags, model: RunModel, prompts: list[str], make: Callab
 
     # One cell a clip; the versions of a clip stand side by side.
     names = {i: data.category_names(model.cfg)[i] for i in model.info["categories_present"]}
+    scale = scale_of(flags, model.cfg)
     cells = []
     for prompt, *clips in zip(prompts, *made):
         for label, (clip, routing) in zip(versions, clips):
             if flags.show_routing:
-                cell = routing_cell(clip, prompt, label, flags.scale, routing, names)
+                cell = routing_cell(clip, prompt, label, scale, routing, names)
             else:
-                cell = plain_cell(clip, prompt, label, flags.scale)
+                cell = plain_cell(clip, prompt, label, scale)
             cells.append(cell)
     group = len(versions) * (flags.n if len(flags.prompt) > 1 else 1)
     return sheet(cells, len(versions), group)
