@@ -72,9 +72,9 @@ def law_table(loaded, batch, n, seed, steps, guidance, precision) -> dict:
         models["backbone alone"] = model.backbone
     prompts = [clip.caption for clip in clips]
     for name, one in models.items():
-        made, _ = sample.generate(one, process, tokenizer, cfg, prompts, seed=seed, steps=steps,
-                                  guidance=guidance, batch=batch, precision=precision)
-        rows[name] = laws.law_errors(made, actors)
+        one = sample.RunModel(cfg, one, process, tokenizer, precision)
+        made = sample.generate(one, prompts, seed=seed, steps=steps, guidance=guidance, batch=batch)
+        rows[name] = laws.law_errors(np.stack([clip for clip, _ in made]), actors)
     return {"rows": rows}
 
 

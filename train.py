@@ -417,10 +417,8 @@ def preview(state: State, run: Path, tokenizer: data.Tokenizer, prompts: dict) -
     """A GIF in samples/ of what the averaged weights draw at these {prompt: its categories}."""
     cfg = state.cfg
     with state.averaged() as model:
-        sample.preview(
-            run / "samples" / f"step{state.step:06d}.gif", model, state.process, tokenizer, cfg,
-            list(prompts), present=list(prompts.values()), seed=cfg.seed, steps=cfg.preview_steps,
-            guidance=cfg.guidance, precision=cfg.precision)
+        drawn = sample.RunModel(cfg, model, state.process, tokenizer, cfg.precision)
+        sample.preview(run / "samples" / f"step{state.step:06d}.gif", drawn, prompts)
 
 
 def preview_prompts(clips: data.Clips) -> dict[str, list[int]]:

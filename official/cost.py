@@ -43,11 +43,8 @@ def block_cost(backbone: nn.Module, cfg: Config) -> tuple[float, float, int, int
             kept[storage] = storage.nbytes()
         return saved
 
-    def back(saved: Tensor) -> Tensor:
-        return saved
-
     counter = FlopCounterMode(display=False)
-    with counter, torch.autograd.graph.saved_tensors_hooks(keep, back):
+    with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
         backbone.blocks[0](tokens, condition)
     flops = counter.get_flop_counts()["Global"]
     attention = sum(n for operation, n in flops.items() if "attention" in str(operation))

@@ -45,7 +45,10 @@ def loaded(run):
 def clips(loaded, prompts=PROMPTS, **settings):
     cfg, net, process, tokenizer, _ = loaded
     settings = dict(steps=4, progress=False) | settings
-    return sample.generate(settings.pop("model", net), process, tokenizer, cfg, prompts, **settings)
+    one = sample.RunModel(cfg, settings.pop("model", net), process, tokenizer,
+                          settings.pop("precision", "fp32"))
+    videos, routings = zip(*sample.generate(one, prompts, **settings))
+    return np.stack(videos), list(routings)
 
 
 def levels_apart(a, b):
@@ -244,9 +247,9 @@ def test_preview_shows_the_clip_and_the_strongest_trained_map(loaded, tmp_path, 
     lift = np.zeros((*CFG.grid, 17), np.float32)
     lift[:, 1, 1, 4], lift[..., 3], lift[..., 11] = 0.9, 1.0, 0.2  # 3 peaks, but is not in the prompt
     routing = common.pictures.ClipRouting(lift, None, 0.5)
-    monkeypatch.setattr(sample, "generate", lambda *a, **k: (clip, [routing, None]))
-    sample.preview(tmp_path / "p.gif", net, process, tokenizer, cfg, ["a", "b"], seed=0, steps=4, guidance=1,
-                   precision="fp32", present=[PRESENT, PRESENT])
+    monkeypatch.setattr(sample, "generate", lambda *a, **k: zip(clip, [routing, None]))
+    sample.preview(tmp_path / "p.gif", sample.RunModel(cfg, net, process, tokenizer),
+                   {"a": PRESENT, "b": PRESENT})
     back = iio.imread(tmp_path / "p.gif")[..., :3].astype(int)
     scale = 8  # 16 pixels become the promised 128
     g, top = common.pictures.GAP, common.pictures.GAP + common.pictures.LINE + 2
