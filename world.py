@@ -24,6 +24,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -175,13 +176,15 @@ def _cell_box(side, height, width):
 def _parameters(one, rng, ood):
     """Draw a phenomenon's parameters, and a size word with a blank, which is empty for many."""
     u = dict(zip(one.spans, rng.random(len(one.spans))))
-    p = {name: span.draw(u[name], ood) for name, span in one.spans.items()}
+    p = SimpleNamespace(**{name: span.draw(u[name], ood) for name, span in one.spans.items()})
     one.derive(p, rng)
     # Only clearly small and clearly large actors are called so, and not all of them.
     place = next(u[name] for name, span in one.spans.items() if span.role == "radius")
     said = rng.random() < .7 and ood != "radius" and abs(place - .5) > 1 / 6
     size = "small " if place < .5 else "large "
-    return {name: float(value) for name, value in p.items()}, size if said else ""
+    for name, value in vars(p).items():
+        setattr(p, name, float(value))
+    return p, size if said else ""
 
 
 def _add_actor(video, rng, name, side, pair, ood):
@@ -194,17 +197,19 @@ def _add_actor(video, rng, name, side, pair, ood):
     p, size = _parameters(one, rng, ood)
     box = _cell_box(side, height, width)
     cell = canvas.Cell(box, height, width)
-    states = one.states(p, np.arange(frames) / frames)
-    one.paint(cell, p, states, [canvas.CUE_COLOURS[colour] for colour in pair])
+    one.furniture(cell)
+    s = one.states(p, np.arange(frames) / frames)
+    one.paint(cell, p, s, *(canvas.CUE_COLOURS[colour] for colour in pair))
     video[:, cell.rows, cell.columns] = _to_bytes(cell.rgb)
     mask = np.zeros((frames, height, width), bool)
     mask[:, cell.rows, cell.columns] = cell.mask
+    states = vars(s)
     for key, values in states.items():
         if key.startswith("position"):  # counted from the cell until here
             states[key] = values + (cell.x0, cell.y0)
     colour2 = pair[1] if "{d}" in one.phrases[0] else ""
     category = CATEGORIES.index(name)
-    return Actor(name, category, side, pair[0], colour2, box, mask, p, states), size
+    return Actor(name, category, side, pair[0], colour2, box, mask, vars(p), states), size
 
 
 def _add_decoy(video, rng, chosen, free_side, colour):
@@ -225,6 +230,7 @@ def _add_decoy(video, rng, chosen, free_side, colour):
     one = PHENOMENA[name]
     variant = int(rng.integers(len(one.decoy_phrases)))
     cell = canvas.Cell(_cell_box(free_side, height, width), height, width)
+    one.furniture(cell)
     one.decoy(cell, _parameters(one, rng, "")[0], canvas.COLOURS[colour], variant)
     video[:, cell.rows, cell.columns] = _to_bytes(cell.rgb)
     return one.decoy_phrases[variant].format(c=colour)

@@ -62,15 +62,11 @@ def backdrop(height, width):
     """The empty room: float32 (3, H, W) in 0..1, a dark wall and a floor."""
     scale = min(height, width)
     y = (np.arange(height) + .5 - (height - scale) / 2) / scale
-    floor = np.clip(.5 + (y - FLOOR) * scale, 0, 1)[:, None]
-    columns = [wall + floor * (ground - wall) for wall, ground in zip(NIGHT, GROUND)]  # (H, 1) each
-    return np.stack([np.broadcast_to(one, (height, width)) for one in columns]).astype(np.float32)
-
-
-@functools.lru_cache(maxsize=64)
-def _pixel_centres(first, last, origin, scale):
-    """Centres of the pixels first .. last - 1, in canvas units from `origin`."""
-    return ((np.arange(first, last) + .5) / scale - origin).astype(np.float32)
+    floor = np.clip(.5 + (y - FLOOR) * scale, 0, 1)[:, None]  # (H, 1)
+    wall = np.reshape(NIGHT, (3, 1, 1))
+    ground = np.reshape(GROUND, (3, 1, 1))
+    rgb = (wall + floor * (ground - wall)).astype(np.float32)  # (3, H, 1)
+    return np.broadcast_to(rgb, (3, height, width))
 
 
 class Cell:
@@ -89,15 +85,17 @@ class Cell:
         x0, y0, x1, y1 = [int(v * self.scale + .5 + 1e-6) for v in box]
         self.columns = slice(x0, x1)
         self.rows = slice(y0, y1)
-        self.x = _pixel_centres(x0, x1, self.x0, self.scale)[None, None, :]  # (1, 1, w)
-        self.y = _pixel_centres(y0, y1, self.y0, self.scale)[None, :, None]  # (1, h, 1)
+        # Centres of the cell's pixels, in canvas units from the cell's origin.
+        pixels = (np.arange(max(height, width)) + .5) / self.scale
+        self.x = (pixels[self.columns] - self.x0).astype(np.float32)[None, None, :]  # (1, 1, w)
+        self.y = (pixels[self.rows] - self.y0).astype(np.float32)[None, :, None]  # (1, h, 1)
         self.rgb = backdrop(height, width)[:, None, self.rows, self.columns]  # (3, F or 1, h, w)
         self.mask = np.zeros((1, self.y.size, self.x.size), bool)  # (F or 1, h, w)
 
     # --- painting
     def paint(self, coverage, colour, actor=False):
         """Lay a colour over the cell. coverage: (F or 1, h, w) in 0..1."""
-        colour = np.asarray(colour, np.float32).reshape(3, 1, 1, 1)
+        colour = np.reshape(colour, (3, 1, 1, 1)).astype(np.float32)
         self.rgb = self.rgb + coverage * (colour - self.rgb)
         if actor:
             self.mark(coverage)
@@ -106,20 +104,24 @@ class Cell:
         """Add what is visible of a shape to the mask, without painting it."""
         self.mask = self.mask | (coverage > VISIBLE)
 
-    def ball(self, x, y, radius, colour, actor=False):
-        """A disc with a small highlight."""
-        self.paint(self.disc(x, y, radius), colour, actor)
+    def block(self, width, top, bottom, colour, actor=False, x=0):
+        """An upright box around x."""
+        self.paint(self.box(width, top, bottom, x), colour, actor)
+
+    def ball(self, x, y, radius, colour):
+        """A disc with a small highlight. It is an actor."""
+        self.paint(self.disc(x, y, radius), colour, actor=True)
         self.paint(.45 * self.disc(x - .35 * radius, y - .35 * radius, .3 * radius), WHITE)
 
-    def laser(self, x0, y0, x1, y1, thickness, colour):
+    def laser(self, start, end, thickness, colour):
         """A beam with a bright heart. It is an actor."""
-        self.paint(self.beam(x0, y0, x1, y1, thickness), colour, actor=True)
-        self.paint(.4 * self.beam(x0, y0, x1, y1, thickness * .3), WHITE)
+        self.paint(self.beam(start, end, thickness), colour, actor=True)
+        self.paint(.4 * self.beam(start, end, thickness * .3), WHITE)
 
-    def vessel(self, half, wall, top, bottom, colour):
-        """An open vessel on the floor, 2 half wide inside."""
-        self.paint(self.box(-half - wall, top, half + wall, FLOOR), colour)
-        self.paint(self.box(-half, top, half, bottom), NIGHT)
+    def vessel(self, width, wall, top, bottom, colour):
+        """An open vessel on the floor, of this width inside."""
+        self.block(width + 2 * wall, top, FLOOR, colour)
+        self.block(width, top, bottom, NIGHT)
 
     # --- shapes: each returns a coverage (F or 1, h, w)
     def disc(self, x, y, radius):
@@ -127,19 +129,20 @@ class Cell:
         dy = self.y - per_frame(y)
         return self._inside(dx, dy, per_frame(radius))
 
-    def box(self, left, top, right, bottom):
-        """The exact coverage of an upright box: areas in the picture are the true areas."""
+    def box(self, width, top, bottom, x=0):
+        """The exact coverage of an upright box around x: areas in the picture are the true areas."""
         def overlap(pixels, low, high):
             """The share of each pixel's side that lies between low and high."""
             first = np.maximum(pixels - half, per_frame(low))
             last = np.minimum(pixels + half, per_frame(high))
             return np.maximum((last - first) * self.scale, 0)
         half = np.float32(.5 / self.scale)
-        return overlap(self.x, left, right) * overlap(self.y, top, bottom)
+        return overlap(self.x, x - width / 2, x + width / 2) * overlap(self.y, top, bottom)
 
-    def beam(self, x0, y0, x1, y1, thickness):
-        """A straight bar with round ends."""
-        x0, y0, x1, y1 = map(per_frame, (x0, y0, x1, y1))
+    def beam(self, start, end, thickness):
+        """A straight bar with round ends, from x, y to x, y."""
+        x0, y0 = map(per_frame, start)
+        x1, y1 = map(per_frame, end)
         px, py = self.x - x0, self.y - y0  # from the beam's start to the pixel
         dx, dy = x1 - x0, y1 - y0  # from its start to its end
         # The nearest point of the beam's axis: 0 is the start, 1 the end.
