@@ -20,6 +20,7 @@ Letters: F frames, B clips, N video tokens, L text tokens.
 import hashlib
 import json
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +33,10 @@ import config
 import data
 import sample
 import world
-from common.files import write_text
+from common.files import read_json, write_text
 from common.run import pick_device
-from common.score import auc, location_prior, markdown, over_runs
+from common.score import auc, markdown, over_runs
+from common.video import pixels
 from config import Stopped, UserError, flag, stream
 from experts import ProPhy
 from physics import PHENOMENA, laws
@@ -97,15 +99,11 @@ def occurrences(clip, cfg) -> list[Occurrence]:
     world.py made the caption: noun, verb and colour."""
     found = []
     for actor in clip.actors:
-        cover = data.resample(torch.from_numpy(actor.mask).float(), cfg.grid).flatten().numpy()
-        positive = cover >= data.POSITIVE - 1e-6  # sizes that do not divide leave rounding
-
+        positive = data.covered(torch.from_numpy(actor.mask), cfg.grid).numpy()
         # Where in the caption does the phrase begin, and how many words has it?
-        phrases = [phrase.format(c=actor.colour, d=actor.colour2, s=size)
-                   for phrase in PHENOMENA[actor.phenomenon].phrases
-                   for size in ("", "small ", "large ")]
-        phrase = next(phrase for phrase in phrases if phrase in clip.caption)
-        before = clip.caption[:clip.caption.index(phrase)]
+        phrases = "|".join(PHENOMENA[actor.phenomenon].phrases)
+        phrases = phrases.format(c=actor.colour, d=actor.colour2, s="(?:small |large )?")
+        before, phrase, _ = re.split(f"({phrases})", clip.caption, maxsplit=1)
         first = len(data.Tokenizer.split(before))
         last = min(first + len(data.Tokenizer.split(phrase)), cfg.text_len)
         found.append(Occurrence(actor.category, actor.side, positive, list(range(first, last))))
@@ -121,7 +119,7 @@ def location_priors(cfg) -> dict:
         for one in occurrences(world.make_clip(cfg.world_seed, i, **drawing), cfg):
             for key in (one.category, (one.category, one.side)):
                 masks.setdefault(key, []).append(one.positive)
-    return {key: location_prior(some) for key, some in masks.items()}
+    return {key: np.mean(some, 0) for key, some in masks.items()}
 
 
 def attention_maps(backbone, x_t, time, text, length) -> torch.Tensor:
@@ -139,18 +137,14 @@ def attention_maps(backbone, x_t, time, text, length) -> torch.Tensor:
     return torch.stack(maps, 1)
 
 
-@dataclass
-class Observation:
-    """What the network shows of one occurrence, in a noised clip."""
-    occurrence: Occurrence
-    refinement: np.ndarray | None  # (N,) its map P'_r; None where there is no branch
-    attention: np.ndarray  # (layers, 2, heads, N) of each video token to the phenomenon's words
-
-
 @torch.no_grad()
 def observe(loaded, first, clips, t, seed, ood, precision, batch):
-    """Yield an Observation of each phenomenon in `clips` clips of the world from index `first` on,
-    all with a decoy, noised to t."""
+    """What the network shows of the phenomena in `clips` clips of the world from index `first` on,
+    all with a decoy, noised to t.
+
+    Yields for each phenomenon its Occurrence; its map P'_r (N,), None where there is no branch; and
+    the attention (layers, 2, heads, N) of each video token to its words.
+    """
     cfg, model, process, tokenizer, _ = loaded
     device = next(model.parameters()).device
     branch = isinstance(model, ProPhy)
@@ -160,11 +154,10 @@ def observe(loaded, first, clips, t, seed, ood, precision, batch):
         made = [world.make_clip(cfg.world_seed, i, **drawing) for i in indices]
 
         # Captions and noised clips as tensors.
-        ids, n_words = zip(*(tokenizer.encode(clip.caption, cfg.text_len) for clip in made))
-        text = torch.stack(ids).to(device)  # (B, L)
-        length = torch.tensor(n_words, device=device)
-        x = torch.from_numpy(np.stack([clip.video for clip in made]))  # (B, F, H, W, 3)
-        x = x.permute(0, 4, 1, 2, 3) / 127.5 - 1
+        text, length = tokenizer.encode_all([clip.caption for clip in made], cfg.text_len)
+        text = text.to(device)  # (B, L)
+        length = length.to(device)
+        x = pixels(np.stack([clip.video for clip in made]))  # (B, 3, F, H, W)
         eps = process.draw(seed, indices, x.shape[1:])[1]
         now = torch.full((len(made),), t)
         x_t = process.noise(x, now, eps).to(device)
@@ -180,13 +173,13 @@ def observe(loaded, first, clips, t, seed, ood, precision, batch):
         for b, clip in enumerate(made):
             for one in occurrences(clip, cfg):
                 refinement = lift[b, :, one.category].float().cpu().numpy() if branch else None
-                yield Observation(one, refinement, attention[b][..., one.words].sum(-1))
+                yield one, refinement, attention[b][..., one.words].sum(-1)
 
 
 def best_head(observations) -> tuple | None:
     """(layer, reading, head) of the attention with the best mean AUC; None if none is scorable."""
-    aucs = [np.apply_along_axis(auc, -1, seen.attention, seen.occurrence.positive)
-            for seen in observations if seen.occurrence.scorable]  # (layers, 2, heads) each
+    aucs = [np.apply_along_axis(auc, -1, attention, one.positive)
+            for one, _, attention in observations if one.scorable]  # (layers, 2, heads) each
     return np.unravel_index(np.mean(aucs, 0).argmax(), aucs[0].shape) if aucs else None
 
 
@@ -210,21 +203,20 @@ def localisation_table(loaded, batch, clips, seed, ood, precision) -> dict:
         how = t, seed, ood, precision, batch
         head = best_head(observe(loaded, SELECTED, max(clips // 2, 1), *how))
         seen = list(observe(loaded, SCORED, clips, *how))
-        scored = [one for one in seen if one.occurrence.scorable]
+        scored = [shown for shown in seen if shown[0].scorable]
         if head is None or not scored:
             raise UserError(f"No phenomenon of {clips} clips can be scored on {cfg.grid} tokens: "
                             "raise --clips.")
 
         aucs = {}
-        for one in scored:
-            category, side = one.occurrence.category, one.occurrence.side
-            maps = {"refinement maps": one.refinement,
-                    "location prior": priors.get(category, never),
-                    "prior given the side": priors.get((category, side), never),
-                    "backbone's best attention": one.attention[head]}
+        for one, refinement, attention in scored:
+            maps = {"refinement maps": refinement,
+                    "location prior": priors.get(one.category, never),
+                    "prior given the side": priors.get((one.category, one.side), never),
+                    "backbone's best attention": attention[head]}
             for name, scores in maps.items():
                 if scores is not None:
-                    aucs.setdefault(name, []).append(auc(scores, one.occurrence.positive))
+                    aucs.setdefault(name, []).append(auc(scores, one.positive))
 
         level = f"{t:.0%} noise"
         layer, reading, number = head
@@ -304,11 +296,10 @@ def version_of(run, checkpoint, step) -> dict:
 def read_stored(path) -> dict:
     """The tables of an evaluation.json; none where it is missing or damaged."""
     try:
-        stored = json.loads(path.read_text())
-    except (OSError, ValueError):
+        stored = read_json(path)
+    except UserError:
         return {}
-    whole = isinstance(stored, dict) and all(isinstance(part, dict) for part in stored.values())
-    return stored if whole else {}
+    return stored if all(isinstance(part, dict) for part in stored.values()) else {}
 
 
 def evaluate_run(run, flags) -> dict:

@@ -13,14 +13,6 @@ def auc(scores, positive) -> float:
     return float((rank[which][positive].sum() - n * (n + 1) / 2) / (n * (len(scores) - n)))
 
 
-def location_prior(masks) -> np.ndarray:
-    """bool (clips, N) of one phenomenon -> (N,): the share of clips in which a token is positive.
-
-    It is the score of a rival that knows where such things usually are, and sees no clip.
-    """
-    return np.mean(masks, 0)
-
-
 def mean_and_deviation(values):
     """(mean, standard deviation) over runs; of a single run, its value."""
     mean = float(np.mean(values))
