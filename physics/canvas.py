@@ -83,13 +83,12 @@ class Cell:
         self.y0 = box[1]
         # In odd sizes two cells would share a column without the rounding up of the small number.
         x0, y0, x1, y1 = [int(v * self.scale + .5 + 1e-6) for v in box]
-        self.columns = slice(x0, x1)
-        self.rows = slice(y0, y1)
+        self.place = np.s_[:, y0:y1, x0:x1]  # the cell's pixels in (F, H, W, ...)
         # Centres of the cell's pixels, in canvas units from the cell's origin.
         pixels = (np.arange(max(height, width)) + .5) / self.scale
-        self.x = (pixels[self.columns] - self.x0).astype(np.float32)[None, None, :]  # (1, 1, w)
-        self.y = (pixels[self.rows] - self.y0).astype(np.float32)[None, :, None]  # (1, h, 1)
-        self.rgb = backdrop(height, width)[:, None, self.rows, self.columns]  # (3, F or 1, h, w)
+        self.x = (pixels[x0:x1] - self.x0).astype(np.float32)[None, None, :]  # (1, 1, w)
+        self.y = (pixels[y0:y1] - self.y0).astype(np.float32)[None, :, None]  # (1, h, 1)
+        self.rgb = backdrop(height, width)[self.place][:, None]  # (3, F or 1, h, w)
         self.mask = np.zeros((1, self.y.size, self.x.size), bool)  # (F or 1, h, w)
 
     # --- painting

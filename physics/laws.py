@@ -52,7 +52,7 @@ class CellView:
         self.x = self.room.x[0]  # (1, w)
         self.y = self.room.y[0]  # (h, 1)
         self.pixel = 1 / self.room.scale  # its side
-        rgb = frames[:, self.room.rows, self.room.columns] / np.float32(255)
+        rgb = frames[self.room.place] / np.float32(255)
         self.rgb = np.moveaxis(rgb, -1, 0)  # (3, F, h, w)
 
     # --- what the world knows
@@ -346,14 +346,15 @@ def blast(view):
     r = np.hypot(view.x, view.y - y) / view.pixel  # (h, w)
     rings = np.arange(1, int(.32 / view.pixel))
     near = np.clip(1 - np.abs(r[..., None] - rings), 0, 1)  # (h, w, rings)
-    profile = np.einsum("fyx,yxr->fr", w, near) / near.sum((0, 1))
+    profile = (np.einsum("fyx,yxr->fr", w, near) / near.sum((0, 1))).T  # (rings, F)
 
     # Between the last ring above half of the maximum and the next one, the profile is a line.
-    half = profile.max(1, keepdims=True) / 2
-    last = profile.shape[1] - 2 - (profile > half)[:, -2::-1].argmax(1)
-    frame = np.arange(len(profile))
-    above, below = profile[frame, last], profile[frame, last + 1]
-    step = np.clip((above - half[:, 0]) / (above - below + 1e-9), 0, 1)
+    half = profile.max(0) / 2
+    last = len(rings) - 2 - (profile > half)[-2::-1].argmax(0)
+    frame = np.arange(len(t))
+    above = profile[last, frame]
+    below = profile[last + 1, frame]
+    step = np.clip((above - half) / (above - below + 1e-9), 0, 1)
     radius = (rings[last] + step) * view.pixel
     slope, rest = line(t, radius ** 2)
     return max(view.relative_error(slope, "blast"), rest)

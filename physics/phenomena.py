@@ -26,17 +26,19 @@ CATEGORIES = (  # WISA's names, WISA's order
 
 @dataclass(frozen=True)
 class Span:
-    """Where a parameter is drawn from: uniformly in low .. high, or in `outside` (two numbers) when
-    a clip's `ood` names the parameter's role."""
+    """Where a parameter is drawn from: uniformly in low .. high, or in ood_low .. ood_high when a
+    clip's `ood` names the parameter's role."""
     low: float
     high: float
     role: str = ""  # "speed" | "radius" | "gravity" | "" for none
-    outside: tuple = ()
+    ood_low: float = 0.
+    ood_high: float = 0.
 
     def draw(self, u, ood):
         """The value at u, which is uniform in 0..1."""
-        low, high = self.outside if ood and ood == self.role else (self.low, self.high)
-        return low + u * (high - low)
+        if ood and ood == self.role:
+            return self.ood_low + u * (self.ood_high - self.ood_low)
+        return self.low + u * (self.high - self.low)
 
 
 class Phenomenon:
@@ -73,9 +75,9 @@ class RigidBodyMotion(Phenomenon):
     """A ball is thrown upward: x = vx (t - 1/2), y = apex + g (t - apex_time)^2 / 2."""
     name = "rigid body motion"
     cue = "red"
-    spans = dict(gravity=Span(2.4, 2.4, "gravity", (1.4, 1.8)),  # heights / s^2
-                 radius=Span(.11, .13, "radius", (.15, .165)),
-                 vx=Span(.08, .16, "speed", (.19, .23)),
+    spans = dict(gravity=Span(2.4, 2.4, "gravity", 1.4, 1.8),  # heights / s^2
+                 radius=Span(.11, .13, "radius", .15, .165),
+                 vx=Span(.08, .16, "speed", .19, .23),
                  apex_time=Span(.4, .6),
                  apex=Span(.18, .25))
     phrases = ("a {s}{c} ball is thrown up", "a {s}{c} ball flies in an arc",
@@ -102,9 +104,9 @@ class ElasticMotion(RigidBodyMotion):
     """A ball falls freely and bounces: v = -e v after a contact, with restitution e."""
     name = "elastic motion"
     cue = "yellow"
-    spans = dict(gravity=Span(2.4, 2.4, "gravity", (3.2, 3.8)),
-                 radius=Span(.11, .13, "radius", (.15, .165)),
-                 vy=Span(0, .4, "speed", (.7, 1.)),
+    spans = dict(gravity=Span(2.4, 2.4, "gravity", 3.2, 3.8),
+                 radius=Span(.11, .13, "radius", .15, .165),
+                 vy=Span(0, .4, "speed", .7, 1.),
                  vx=Span(0, .08),
                  drop=Span(.2, .42),
                  restitution=Span(.8, .8))
@@ -135,10 +137,10 @@ class Collision(Phenomenon):
     """
     name = "collision"
     cue = "blue"
-    spans = dict(radius=Span(.10, .12, "radius", (.07, .085)),
-                 radius2=Span(.10, .12, "radius", (.07, .085)),
-                 speed=Span(.28, .35, "speed", (.14, .20)),
-                 speed2=Span(.20, .34, "speed", (.12, .18)),
+    spans = dict(radius=Span(.10, .12, "radius", .07, .085),
+                 radius2=Span(.10, .12, "radius", .07, .085),
+                 speed=Span(.28, .35, "speed", .14, .20),
+                 speed2=Span(.20, .34, "speed", .12, .18),
                  contact_time=Span(.42, .55))
     phrases = ("a {c} puck hits a {d} puck", "a {c} puck and a {d} puck collide",
                "a {c} puck strikes a {d} puck")
@@ -191,8 +193,8 @@ class LiquidMotion(Phenomenon):
     """A stream of constant flux fills a vessel: level = level0 + flux t / width."""
     name = "liquid motion"
     cue = "cyan"
-    spans = dict(flux=Span(.11, .11, "speed", (.05, .07)),  # heights^2 / s
-                 width=Span(.26, .36, "radius", (.39, .44)),
+    spans = dict(flux=Span(.11, .11, "speed", .05, .07),  # heights^2 / s
+                 width=Span(.26, .36, "radius", .39, .44),
                  level0=Span(.03, .10))
     phrases = ("{c} water fills a {s}glass", "{c} water is poured into a {s}glass",
                "a {s}glass fills with {c} water")
@@ -220,8 +222,8 @@ class GasMotion(Phenomenon):
     """A puff of smoke rises and spreads: sigma^2 = sigma0^2 + 2 D t, peak = sigma0^2 / sigma^2."""
     name = "gas motion"
     cue = "lilac"
-    spans = dict(speed=Span(.40, .55, "speed", (.20, .30)),
-                 sigma0=Span(.055, .065, "radius", (.069, .073)),
+    spans = dict(speed=Span(.40, .55, "speed", .20, .30),
+                 sigma0=Span(.055, .065, "radius", .069, .073),
                  diffusivity=Span(.0022, .0022),  # D, heights^2 / s
                  start=Span(.74, .80))
     phrases = ("{c} smoke rises and spreads", "a {s}puff of {c} smoke drifts up",
@@ -245,8 +247,8 @@ class Deformation(Phenomenon):
     """A plate presses a block of constant area: height = height0 - v t, width = area / height."""
     name = "deformation"
     cue = "green"
-    spans = dict(press_speed=Span(.15, .20, "speed", (.08, .11)),
-                 width0=Span(.18, .22, "radius", (.12, .15)),
+    spans = dict(press_speed=Span(.15, .20, "speed", .08, .11),
+                 width0=Span(.18, .22, "radius", .12, .15),
                  height0=Span(.40, .46))
     phrases = ("a plate presses a {s}{c} block", "a {s}{c} block is pressed flat",
                "a plate squeezes a {s}{c} block")
@@ -275,8 +277,8 @@ class Melting(Phenomenon):
     """
     name = "melting"
     cue = "pink"
-    spans = dict(melt_rate=Span(.035, .035, "speed", (.016, .022)),  # heights^2 / s
-                 side0=Span(.27, .30, "radius", (.32, .34)))
+    spans = dict(melt_rate=Span(.035, .035, "speed", .016, .022),  # heights^2 / s
+                 side0=Span(.27, .30, "radius", .32, .34))
     phrases = ("a {s}{c} block melts", "a {s}{c} block melts into a puddle",
                "a {s}frozen {c} block melts away")
     decoy_phrases = ("a frozen {c} block", "a solid {c} block")
@@ -307,8 +309,8 @@ class Vaporization(Phenomenon):
     """A drop boils away on a hot plate by the d^2 law: diameter^2 = diameter0^2 - K t."""
     name = "vaporization"
     cue = "teal"
-    spans = dict(rate=Span(.055, .055, "speed", (.025, .035)),  # K, heights^2 / s
-                 diameter0=Span(.26, .30, "radius", (.32, .36)),
+    spans = dict(rate=Span(.055, .055, "speed", .025, .035),  # K, heights^2 / s
+                 diameter0=Span(.26, .30, "radius", .32, .36),
                  phase=Span(0, 1))
     phrases = ("a {s}{c} drop boils away", "a {s}{c} drop evaporates",
                "a {s}{c} drop shrinks on a hot plate")
@@ -338,8 +340,8 @@ class Combustion(Phenomenon):
     """A candle burns down: height = height0 - burn_rate t. The mask: flame and top of the wax."""
     name = "combustion"
     cue = "coral"
-    spans = dict(burn_rate=Span(.25, .25, "speed", (.12, .16)),
-                 width=Span(.15, .20, "radius", (.24, .28)),
+    spans = dict(burn_rate=Span(.25, .25, "speed", .12, .16),
+                 width=Span(.15, .20, "radius", .24, .28),
                  height0=Span(.46, .56),
                  phase=Span(0, 1))
     phrases = ("a {s}{c} candle burns down", "a {s}{c} candle is burning",
@@ -376,8 +378,8 @@ class Explosion(Phenomenon):
     """A blast wave in two dimensions slows down (Sedov): radius^2 = radius0^2 + c t."""
     name = "explosion"
     cue = "brown"
-    spans = dict(blast=Span(.044, .044, "speed", (.020, .028)),  # c, heights^2 / s
-                 radius0=Span(.06, .08, "radius", (.09, .105)),
+    spans = dict(blast=Span(.044, .044, "speed", .020, .028),  # c, heights^2 / s
+                 radius0=Span(.06, .08, "radius", .09, .105),
                  height=Span(.40, .60))
     phrases = ("a {s}{c} firework explodes", "a {s}{c} blast expands", "a {c} blast wave spreads")
     decoy_phrases = ("an unlit {c} firework", "a still {c} firework")
@@ -437,8 +439,8 @@ class Reflection(Beam):
     """A beam sweeps over an upright mirror: it leaves at the angle at which it comes."""
     name = "reflection"
     cue = "lime"
-    spans = dict(omega=Span(.55, .75, "speed", (.28, .40)),  # radians / s
-                 thickness=Span(.085, .105, "radius", (.12, .13)),
+    spans = dict(omega=Span(.55, .75, "speed", .28, .40),  # radians / s
+                 thickness=Span(.085, .105, "radius", .12, .13),
                  middle=Span(.70, .85))
     phrases = ("a {c} beam sweeps over a mirror", "a mirror reflects a moving {c} beam",
                "a {c} laser is reflected by a mirror")
@@ -465,8 +467,8 @@ class Refraction(Beam):
     """A beam enters water: sin(angle_in) = n sin(angle_out)."""
     name = "refraction"
     cue = "purple"
-    spans = dict(omega=Span(.45, .60, "speed", (.22, .32)),
-                 thickness=Span(.08, .10, "radius", (.11, .115)),
+    spans = dict(omega=Span(.45, .60, "speed", .22, .32),
+                 thickness=Span(.08, .10, "radius", .11, .115),
                  middle=Span(.42, .47),
                  refractive_index=Span(1.33, 1.33))  # n
     phrases = ("a {c} beam bends in water", "water refracts a moving {c} beam",
