@@ -138,9 +138,9 @@ def attention_maps(backbone, x_t, time, text, length) -> torch.Tensor:
 
 
 @torch.no_grad()
-def observe(loaded, first, clips, t, seed, ood, precision, batch):
-    """What the network shows of the phenomena in `clips` clips of the world from index `first` on,
-    all with a decoy, noised to t.
+def observe(loaded, indices, t, seed, ood, precision, batch):
+    """What the network shows of the phenomena in the world's clips of these indices (a range), all
+    with a decoy, noised to t.
 
     Yields for each phenomenon its Occurrence; its map P'_r (N,), None where there is no branch; and
     the attention (layers, 2, heads, N) of each video token to its words.
@@ -149,16 +149,16 @@ def observe(loaded, first, clips, t, seed, ood, precision, batch):
     device = next(model.parameters()).device
     branch = isinstance(model, ProPhy)
     drawing = world.drawing(cfg, decoys=1., ood=ood)
-    for start in range(first, first + clips, batch):
-        indices = range(start, min(start + batch, first + clips))
-        made = [world.make_clip(cfg.world_seed, i, **drawing) for i in indices]
+    for start in range(0, len(indices), batch):
+        some = indices[start:start + batch]
+        made = [world.make_clip(cfg.world_seed, i, **drawing) for i in some]
 
         # Captions and noised clips as tensors.
         text, length = tokenizer.encode_all([clip.caption for clip in made], cfg.text_len)
         text = text.to(device)  # (B, L)
         length = length.to(device)
         x = pixels(np.stack([clip.video for clip in made]))  # (B, 3, F, H, W)
-        eps = process.draw(seed, indices, x.shape[1:])[1]
+        eps = process.draw(seed, some, x.shape[1:])[1]
         now = torch.full((len(made),), t)
         x_t = process.noise(x, now, eps).to(device)
         time = process.model_time(now).to(device)
@@ -201,8 +201,8 @@ def localisation_table(loaded, batch, clips, seed, ood, precision) -> dict:
     heads = {}
     for t in tqdm(LEVELS, desc="localisation", unit="noise level", leave=False):
         how = t, seed, ood, precision, batch
-        head = best_head(observe(loaded, SELECTED, max(clips // 2, 1), *how))
-        seen = list(observe(loaded, SCORED, clips, *how))
+        head = best_head(observe(loaded, range(SELECTED, SELECTED + max(clips // 2, 1)), *how))
+        seen = list(observe(loaded, range(SCORED, SCORED + clips), *how))
         scored = [shown for shown in seen if shown[0].scorable]
         if head is None or not scored:
             raise UserError(f"No phenomenon of {clips} clips can be scored on {cfg.grid} tokens: "

@@ -28,13 +28,13 @@ def over_runs(tables) -> dict:
 
 
 # --- Markdown -----------------------------------------------------------------------------------
-def markdown(rows, corner: str = "") -> str:
+def markdown(rows) -> str:
     """{row: {column: value}} as a Markdown table that is also straight in a terminal.
 
-    value: a number, (mean, deviation), text, or None for an empty cell. corner: heads the rows.
+    value: a number, (mean, deviation), text, or None for an empty cell.
     """
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = [[corner, *columns]]
+    lines = [["", *columns]]
     for name, row in rows.items():
         lines.append([name, *(_cell(row.get(column)) for column in columns)])
     widths = [max(map(len, texts)) for texts in zip(*lines)]

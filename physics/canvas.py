@@ -124,35 +124,38 @@ class Cell:
 
     # --- shapes: each returns a coverage (F or 1, h, w)
     def disc(self, x, y, radius):
-        dx = self.x - per_frame(x)
-        dy = self.y - per_frame(y)
-        return self._inside(dx, dy, per_frame(radius))
+        return self._inside(*self._from(x, y), radius)
 
     def box(self, width, top, bottom, x=0):
         """The exact coverage of an upright box around x: areas in the picture are the true areas."""
+        half = np.float32(.5 / self.scale)
+
         def overlap(pixels, low, high):
             """The share of each pixel's side that lies between low and high."""
             first = np.maximum(pixels - half, per_frame(low))
             last = np.minimum(pixels + half, per_frame(high))
             return np.maximum((last - first) * self.scale, 0)
-        half = np.float32(.5 / self.scale)
+
         return overlap(self.x, x - width / 2, x + width / 2) * overlap(self.y, top, bottom)
 
     def beam(self, start, end, thickness):
         """A straight bar with round ends, from x, y to x, y."""
-        x0, y0 = map(per_frame, start)
-        x1, y1 = map(per_frame, end)
-        px, py = self.x - x0, self.y - y0  # from the beam's start to the pixel
-        dx, dy = x1 - x0, y1 - y0  # from its start to its end
+        px, py = self._from(*start)  # from the beam's start to the pixel
+        dx, dy = (per_frame(b) - per_frame(a) for a, b in zip(start, end))  # to its end
         # The nearest point of the beam's axis: 0 is the start, 1 the end.
         nearest = np.clip((px * dx + py * dy) / (dx * dx + dy * dy), 0, 1)
-        return self._inside(px - nearest * dx, py - nearest * dy, per_frame(thickness) / 2)
+        return self._inside(px - nearest * dx, py - nearest * dy, thickness / 2)
 
     def blob(self, x, y, sigma):
         """A Gaussian of peak 1."""
+        dx, dy = self._from(x, y)
         k = .5 / per_frame(sigma) ** 2
-        return np.exp(-(self.x - per_frame(x)) ** 2 * k) * np.exp(-(self.y - per_frame(y)) ** 2 * k)
+        return np.exp(-dx ** 2 * k) * np.exp(-dy ** 2 * k)
+
+    def _from(self, x, y):
+        """How far each pixel lies from (x, y), to the right and down."""
+        return self.x - per_frame(x), self.y - per_frame(y)
 
     def _inside(self, dx, dy, reach):
         """1 where (dx, dy) is shorter than `reach`, 0 where it is longer, with a soft edge."""
-        return np.clip(.5 - (np.sqrt(dx * dx + dy * dy) - reach) * self.scale, 0, 1)
+        return np.clip(.5 - (np.sqrt(dx * dx + dy * dy) - per_frame(reach)) * self.scale, 0, 1)

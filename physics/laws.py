@@ -67,7 +67,8 @@ class CellView:
         return abs(value / self.constant(name) - 1)
 
     def beyond(self, value, name):
-        """How far a value lies outside the parameter's range, relative to the smaller end: 1 for 0."""
+        """How far a value lies outside the parameter's range, relative to its smaller end: 1 for a
+        value of 0."""
         span = self.spans[name]
         return max(span.low - value, value - span.high, 0) / span.low
 
