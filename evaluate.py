@@ -22,7 +22,7 @@ import json
 import math
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -50,14 +50,14 @@ LEVELS = (.7, .5, .2)  # noise at which the maps are scored
 
 
 # --- the table of laws --------------------------------------------------------------------------
-def law_table(loaded, batch, n, seed, steps, guidance, precision) -> dict:
-    """{"rows": {row: law_errors}} over n clips a law: first what bounds the figures, then what the
-    model makes. loaded: as sample.load_run returns it."""
+def law_table(loaded, flags) -> dict:
+    """{"rows": {row: law_errors}} over flags.n clips a law: first what bounds the figures, then
+    what the model makes. loaded: as sample.load_run returns it."""
     cfg, model, process, tokenizer, _ = loaded
-    rng = stream(seed, "scored scenes")
+    rng = stream(flags.seed, "scored scenes")
     drawing = world.drawing(cfg, two=0, ood="")
     clips = [world.make_clip(JUDGED_SEED, 1000 * i + j, phenomenon=name, **drawing)
-             for i, name in enumerate(laws.LAWS) for j in range(n)]
+             for i, name in enumerate(laws.LAWS) for j in range(flags.n)]
     actors = [clip.actors[0] for clip in clips]
 
     # Clips that obey, and clips that cannot.
@@ -74,8 +74,9 @@ def law_table(loaded, batch, n, seed, steps, guidance, precision) -> dict:
         models["backbone alone"] = model.backbone
     prompts = [clip.caption for clip in clips]
     for name, one in models.items():
-        made, _ = sample.generate(one, process, tokenizer, cfg, prompts, seed=seed, steps=steps,
-                                  guidance=guidance, batch=batch, precision=precision)
+        made, _ = sample.generate(one, process, tokenizer, cfg, prompts, seed=flags.seed,
+                                  steps=flags.steps, guidance=flags.guidance, batch=flags.batch,
+                                  precision=flags.precision)
         rows[name] = laws.law_errors(made, actors)
     return {"rows": rows}
 
@@ -138,7 +139,7 @@ def attention_maps(backbone, x_t, time, text, length) -> torch.Tensor:
 
 
 @torch.no_grad()
-def observe(loaded, indices, t, seed, ood, precision, batch):
+def observe(loaded, flags, indices, t):
     """What the network shows of the phenomena in the world's clips of these indices (a range), all
     with a decoy, noised to t.
 
@@ -148,9 +149,9 @@ def observe(loaded, indices, t, seed, ood, precision, batch):
     cfg, model, process, tokenizer, _ = loaded
     device = next(model.parameters()).device
     branch = isinstance(model, ProPhy)
-    drawing = world.drawing(cfg, decoys=1., ood=ood)
-    for start in range(0, len(indices), batch):
-        some = indices[start:start + batch]
+    drawing = world.drawing(cfg, decoys=1., ood=flags.ood)
+    for start in range(0, len(indices), flags.batch):
+        some = indices[start:start + flags.batch]
         made = [world.make_clip(cfg.world_seed, i, **drawing) for i in some]
 
         # Captions and noised clips as tensors.
@@ -158,14 +159,14 @@ def observe(loaded, indices, t, seed, ood, precision, batch):
         text = text.to(device)  # (B, L)
         length = length.to(device)
         x = pixels(np.stack([clip.video for clip in made]))  # (B, 3, F, H, W)
-        eps = process.draw(seed, some, x.shape[1:])[1]
+        eps = process.draw(flags.seed, some, x.shape[1:])[1]
         now = torch.full((len(made),), t)
         x_t = process.noise(x, now, eps).to(device)
         time = process.model_time(now).to(device)
 
         # One pass through the network, and one through the backbone alone for its attention.
         backbone = model
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=flags.precision == "bf16"):
             if branch:
                 backbone = model.backbone
                 lift = model(x_t, time, text, length)[1].refinement_lift  # (B, N, E_cat)
@@ -183,7 +184,7 @@ def best_head(observations) -> tuple | None:
     return np.unravel_index(np.mean(aucs, 0).argmax(), aucs[0].shape) if aucs else None
 
 
-def localisation_table(loaded, batch, clips, seed, ood, precision) -> dict:
+def localisation_table(loaded, flags) -> dict:
     """{"rows": {row: {noise level: mean AUC over phenomena}}, and how many were scored and skipped,
     which heads}.
 
@@ -200,12 +201,12 @@ def localisation_table(loaded, batch, clips, seed, ood, precision) -> dict:
     rows = {}
     heads = {}
     for t in tqdm(LEVELS, desc="localisation", unit="noise level", leave=False):
-        how = t, seed, ood, precision, batch
-        head = best_head(observe(loaded, range(SELECTED, SELECTED + max(clips // 2, 1)), *how))
-        seen = list(observe(loaded, range(SCORED, SCORED + clips), *how))
+        others = range(SELECTED, SELECTED + max(flags.clips // 2, 1))
+        head = best_head(observe(loaded, flags, others, t))
+        seen = list(observe(loaded, flags, range(SCORED, SCORED + flags.clips), t))
         scored = [shown for shown in seen if shown[0].scorable]
         if head is None or not scored:
-            raise UserError(f"No phenomenon of {clips} clips can be scored on {cfg.grid} tokens: "
+            raise UserError(f"No phenomenon of {flags.clips} clips can be scored on {cfg.grid} tokens: "
                             "raise --clips.")
 
         aucs = {}
@@ -228,6 +229,10 @@ def localisation_table(loaded, batch, clips, seed, ood, precision) -> dict:
 
 
 PARTS = {"laws": law_table, "localisation": localisation_table}
+SETTINGS = {  # the flags that a table depends on
+    "laws": ("n", "seed", "steps", "guidance", "precision"),
+    "localisation": ("clips", "seed", "ood", "precision"),
+}
 
 
 # --- one run ------------------------------------------------------------------------------------
@@ -273,16 +278,14 @@ def check_run(run, cfg, process, parts, steps) -> None:
         raise UserError(f"--steps {steps}: {e}") from None
 
 
-def settings_of(flags, cfg, device, steps) -> dict:
-    """{part: the arguments of its table}, with what a flag leaves open taken from the run."""
+def with_defaults(flags, cfg, device):
+    """The flags, with what they leave open taken from the run."""
     precision = flags.precision
     if precision == "auto":
         as_trained = device == cfg.device and cfg.precision == "bf16"
         precision = "bf16" if device == "cuda" or as_trained else "fp32"
-    return {"laws": dict(n=flags.n, seed=flags.seed, steps=steps,
-                         guidance=flags.guidance or cfg.guidance, precision=precision),
-            "localisation": dict(clips=flags.clips, seed=flags.seed, ood=flags.ood or cfg.ood,
-                                 precision=precision)}
+    return replace(flags, steps=flags.steps or cfg.preview_steps, ood=flags.ood or cfg.ood,
+                   guidance=flags.guidance or cfg.guidance, precision=precision)
 
 
 def version_of(run, checkpoint, step) -> dict:
@@ -308,20 +311,18 @@ def evaluate_run(run, flags) -> dict:
     device = pick_device(flags.device)
     loaded = cfg, _, process, _, info = sample.load_run(run, flags.checkpoint, device)
     parts = [flags.only] if flags.only else list(PARTS)
-    steps = flags.steps or cfg.preview_steps
-    check_run(run, cfg, process, parts, steps)
-    settings = settings_of(flags, cfg, device, steps)
+    flags = with_defaults(flags, cfg, device)
+    check_run(run, cfg, process, parts, flags.steps)
     version = version_of(run, flags.checkpoint, info["step"])
 
     path = Path(run) / "evaluation.json"
     stored = read_stored(path)
     for part in parts:
-        made_with = settings[part] | version
+        made_with = {name: getattr(flags, name) for name in SETTINGS[part]} | version
         if stored.get(part, {}).get("settings") == made_with:
             print(f"{run}: {part} as {path.name} has them.")
             continue
-        table = PARTS[part](loaded, flags.batch, **settings[part])
-        stored[part] = {"settings": made_with, **table}
+        stored[part] = {"settings": made_with, **PARTS[part](loaded, flags)}
         try:
             write_text(path, json.dumps(stored, indent=2))
         except OSError as e:
