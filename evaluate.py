@@ -128,10 +128,9 @@ def attention_maps(backbone, x_t, time, text, length) -> torch.Tensor:
     share of its attention to the caption's real words."""
     tokens, condition = backbone.embed(x_t, time, text, length)
     real = torch.arange(text.shape[1], device=text.device) < length[:, None]  # (B, L)
-    maps = []
+    maps = []  # (B, 2, heads, N, L) each
     for block in backbone.blocks:
-        plain = block.attention_map(tokens, condition).float()  # (B, heads, N, L)
-        plain = plain * real[:, None, None]
+        plain = block.attention_map(tokens, condition).float() * real[:, None, None]
         share = plain / plain.sum(-1, keepdim=True).clamp(min=1e-9)
         maps.append(torch.stack([plain, share], 1))
         tokens = block(tokens, condition)

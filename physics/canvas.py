@@ -127,14 +127,14 @@ class Cell:
         return self._inside(*self._from(x, y), radius)
 
     def box(self, width, top, bottom, x=0):
-        """The exact coverage of an upright box around x: areas in the picture are the true areas."""
+        """The exact coverage of an upright box around x: areas in the picture are true areas."""
         half = np.float32(.5 / self.scale)
 
         def overlap(pixels, low, high):
             """The share of each pixel's side that lies between low and high."""
-            first = np.maximum(pixels - half, per_frame(low))
-            last = np.minimum(pixels + half, per_frame(high))
-            return np.maximum((last - first) * self.scale, 0)
+            edges = pixels - half, pixels + half
+            inside = np.clip(per_frame(high), *edges) - np.clip(per_frame(low), *edges)
+            return inside * self.scale
 
         return overlap(self.x, x - width / 2, x + width / 2) * overlap(self.y, top, bottom)
 

@@ -43,8 +43,7 @@ class CellView:
     def __init__(self, frames, actor):
         """frames: uint8 (F, H, W, 3). actor: a world.Actor, or whatever has these four fields."""
         one = PHENOMENA[actor.phenomenon]
-        self.colour = actor.colour
-        self.colour2 = actor.colour2
+        self.actor = actor
         self.spans = one.spans
         self.room = Cell(actor.box, *frames.shape[1:3])  # as it is without the actor
         one.furniture(self.room)
@@ -94,7 +93,7 @@ class CellView:
 
     def weights(self, colour=""):
         """(F, h, w): how much of a pixel has the actor's colour, or this one."""
-        share, beside = self.colour_share(self.rgb, colour or self.colour)
+        share, beside = self.colour_share(self.rgb, colour or self.actor.colour)
         # A hue that is 22 degrees off counts fully, one that is 39 degrees off not at all.
         trusted = np.clip(2 - beside / (.4 * np.abs(share) + .04), 0, 1)
         return np.where(share > FAINT, np.clip(share, 0, 1), 0) * trusted
@@ -206,7 +205,7 @@ def collision(view):
     (1 + u' / u) / 2 with u = v - v2 before and u' after: 0 when they part as fast as they met, as
     elastic bodies do, 1/2 when they stick, 1 when they pass through each other.
     """
-    pucks = [view.weights(), view.weights(view.colour2)]
+    pucks = [view.weights(), view.weights(view.actor.colour2)]
     area = np.pi * view.smallest("radius") ** 2
     ok = usable_frames(*(view.is_found(w, area) for w in pucks))
     m, m2 = (np.median(view.area(w[ok])) for w in pucks)
@@ -260,7 +259,8 @@ def melting(view):
     across = np.abs(view.x)  # (1, w)
     t, w = view.find(view.smallest("side0") ** 2 - rate,
                      (across < block.tray / 2) & (view.y < FLOOR))
-    dark = view.colour_share(block.water(rgb_of(view.colour)), view.colour)[0].mean()
+    colour = view.actor.colour
+    dark = view.colour_share(block.water(rgb_of(colour)), colour)[0].mean()
 
     def height_in(columns):
         return w[:, :, columns[0]].mean(2).sum(1) * view.pixel
@@ -396,13 +396,14 @@ def law_errors(videos, actors) -> dict:
 
     A law goes by its detector's name. Laws without a clip are left out.
     """
-    errors = {}
+    errors = {name: [] for name in LAWS}
     found = []
     for frames, actor in zip(videos, actors, strict=True):
         error, there = law_error(frames, actor)
-        errors.setdefault(actor.phenomenon, []).append(error)
+        errors[actor.phenomenon].append(error)
         found.append(there)
-    means = {LAWS[name].__name__: float(np.mean(errors[name])) for name in LAWS if name in errors}
+    errors = {LAWS[name].__name__: some for name, some in errors.items() if some}
+    means = {law: float(np.mean(some)) for law, some in errors.items()}
     se = math.sqrt(sum(np.var(e) / len(e) for e in errors.values())) / len(errors)
     mean = float(np.mean(list(means.values())))
     return {"found": float(np.mean(found)), "all": mean, **means, "se": se}

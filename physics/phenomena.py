@@ -87,11 +87,15 @@ class RigidBodyMotion(Phenomenon):
     def derive(self, p, rng):
         p.vx *= rng.choice((-1, 1))
 
-    def states(self, p, t):
+    def fall(self, p, t):
+        """The height of the ball, and its speed downward."""
         since = t - p.apex_time
-        y = p.apex + p.gravity * since ** 2 / 2
+        return p.apex + p.gravity * since ** 2 / 2, p.gravity * since
+
+    def states(self, p, t):
+        y, v = self.fall(p, t)
         return SimpleNamespace(position=vectors(p.vx * (t - .5), y, t),
-                               velocity=vectors(p.vx, p.gravity * since, t))
+                               velocity=vectors(p.vx, v, t))
 
     def paint(self, cell, p, s, colour, colour2):
         cell.ball(*s.position.T, p.radius, colour)
@@ -113,7 +117,7 @@ class ElasticMotion(RigidBodyMotion):
     phrases = ("a {s}{c} ball bounces on the floor", "a {s}{c} ball falls and bounces",
                "a {s}{c} ball bounces back up")
 
-    def states(self, p, t):
+    def fall(self, p, t):
         g = p.gravity
         lowest = FLOOR - p.radius
         y = v = np.zeros_like(t)
@@ -125,8 +129,7 @@ class ElasticMotion(RigidBodyMotion):
             impact = (v0 ** 2 + 2 * g * (lowest - y0)) ** .5  # speed at the next contact
             start += (impact - v0) / g
             y0, v0 = lowest, -p.restitution * impact
-        return SimpleNamespace(position=vectors(p.vx * (t - .5), y, t),
-                               velocity=vectors(p.vx, v, t))
+        return y, v
 
 
 class Collision(Phenomenon):
