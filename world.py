@@ -196,10 +196,10 @@ def _add_actor(video, rng, name, side, pair, ood):
     frames, height, width, _ = video.shape
     p, size = _parameters(one, rng, ood)
     box = _cell_box(side, height, width)
-    cell = canvas.Cell(box, height, width)
+    cell = canvas.Cell(box, height, width, *(canvas.CUE_COLOURS[colour] for colour in pair))
     one.furniture(cell)
     s = one.states(p, np.arange(frames) / frames)
-    one.paint(cell, p, s, *(canvas.CUE_COLOURS[colour] for colour in pair))
+    one.paint(cell, p, s)
     video[cell.place] = _to_bytes(cell.rgb)
     mask = np.zeros((frames, height, width), bool)
     mask[cell.place] = cell.mask
@@ -218,10 +218,10 @@ def _add_decoy(video, rng, side, colour, like):
     two actors, the decoy is a small ball in front of them.
     """
     height, width = video.shape[1:3]
-    cell = canvas.Cell(_cell_box(side, height, width), height, width)
+    cell = canvas.Cell(_cell_box(side, height, width), height, width, canvas.COLOURS[colour])
     if side == "middle":
         coverage = cell.disc(0, .95, .045)[0, ..., None]  # below everything that moves
-        rgb = np.array(canvas.COLOURS[colour]) * 255
+        rgb = np.array(cell.colour) * 255
         part = video[cell.place]
         part[:] = part + coverage * (rgb - part) + .5
         return f"a still {colour} ball"
@@ -230,7 +230,7 @@ def _add_decoy(video, rng, side, colour, like):
     one = PHENOMENA[name]
     variant = int(rng.integers(len(one.decoy_phrases)))
     one.furniture(cell)
-    one.decoy(cell, _parameters(one, rng, "")[0], canvas.COLOURS[colour], variant)
+    one.decoy(cell, _parameters(one, rng, "")[0], variant)
     video[cell.place] = _to_bytes(cell.rgb)
     return one.decoy_phrases[variant].format(c=colour)
 
@@ -257,14 +257,15 @@ def _caption(rng, phrases, sides, decoy):
 
 
 # --- the command --------------------------------------------------------------------------------
-def preview(seed=0, size=64, frames=24, colour_cues=False, ood="", columns=3):
+def preview(flags):
     """Every phenomenon: its clip, the clip with the mask tinted over it, and its caption.
     uint8 (F, H', W', 3)."""
     tiles = []
-    scale = max(128 // max(size, 1), 1)
-    for i, name in enumerate(_phenomena_with(ood) or PHENOMENA):
-        clip = make_clip(seed, i, frames=frames, height=size, width=size, decoys=1,
-                         colour_cues=colour_cues, ood=ood, phenomenon=name)
+    columns = 3
+    scale = max(128 // max(flags.size, 1), 1)
+    for i, name in enumerate(_phenomena_with(flags.ood) or PHENOMENA):
+        clip = make_clip(flags.seed, i, frames=flags.frames, height=flags.size, width=flags.size,
+                         decoys=1, colour_cues=flags.colour_cues, ood=flags.ood, phenomenon=name)
         pair = [clip.video, tint(clip.video, clip.actors[0].mask)]
         gap = ((0, 0), (4, 0), (4, 0), (0, 0))
         tile = np.concatenate([np.pad(enlarge(video, scale), gap) for video in pair], 2)
@@ -295,8 +296,8 @@ def main(argv) -> None:
     flags = config.parse_flags(Flags, argv, "The physics world: look at it, or time its drawing.")
     try:
         if flags.preview:
-            pictures = preview(flags.seed, flags.size, flags.frames, flags.colour_cues, flags.ood)
-            save_gif(flags.preview, pictures, fps=flags.frames / 2)  # half as fast as it happens
+            # Half as fast as it happens.
+            save_gif(flags.preview, preview(flags), fps=flags.frames / 2)
             print(f"wrote {flags.preview}")
         if flags.benchmark:
             start = time.process_time()

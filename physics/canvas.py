@@ -76,8 +76,11 @@ class Cell:
     frame. `actor=True` adds a shape to the mask of where the phenomenon happens.
     """
 
-    def __init__(self, box, height, width):
-        """box: x0, y0, x1, y1 in canvas units, in a picture of height x width pixels."""
+    def __init__(self, box, height, width, colour=WHITE, colour2=WHITE):
+        """box: x0, y0, x1, y1 in canvas units, in a picture of height x width pixels.
+        colour, colour2: rgb of the actor and of a second body."""
+        self.colour = colour
+        self.colour2 = colour2
         self.scale = min(height, width)  # pixels per canvas unit
         self.x0 = (box[0] + box[2]) / 2  # canvas place of the cell's origin
         self.y0 = box[1]
@@ -107,14 +110,14 @@ class Cell:
         """An upright box around x."""
         self.paint(self.box(width, top, bottom, x), colour, actor)
 
-    def ball(self, x, y, radius, colour):
+    def ball(self, x, y, radius, colour=None):
         """A disc with a small highlight. It is an actor."""
-        self.paint(self.disc(x, y, radius), colour, actor=True)
+        self.paint(self.disc(x, y, radius), colour or self.colour, actor=True)
         self.paint(.45 * self.disc(x - .35 * radius, y - .35 * radius, .3 * radius), WHITE)
 
-    def laser(self, start, end, thickness, colour):
+    def laser(self, start, end, thickness):
         """A beam with a bright heart. It is an actor."""
-        self.paint(self.beam(start, end, thickness), colour, actor=True)
+        self.paint(self.beam(start, end, thickness), self.colour, actor=True)
         self.paint(.4 * self.beam(start, end, thickness * .3), WHITE)
 
     def vessel(self, width, wall, top, bottom, colour):

@@ -62,10 +62,10 @@ class Phenomenon:
     def furniture(self, cell):
         """Draw what stands behind actors and decoys, and in front of which laws are measured."""
 
-    def paint(self, cell, p, s, colour, colour2):
-        """Draw the states `s` and mark the actor. colour, colour2: rgb of it and a second body."""
+    def paint(self, cell, p, s):
+        """Draw the states `s` and mark the actor, in cell.colour."""
 
-    def decoy(self, cell, p, colour, variant):
+    def decoy(self, cell, p, variant):
         """Draw a still object that looks like the actor and fits decoy_phrases[variant]. Nobody
         reads its mask."""
 
@@ -97,11 +97,11 @@ class RigidBodyMotion(Phenomenon):
         return SimpleNamespace(position=vectors(p.vx * (t - .5), y, t),
                                velocity=vectors(p.vx, v, t))
 
-    def paint(self, cell, p, s, colour, colour2):
-        cell.ball(*s.position.T, p.radius, colour)
+    def paint(self, cell, p, s):
+        cell.ball(*s.position.T, p.radius)
 
-    def decoy(self, cell, p, colour, variant):
-        cell.ball(.5 * p.vx, FLOOR - p.radius, p.radius, colour)
+    def decoy(self, cell, p, variant):
+        cell.ball(.5 * p.vx, FLOOR - p.radius, p.radius)
 
 
 class ElasticMotion(RigidBodyMotion):
@@ -184,12 +184,12 @@ class Collision(Phenomenon):
     def furniture(self, cell):
         cell.block(.42, *self.table, PANEL)
 
-    def paint(self, cell, p, s, colour, colour2):
-        cell.ball(*s.position.T, p.radius, colour)
-        cell.ball(*s.position2.T, p.radius2, colour2)
+    def paint(self, cell, p, s):
+        cell.ball(*s.position.T, p.radius)
+        cell.ball(*s.position2.T, p.radius2, cell.colour2)
 
-    def decoy(self, cell, p, colour, variant):
-        cell.ball(0, p.contact, p.radius, colour)
+    def decoy(self, cell, p, variant):
+        cell.ball(0, p.contact, p.radius)
 
 
 class LiquidMotion(Phenomenon):
@@ -208,17 +208,17 @@ class LiquidMotion(Phenomenon):
         level = p.level0 + p.flux * t / p.width
         return SimpleNamespace(level=level, area=level * p.width)
 
-    def paint(self, cell, p, s, colour, colour2):
+    def paint(self, cell, p, s):
         surface = self.bottom - s.level
         cell.vessel(p.width, self.wall, self.top, self.bottom, GLASS)
-        cell.block(.09, 0, surface, colour, actor=True, x=-.07)  # the stream
-        cell.block(p.width, surface, self.bottom, colour, actor=True)
+        cell.block(.09, 0, surface, cell.colour, actor=True, x=-.07)  # the stream
+        cell.block(p.width, surface, self.bottom, cell.colour, actor=True)
         cell.paint(.3 * cell.box(p.width, surface, surface + .03), WHITE)
 
-    def decoy(self, cell, p, colour, variant):
-        cell.vessel(p.width, self.wall, self.top, self.bottom, colour if variant else GLASS)
+    def decoy(self, cell, p, variant):
+        cell.vessel(p.width, self.wall, self.top, self.bottom, cell.colour if variant else GLASS)
         if not variant:
-            cell.block(p.width, self.bottom - 3 * p.level0, self.bottom, colour)
+            cell.block(p.width, self.bottom - 3 * p.level0, self.bottom, cell.colour)
 
 
 class GasMotion(Phenomenon):
@@ -238,12 +238,12 @@ class GasMotion(Phenomenon):
         return SimpleNamespace(position=vectors(0, p.start - p.speed * t, t),
                                sigma=sigma, peak=(p.sigma0 / sigma) ** 2)
 
-    def paint(self, cell, p, s, colour, colour2):
+    def paint(self, cell, p, s):
         puff = cell.blob(*s.position.T, s.sigma)
-        cell.paint(per_frame(s.peak) * puff, colour, actor=True)
+        cell.paint(per_frame(s.peak) * puff, cell.colour, actor=True)
 
-    def decoy(self, cell, p, colour, variant):
-        cell.paint(.85 * cell.blob(0, .5, 1.2 * p.sigma0), colour)
+    def decoy(self, cell, p, variant):
+        cell.paint(.85 * cell.blob(0, .5, 1.2 * p.sigma0), cell.colour)
 
 
 class Deformation(Phenomenon):
@@ -262,14 +262,14 @@ class Deformation(Phenomenon):
         width = p.width0 * p.height0 / height
         return SimpleNamespace(height=height, width=width, area=height * width)
 
-    def paint(self, cell, p, s, colour, colour2):
+    def paint(self, cell, p, s):
         top = FLOOR - s.height
-        cell.block(s.width, top, FLOOR, colour, actor=True)
+        cell.block(s.width, top, FLOOR, cell.colour, actor=True)
         cell.block(.08, 0, top - .06, COLD)  # the rod that pushes
         cell.block(.47, top - .07, top, STEEL, actor=True)  # the plate
 
-    def decoy(self, cell, p, colour, variant):
-        cell.block(p.width0, FLOOR - p.height0, FLOOR, colour)
+    def decoy(self, cell, p, variant):
+        cell.block(p.width0, FLOOR - p.height0, FLOOR, cell.colour)
 
 
 # --- heat ---------------------------------------------------------------------------------------
@@ -300,12 +300,12 @@ class Melting(Phenomenon):
         """The puddle is darker than the block. colour: rgb in 0..1, of any shape."""
         return .5 * np.asarray(colour) + .04
 
-    def paint(self, cell, p, s, colour, colour2):
-        cell.block(self.tray, FLOOR - s.level, FLOOR, self.water(colour), actor=True)
-        cell.block(s.side, FLOOR - s.side, FLOOR, colour, actor=True)
+    def paint(self, cell, p, s):
+        cell.block(self.tray, FLOOR - s.level, FLOOR, self.water(cell.colour), actor=True)
+        cell.block(s.side, FLOOR - s.side, FLOOR, cell.colour, actor=True)
 
-    def decoy(self, cell, p, colour, variant):
-        cell.block(p.side0, FLOOR - p.side0, FLOOR, colour)
+    def decoy(self, cell, p, variant):
+        cell.block(p.side0, FLOOR - p.side0, FLOOR, cell.colour)
 
 
 class Vaporization(Phenomenon):
@@ -324,19 +324,19 @@ class Vaporization(Phenomenon):
         return SimpleNamespace(diameter=np.sqrt(p.diameter0 ** 2 - p.rate * t),
                                vapour=(t + p.phase) % 1)
 
-    def paint(self, cell, p, s, colour, colour2):
+    def paint(self, cell, p, s):
         cell.block(.46, self.plate, FLOOR, HOT)
         for x, lag in ((-.07, 0), (.07, .5)):  # two wisps of vapour
             way = (s.vapour + lag) % 1
             strength = per_frame(.3 * np.sin(np.pi * way))  # zero where a wisp begins and ends
             cell.paint(strength * cell.blob(x, .5 - .3 * way, .045), VAPOUR, actor=True)
         radius = s.diameter / 2
-        cell.ball(0, self.plate - radius, radius, colour)
+        cell.ball(0, self.plate - radius, radius)
 
-    def decoy(self, cell, p, colour, variant):
+    def decoy(self, cell, p, variant):
         radius = p.diameter0 / 2
         cell.block(.46, self.plate, FLOOR, COLD)
-        cell.ball(0, self.plate - radius, radius, colour)
+        cell.ball(0, self.plate - radius, radius)
 
 
 class Combustion(Phenomenon):
@@ -357,13 +357,13 @@ class Combustion(Phenomenon):
         return SimpleNamespace(height=height, position=vectors(0, FLOOR - height, t),
                                flicker=flicker)
 
-    def candle(self, cell, width, top, colour):
-        cell.block(width, top, FLOOR, colour)
+    def candle(self, cell, width, top):
+        cell.block(width, top, FLOOR, cell.colour)
         cell.block(.024, top - .04, top, STEEL)  # the wick
 
-    def paint(self, cell, p, s, colour, colour2):
+    def paint(self, cell, p, s):
         top = FLOOR - s.height
-        self.candle(cell, p.width, top, colour)
+        self.candle(cell, p.width, top)
         sway = .02 * s.flicker
         cell.paint(.45 * cell.blob(sway / 2, top - .08, .08), FLAME, actor=True)  # the glow
         # A tongue of three discs, which leans and stretches with the flicker.
@@ -373,8 +373,8 @@ class Combustion(Phenomenon):
         cell.paint(.9 * cell.disc(sway / 4, top - .06, .038), CORE)
         cell.mark(cell.box(p.width, top, top + .06))
 
-    def decoy(self, cell, p, colour, variant):
-        self.candle(cell, p.width, FLOOR - p.height0, colour)
+    def decoy(self, cell, p, variant):
+        self.candle(cell, p.width, FLOOR - p.height0)
 
 
 class Explosion(Phenomenon):
@@ -391,19 +391,19 @@ class Explosion(Phenomenon):
         radius = np.sqrt(p.radius0 ** 2 + p.blast * t)
         return SimpleNamespace(position=vectors(0, p.height, t), radius=radius, fading=1 - .35 * t)
 
-    def paint(self, cell, p, s, colour, colour2):
+    def paint(self, cell, p, s):
         fading = per_frame(s.fading)
         whole = cell.disc(0, p.height, s.radius)
         # Of the ring, which is brighter.
         inside = cell.disc(0, p.height, np.maximum(s.radius - .07, 0))
-        cell.paint(fading * (whole - .65 * inside), colour)
+        cell.paint(fading * (whole - .65 * inside), cell.colour)
         cell.paint(fading ** 2 * .8 * cell.blob(0, p.height, .35 * s.radius), CORE)
         cell.mark(whole)
 
-    def decoy(self, cell, p, colour, variant):
+    def decoy(self, cell, p, variant):
         radius = 1.4 * p.radius0
         top = p.height - radius
-        cell.ball(0, p.height, radius, colour)
+        cell.ball(0, p.height, radius)
         cell.block(.03, top - .06, top, STEEL)  # the fuse
 
 
@@ -428,14 +428,14 @@ class Beam(Phenomenon):
     def ends(self, s):
         """x and y of the beam's first point, at the lamp, and of its last one."""
 
-    def paint(self, cell, p, s, colour, colour2):
+    def paint(self, cell, p, s):
         lamp, last = self.ends(s)
-        cell.laser(self.hit, lamp, p.thickness, colour)
-        cell.laser(self.hit, last, p.thickness, colour)
+        cell.laser(self.hit, lamp, p.thickness)
+        cell.laser(self.hit, last, p.thickness)
         cell.paint(cell.disc(*lamp, .05), STEEL, actor=True)
 
-    def decoy(self, cell, p, colour, variant):
-        self.paint(cell, p, self.states(p, np.array([.5])), colour, None)
+    def decoy(self, cell, p, variant):
+        self.paint(cell, p, self.states(p, np.array([.5])))
 
 
 class Reflection(Beam):
@@ -459,8 +459,8 @@ class Reflection(Beam):
         return ((x - self.arm * np.cos(s.angle_in), y - self.arm * np.sin(s.angle_in)),
                 (x - self.arm * np.cos(s.angle_out), y + self.arm * np.sin(s.angle_out)))
 
-    def paint(self, cell, p, s, colour, colour2):
-        super().paint(cell, p, s, colour, colour2)
+    def paint(self, cell, p, s):
+        super().paint(cell, p, s)
         mirror = cell.box(.07, .07, .88, x=self.hit[0] + .035)
         cell.paint(mirror, GLASS)
         cell.mask = cell.mask & (mirror < .5)  # the mirror hides the beam's end
