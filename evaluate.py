@@ -205,8 +205,8 @@ def localisation_table(loaded, flags) -> dict:
         seen = list(observe(loaded, flags, range(SCORED, SCORED + flags.clips), t))
         scored = [shown for shown in seen if shown[0].scorable]
         if head is None or not scored:
-            raise UserError(f"No phenomenon of {flags.clips} clips can be scored on {cfg.grid} tokens: "
-                            "raise --clips.")
+            raise UserError(f"No phenomenon of {flags.clips} clips can be scored on {cfg.grid} "
+                            "tokens: raise --clips.")
 
         aucs = {}
         for one, refinement, attention in scored:

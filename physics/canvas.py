@@ -95,8 +95,12 @@ class Cell:
         self.mask = np.zeros((1, self.y.size, self.x.size), bool)  # (F or 1, h, w)
 
     # --- painting
-    def paint(self, coverage, colour, actor=False):
-        """Lay a colour over the cell. coverage: (F or 1, h, w) in 0..1."""
+    def paint(self, coverage, colour=None, actor=False):
+        """Lay a colour over the cell. Without one the shape is the actor, in the actor's colour.
+        coverage: (F or 1, h, w) in 0..1."""
+        if colour is None:
+            colour = self.colour
+            actor = True
         colour = np.reshape(colour, (3, 1, 1, 1)).astype(np.float32)
         self.rgb = self.rgb + coverage * (colour - self.rgb)
         if actor:
@@ -106,18 +110,18 @@ class Cell:
         """Add what is visible of a shape to the mask, without painting it."""
         self.mask = self.mask | (coverage > VISIBLE)
 
-    def block(self, width, top, bottom, colour, actor=False, x=0):
+    def block(self, width, top, bottom, colour=None, actor=False, x=0):
         """An upright box around x."""
         self.paint(self.box(width, top, bottom, x), colour, actor)
 
     def ball(self, x, y, radius, colour=None):
         """A disc with a small highlight. It is an actor."""
-        self.paint(self.disc(x, y, radius), colour or self.colour, actor=True)
+        self.paint(self.disc(x, y, radius), colour, actor=True)
         self.paint(.45 * self.disc(x - .35 * radius, y - .35 * radius, .3 * radius), WHITE)
 
     def laser(self, start, end, thickness):
         """A beam with a bright heart. It is an actor."""
-        self.paint(self.beam(start, end, thickness), self.colour, actor=True)
+        self.paint(self.beam(start, end, thickness))
         self.paint(.4 * self.beam(start, end, thickness * .3), WHITE)
 
     def vessel(self, width, wall, top, bottom, colour):

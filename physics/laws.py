@@ -18,7 +18,7 @@ import math
 import numpy as np
 
 from physics.canvas import CUE_COLOURS, FLOOR, Cell
-from physics.phenomena import PHENOMENA, LiquidMotion, Reflection, Refraction, Vaporization
+from physics.phenomena import PHENOMENA
 
 
 FEWEST_FRAMES = 8  # a law needs that many to be measured
@@ -42,11 +42,10 @@ class CellView:
 
     def __init__(self, frames, actor):
         """frames: uint8 (F, H, W, 3). actor: a world.Actor, or whatever has these four fields."""
-        one = PHENOMENA[actor.phenomenon]
         self.actor = actor
-        self.spans = one.spans
+        self.phenomenon = PHENOMENA[actor.phenomenon]
         self.room = Cell(actor.box, *frames.shape[1:3])  # as it is without the actor
-        one.furniture(self.room)
+        self.phenomenon.furniture(self.room)
         self.t = np.arange(len(frames)) / len(frames)
         self.x = self.room.x[0]  # (1, w)
         self.y = self.room.y[0]  # (h, 1)
@@ -57,7 +56,7 @@ class CellView:
     # --- what the world knows
     def smallest(self, name):
         """The smallest value of a parameter."""
-        return self.spans[name].low
+        return self.phenomenon.spans[name].low
 
     constant = smallest  # a constant of nature has no other value
 
@@ -68,7 +67,7 @@ class CellView:
     def beyond(self, value, name):
         """How far a value lies outside the parameter's range, relative to its smaller end: 1 for a
         value of 0."""
-        span = self.spans[name]
+        span = self.phenomenon.spans[name]
         return max(span.low - value, value - span.high, 0) / span.low
 
     # --- what the pixels show
@@ -221,7 +220,7 @@ def liquid(view):
     """Filling glass: the coloured area right of the middle, where no stream falls, grows by
     flux / 2; k = flux."""
     t, w = view.find(view.smallest("level0") * view.smallest("width") / 2,
-                     (view.x > 0) & (view.y > LiquidMotion.top))
+                     (view.x > 0) & (view.y > view.phenomenon.top))
     slope, rest = line(t, view.area(w))
     return max(view.relative_error(2 * slope, "flux"), rest)
 
@@ -254,7 +253,7 @@ def melting(view):
     P = level x (tray - side), with the level from the outer columns and the side from the middle
     ones. B is the rest of the coloured area, in which the darker water weighs less.
     """
-    block = PHENOMENA["melting"]
+    block = view.phenomenon
     rate = view.constant("melt_rate")
     across = np.abs(view.x)  # (1, w)
     t, w = view.find(view.smallest("side0") ** 2 - rate,
@@ -277,7 +276,7 @@ def melting(view):
 def boiling(view):
     """Evaporating drop: diameter^2 = 4 area / pi falls by K (the d^2 law); k = K."""
     smallest = view.smallest("diameter0") ** 2 - view.constant("rate")  # diameter^2 at the end
-    t, w = view.find(np.pi / 4 * smallest, (view.y < Vaporization.plate) & (view.y > .5))
+    t, w = view.find(np.pi / 4 * smallest, (view.y < view.phenomenon.plate) & (view.y > .5))
     slope, rest = line(t, 4 / np.pi * view.area(w))
     return max(view.relative_error(-slope, "rate"), rest)
 
@@ -295,12 +294,13 @@ def pressing(view):
     return max(abs(minus_p + 1), view.beyond(-speed, "press_speed"), rest)
 
 
-def _beam_angles(view, hit, upright):
-    """Times, and the angles (F,) of the two halves of a beam that meet in `hit`, the one above and
-    the one below: counted from the upright direction, or else from the level one."""
+def _beam_angles(view, upright):
+    """Times, and the angles (F,) of a beam before and after the point where it is turned: counted
+    from the upright direction, or else from the level one."""
     w = view.weights()
-    dx = view.x - hit[0]
-    dy = view.y - hit[1]
+    x, y = view.phenomenon.hit
+    dx = view.x - x
+    dy = view.y - y
     r = np.hypot(dx, dy)
     beside, along = (dx, dy) if upright else (dy, dx)
     found = [view.is_found(w, .1 * .3)]
@@ -324,7 +324,7 @@ def _sweep_error(view, t, angle):
 def mirror(view):
     """Reflected beam: the error is mean |out - in| / mean in, and both angles sweep evenly at a
     speed in the world's range."""
-    t, angle_in, angle_out = _beam_angles(view, Reflection.hit, upright=False)
+    t, angle_in, angle_out = _beam_angles(view, upright=False)
     error = np.abs(angle_out - angle_in).mean() / angle_in.mean()
     return max(error, _sweep_error(view, t, angle_in), _sweep_error(view, t, angle_out))
 
@@ -333,7 +333,7 @@ def refraction(view):
     """Refracted beam: n = slope of sin(in) over sin(out) through zero. The error is |n^ - n| /
     (n - 1), and the angle in sweeps evenly at a speed in the world's range."""
     n = view.constant("refractive_index")
-    t, angle_in, angle_out = _beam_angles(view, Refraction.hit, upright=True)
+    t, angle_in, angle_out = _beam_angles(view, upright=True)
     (slope,), rest = fit((np.sin(angle_out),), np.sin(angle_in))
     return max(abs(slope - n) / (n - 1), rest, _sweep_error(view, t, angle_in))
 

@@ -63,7 +63,7 @@ class Phenomenon:
         """Draw what stands behind actors and decoys, and in front of which laws are measured."""
 
     def paint(self, cell, p, s):
-        """Draw the states `s` and mark the actor, in cell.colour."""
+        """Draw the states `s` and mark the actor."""
 
     def decoy(self, cell, p, variant):
         """Draw a still object that looks like the actor and fits decoy_phrases[variant]. Nobody
@@ -211,14 +211,14 @@ class LiquidMotion(Phenomenon):
     def paint(self, cell, p, s):
         surface = self.bottom - s.level
         cell.vessel(p.width, self.wall, self.top, self.bottom, GLASS)
-        cell.block(.09, 0, surface, cell.colour, actor=True, x=-.07)  # the stream
-        cell.block(p.width, surface, self.bottom, cell.colour, actor=True)
+        cell.block(.09, 0, surface, x=-.07)  # the stream
+        cell.block(p.width, surface, self.bottom)
         cell.paint(.3 * cell.box(p.width, surface, surface + .03), WHITE)
 
     def decoy(self, cell, p, variant):
         cell.vessel(p.width, self.wall, self.top, self.bottom, cell.colour if variant else GLASS)
         if not variant:
-            cell.block(p.width, self.bottom - 3 * p.level0, self.bottom, cell.colour)
+            cell.block(p.width, self.bottom - 3 * p.level0, self.bottom)
 
 
 class GasMotion(Phenomenon):
@@ -240,10 +240,10 @@ class GasMotion(Phenomenon):
 
     def paint(self, cell, p, s):
         puff = cell.blob(*s.position.T, s.sigma)
-        cell.paint(per_frame(s.peak) * puff, cell.colour, actor=True)
+        cell.paint(per_frame(s.peak) * puff)
 
     def decoy(self, cell, p, variant):
-        cell.paint(.85 * cell.blob(0, .5, 1.2 * p.sigma0), cell.colour)
+        cell.paint(.85 * cell.blob(0, .5, 1.2 * p.sigma0))
 
 
 class Deformation(Phenomenon):
@@ -264,12 +264,12 @@ class Deformation(Phenomenon):
 
     def paint(self, cell, p, s):
         top = FLOOR - s.height
-        cell.block(s.width, top, FLOOR, cell.colour, actor=True)
+        cell.block(s.width, top, FLOOR)
         cell.block(.08, 0, top - .06, COLD)  # the rod that pushes
         cell.block(.47, top - .07, top, STEEL, actor=True)  # the plate
 
     def decoy(self, cell, p, variant):
-        cell.block(p.width0, FLOOR - p.height0, FLOOR, cell.colour)
+        cell.block(p.width0, FLOOR - p.height0, FLOOR)
 
 
 # --- heat ---------------------------------------------------------------------------------------
@@ -302,10 +302,10 @@ class Melting(Phenomenon):
 
     def paint(self, cell, p, s):
         cell.block(self.tray, FLOOR - s.level, FLOOR, self.water(cell.colour), actor=True)
-        cell.block(s.side, FLOOR - s.side, FLOOR, cell.colour, actor=True)
+        cell.block(s.side, FLOOR - s.side, FLOOR)
 
     def decoy(self, cell, p, variant):
-        cell.block(p.side0, FLOOR - p.side0, FLOOR, cell.colour)
+        cell.block(p.side0, FLOOR - p.side0, FLOOR)
 
 
 class Vaporization(Phenomenon):
