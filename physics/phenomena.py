@@ -165,8 +165,9 @@ class Collision(Phenomenon):
         # The pucks touch at y = 0 first; then the middle of the whole motion moves to the table's.
         p.contact, p.contact2 = -p.radius, p.radius2
         y, y2, _, _ = self._motion(p, np.array([0., 1.]))
-        reach = [y - p.radius, y + p.radius, y2 - p.radius2, y2 + p.radius2]
-        shift = (sum(self.table) - np.min(reach) - np.max(reach)) / 2
+        highest = (y - p.radius).min()  # of the first puck, which is always above the second
+        lowest = (y2 + p.radius2).max()
+        shift = (sum(self.table) - highest - lowest) / 2
         p.contact += shift
         p.contact2 += shift
 
@@ -394,8 +395,7 @@ class Explosion(Phenomenon):
     def paint(self, cell, p, s):
         fading = per_frame(s.fading)
         whole = cell.disc(0, p.height, s.radius)
-        # Of the ring, which is brighter.
-        inside = cell.disc(0, p.height, np.maximum(s.radius - .07, 0))
+        inside = cell.disc(0, p.height, np.maximum(s.radius - .07, 0))  # of the brighter ring
         cell.paint(fading * (whole - .65 * inside), cell.colour)
         cell.paint(fading ** 2 * .8 * cell.blob(0, p.height, .35 * s.radius), CORE)
         cell.mark(whole)
