@@ -43,7 +43,7 @@ class CacheRow(NamedTuple):
     categories: list  # of all 29
 
 
-CACHE = Kind("cache.json", "encode.py", "clip", CacheRow)
+CACHE = Kind("cache.json", "encode.py", CacheRow)
 
 
 # --- writing ------------------------------------------------------------------------------------
