@@ -9,7 +9,6 @@ import dataclasses
 import errno
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
@@ -40,9 +39,11 @@ def pick_device(name: str) -> str:
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    if not there.get(name, name == "auto"):
+    if name == "auto":
+        return max(there, key=there.get)  # the first that is there
+    if not there.get(name):
         raise UserError(f"--device {name} is not available here.")
-    return next(d for d in there if there[d]) if name == "auto" else name
+    return name
 
 
 def pick_precision(name: str, device: str) -> str:
@@ -248,10 +249,11 @@ def same_architecture(source: str, theirs: Config, ours: Config, *marks: str) ->
             return None  # a Wan has no such layer
         return getattr(cfg, name)
 
-    for name in (name for mark in marks for name in config.marked(mark)):
-        if as_built(theirs, name) != as_built(ours, name):
-            raise UserError(f"{source} has --{name} {getattr(theirs, name)}, this run "
-                            f"{getattr(ours, name)}.")
+    for mark in marks:
+        for name in config.marked(mark):
+            if as_built(theirs, name) != as_built(ours, name):
+                raise UserError(f"{source} has --{name} {getattr(theirs, name)}, this run "
+                                f"{getattr(ours, name)}.")
 
 
 def averaged_base(cfg: Config, device: torch.device) -> dict[str, Tensor]:
@@ -293,8 +295,10 @@ class Log:
             write_text(path, "".join(line + "\n" for line in lines))
 
     def write(self, **values) -> None:
+        # What is not finite becomes null, because JSON has no NaN.
+        finite = json.loads(json.dumps(values), parse_constant=lambda name: None)
         with self.path.open("a") as f:
-            f.write(json.dumps(_tidy(values)) + "\n")
+            f.write(json.dumps(finite) + "\n")
 
 
 def by_noise(per_clip: Tensor, t: Tensor) -> list[float | None]:
@@ -312,15 +316,6 @@ def _before(line: str, step: int) -> bool:
         return entry["step"] < step or (entry["step"] == step > 0 and "held_out" in entry)
     except (ValueError, KeyError):  # the last line of a killed run may be half-written
         return False
-
-
-def _tidy(value):
-    """What is not finite becomes null, because JSON has no NaN."""
-    if isinstance(value, dict):
-        return {k: _tidy(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_tidy(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager
