@@ -24,6 +24,7 @@ import gc
 import math
 import sys
 import time
+import timeit
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import date
@@ -74,9 +75,7 @@ def in_turns(functions: dict[str, Callable], rounds: int) -> dict[str, float]:
     times = {name: [] for name in functions}
     for _ in tqdm(range(2 + rounds), desc=" against ".join(functions), leave=False):
         for name, function in functions.items():
-            start = clock()
-            function()
-            times[name].append(clock() - start)
+            times[name].append(timeit.timeit(function, timer=clock, number=1))
     # The first two calls compile and fill caches.
     return {name: float(np.median(seconds[2:])) for name, seconds in times.items()}
 
@@ -155,18 +154,16 @@ def training_step(cfg: Config, stage: str) -> tuple[Callable, list[float]]:
 
 def step_table(cfg: Config, rounds: int) -> None:
     """Print the training step of both stages, and how its time is spent."""
-    names = {"base": "base", "physics": "with branch"}
-    if cfg.freeze_backbone:
-        names["physics"] += ", backbone frozen"
-    steps = {stage: training_step(cfg, stage) for stage in names}
-    seconds = in_turns({stage: step for stage, (step, _) in steps.items()}, rounds)
+    with_branch = "with branch, backbone frozen" if cfg.freeze_backbone else "with branch"
+    steps = {"base": training_step(cfg, "base"), with_branch: training_step(cfg, "physics")}
+    seconds = in_turns({name: step for name, (step, _) in steps.items()}, rounds)
     print(f"\n`{cfg.config}`, batch {cfg.batch_size}, {cfg.precision}, compile {cfg.compile}\n")
     print(table_head(["training step", "ms", "clips/s", "noise", "forward", "losses, backward",
                       "optimizer, average"]))
-    for stage, (_, marks) in steps.items():
+    for name, (_, marks) in steps.items():
         parts = np.diff(np.reshape(marks, (-1, 5)))  # (steps, 4) seconds
-        shares = np.median(parts, axis=0) / seconds[stage]
-        say([names[stage], ms(seconds[stage]), f"{cfg.batch_size / seconds[stage]:.0f}",
+        shares = np.median(parts, axis=0) / seconds[name]
+        say([name, ms(seconds[name]), f"{cfg.batch_size / seconds[name]:.0f}",
              *(f"{share:.0%}" for share in shares)])
 
 
@@ -393,12 +390,7 @@ def matmul_peak(device: str) -> float:
     """FLOPs a second of a large square bf16 matrix product, best of 30."""
     n = 8192 if device == "cuda" else 1024
     a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
-    times = []
-    for _ in range(30):
-        start = clock()
-        a @ b
-        times.append(clock() - start)
-    return 2 * n**3 / min(times)
+    return 2 * n**3 / min(timeit.repeat(lambda: a @ b, timer=clock, number=1, repeat=30))
 
 
 def added_memory(run: Callable) -> float:

@@ -96,25 +96,22 @@ def open_or_build(path: Path, size: tuple[int, int, int], source, settings: dict
     """
     if pool := Pool.open(path, size):
         return pool
-    make_writable(path.parent)
-    with lock(path.parent) as locked:
-        for leftover in path.parent.glob(f"{path.name}.*") if locked else ():
+    place = path.parent
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        if not os.access(place, os.W_OK):
+            raise PermissionError(0, "it is not writable")
+    except OSError as e:
+        raise UserError(f"--pool_dir {place} cannot hold clips: {e.strerror}.") from None
+
+    with lock(place) as locked:
+        for leftover in place.glob(f"{path.name}.*") if locked else ():
             shutil.rmtree(leftover, ignore_errors=True)  # of builds that were killed
         if not Pool.open(path, size):  # another run may have built it while we waited
             build(path, source, settings, progress)
     if pool := Pool.open(path, size):
         return pool
     raise Stopped(f"The clips written to {path} cannot be read back; is the disk sound?")
-
-
-def make_writable(folder: Path) -> None:
-    """Make the folder of all pools. Raises UserError where it cannot hold any."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(0, "it is not writable")
-    except OSError as e:
-        raise UserError(f"--pool_dir {folder} cannot hold clips: {e.strerror}.") from None
 
 
 def build(path: Path, source, settings: dict, progress: bool) -> None:

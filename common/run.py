@@ -15,7 +15,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+import timeit
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -96,12 +96,8 @@ def matmul_gain(device: str) -> float:
     def best_time(dtype):
         a = torch.ones(1920, 128, device=device, dtype=dtype)
         b = torch.ones(128, 512, device=device, dtype=dtype)
-        times = []
-        for _ in range(20):
-            start = time.perf_counter()
-            (a @ b).sum().item()  # .item() waits for a GPU
-            times.append(time.perf_counter() - start)
-        return min(times)
+        # .item() waits for a GPU
+        return min(timeit.repeat(lambda: (a @ b).sum().item(), number=1, repeat=20))
     try:
         return best_time(torch.float32) / best_time(torch.bfloat16)
     except RuntimeError:  # a device without bf16

@@ -203,43 +203,33 @@ class Folder:
         if isinstance(inner, dict):
             record = {**inner, **record}
 
-        # Several fields may name the file; the first that is there counts.
+        # Several fields may name the file; the first that is there counts. A bare id may lack its
+        # suffix, and a path may not leave the folder.
         ids = (record.get(field) for field in ("file", "video_path", "video_id"))
         names = [str(name) for name in ids if isinstance(name, str | int) and name != ""]
-        found = next(filter(None, map(self.find, names)), None)
+        inside = list(filter(stays_inside, names))
+        paths = (self.dir / os.path.normpath(name + ending)
+                 for name in inside for ending in ENDINGS)
+        found = next(filter(os.path.isfile, paths), None)
         caption = first_text(record, self.caption_fields)
         if caption and self.phys_law:
             caption = f"{caption} {first_text(record, ['phys_law'])}".strip()
 
-        problem = self.problem(names, caption, found)
-        if problem:
-            self.skipped.append(f"{names[0] if names else label} ({problem})")
-            return
+        # Why the record cannot be used: the first reason that holds.
+        reasons = [
+            (not names, "names no file"),
+            (not caption, "no caption"),
+            (not inside, "outside the folder"),
+            (not found, "missing"),
+            (found in self.videos, "named twice"),
+        ]
+        for holds, reason in reasons:
+            if holds:
+                self.skipped.append(f"{names[0] if names else label} ({reason})")
+                return
         categories, unknown = parse_labels(record)
         self.unknown.update(unknown)
         self.videos[found] = Video(names[0], found, caption, categories)
-
-    def problem(self, names: list[str], caption: str, found: Path | None) -> str:
-        """Why a record cannot be used; "" if it can."""
-        if not names:
-            return "names no file"
-        if not caption:
-            return "no caption"
-        if not found:
-            return "missing" if any(map(self.is_inside, names)) else "outside the folder"
-        return "named twice" if found in self.videos else ""
-
-    def is_inside(self, name: str) -> bool:
-        """Does a name, as a path, stay in the folder?"""
-        path = os.path.normpath(name)
-        return not os.path.isabs(path) and path.split(os.sep)[0] != ".."
-
-    def find(self, name: str) -> Path | None:
-        """The file of that name in the folder; a bare id may lack its suffix."""
-        if not self.is_inside(name):
-            return None
-        paths = (self.dir / os.path.normpath(name + ending) for ending in ENDINGS)
-        return next((path for path in paths if os.path.isfile(path)), None)
 
     def read(self, cut: Cut, threads: int, videos: list[Video] | None = None
              ) -> Iterator[tuple[Video, list[Window]]]:
@@ -270,6 +260,12 @@ class Folder:
         """What a summary says of category names that match none."""
         names = join_some(f"{name!r} ({count})" for name, count in self.unknown.most_common())
         return f"; {len(self.unknown)} unknown category names: {names}" if self.unknown else ""
+
+
+def stays_inside(name: str) -> bool:
+    """Does a name, as a path, stay in the folder that it is looked for in?"""
+    path = os.path.normpath(name)
+    return not os.path.isabs(path) and path.split(os.sep)[0] != ".."
 
 
 def reason_of(error: Exception) -> str:
