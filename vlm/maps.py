@@ -126,7 +126,7 @@ class MapRow(NamedTuple):
     end: float
 
 
-MAPS = Kind("maps.json", "teacher.py", "map", MapRow)
+MAPS = Kind("maps.json", "teacher.py", MapRow)
 
 
 def map_row(store: Store, file: str, video: str) -> MapRow:
