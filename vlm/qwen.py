@@ -17,6 +17,7 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from common.files import read_json
 from common.libraries import fingerprint, library, library_error_as_sentence, load
@@ -151,15 +153,7 @@ class VLM:
                 **asked,
                 "heads": ""}  # all of them; older versions could choose
 
-    # --- pixels and words
-    def size_for(self, height: int, width: int, most: int = 0) -> tuple[int, int]:
-        """As Pictures.size_for."""
-        return self.pictures.size_for(height, width, most)
-
-    def patches(self, videos) -> tuple[Tensor, tuple[int, int, int]]:
-        """As Pictures.patches, on the model's device."""
-        return self.pictures.patches(videos, self.device)
-
+    # --- words and their positions
     def prompt(self, question: str, grid: tuple[int, int, int], fps: float
                ) -> tuple[list[int], list[int]]:
         """Token ids up to the end of the video, and from the question on. Raises VLMError.
@@ -228,9 +222,8 @@ class VLM:
     # --- the three passes
     @torch.no_grad()
     def prefill(self, videos, fps: float) -> PrefilledVideos:
-        """videos (B, F, H, W, 3) of one shape, uint8 or float in [0, 1]; fps: of these frames.
-        Raises VLMError."""
-        pixels, (t, h, w) = self.patches(videos)
+        """videos (B, F, H, W, 3) uint8 of one shape; fps: of these frames. Raises VLMError."""
+        pixels, (t, h, w) = self.pictures.patches(videos, self.device)
         grid = (t, h // self.pictures.merge, w // self.pictures.merge)
         ids, _ = self.prompt("?", grid, fps)
         positions = self.positions(ids, grid, fps).to(self.device)
@@ -254,13 +247,10 @@ class VLM:
 
     def padded(self, videos: PrefilledVideos, tails: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Token ids (Q, R) that follow the prefix, padded behind, and their positions (3, Q, R)."""
-        R = max(map(len, tails))
-        ids = torch.zeros(len(tails), R, dtype=torch.int64)
-        positions = torch.zeros(3, len(tails), R, dtype=torch.int64)
-        for row, tail in enumerate(tails):
-            whole = self.positions(videos.ids + tail, videos.grid, videos.fps)  # (3, 1, P + R)
-            ids[row, :len(tail)] = torch.tensor(tail)
-            positions[:, row, :len(tail)] = whole[:, 0, -len(tail):]
+        whole = [self.positions(videos.ids + tail, videos.grid, videos.fps)[:, 0] for tail in tails]
+        positions = [one[:, len(videos.ids):].T for one in whole]  # (R, 3) of each question
+        ids = pad_sequence([torch.tensor(tail) for tail in tails], batch_first=True)
+        positions = pad_sequence(positions, batch_first=True).permute(2, 0, 1)
         return ids.to(self.device), positions.to(self.device)
 
     @torch.no_grad()
@@ -270,53 +260,46 @@ class VLM:
         cache = self.fork(videos, owners)
         ids, positions = self.padded(videos, suffixes)
         Q, R = ids.shape
-        length = torch.tensor([len(suffix) for suffix in suffixes], device=self.device)
+        rows = torch.arange(Q, device=self.device)
+        end = torch.tensor([len(suffix) - 1 for suffix in suffixes], device=self.device)
 
         # The answer follows behind the padding, so the padding must be masked. The positions of the
         # padding are never read.
-        in_prefix = torch.ones(Q, len(videos.ids), dtype=torch.int64, device=self.device)
-        in_question = (torch.arange(R, device=self.device) < length[:, None]).long()
-        mask = torch.cat([in_prefix, in_question], dim=1)
+        in_question = torch.arange(R, device=self.device) <= end[:, None]
+        mask = F.pad(in_question.long(), (len(videos.ids), 0), value=1)
         hidden = self.run(ids, positions, cache, mask)
-        last = hidden[torch.arange(Q, device=self.device), length - 1]  # (Q, D)
-        next_position = torch.stack([
-            self.positions(videos.ids + suffix, videos.grid, videos.fps).max() + 1
-            for suffix in suffixes]).to(self.device)
+        last = hidden[rows, end]  # (Q, D)
+        at = positions[:, rows, end, None]  # (3, Q, 1)
 
         # Word by word, until all have ended. An answer that has ended goes on unread.
-        answers = [[] for _ in suffixes]
-        running = set(range(Q))
+        said = []  # of each step, a token a question
         for _ in range(words):
             token = self.model.get_output_embeddings()(last).argmax(-1)
-            running -= {row for row in running if token[row].item() in self.end_ids}
-            for row in running:
-                answers[row].append(token[row].item())
-            if not running:
+            said.append(token.tolist())
+            if all(self.end_ids.intersection(answer) for answer in zip(*said)):
                 break
             mask = F.pad(mask, (0, 1), value=1)
-            at = next_position.expand(3, 1, Q).transpose(1, 2)  # (3, Q, 1): the same on all axes
+            at = at + 1
             last = self.run(token[:, None], at, cache, mask)[:, 0]
-            next_position = next_position + 1
-        return answers
+        goes_on = lambda token: token not in self.end_ids
+        return [list(itertools.takewhile(goes_on, answer)) for answer in zip(*said)]
 
     @torch.no_grad()
     def attend(self, videos: PrefilledVideos, owners: list[int], suffixes: list[list[int]],
-               answers: list[list[int]], kinds: tuple[str, ...], layers: list[int],
-               heads: list[int] | None = None) -> Tensor:
+               answers: list[list[int]], kinds: tuple[str, ...], layers: list[int]) -> Tensor:
         """(Q, layers, kinds, t, h, w) float32: attention to the video from rows of question and
-        answer, averaged over these rows and over heads (None: all). Raises VLMError."""
+        answer, averaged over these rows and over heads. layers: rising. Raises VLMError."""
         tails = [suffix + answer for suffix, answer in zip(suffixes, answers)]
         ids, positions = self.padded(videos, tails)
         rows = [[self.rows_of(kind, suffix, answer) for kind in kinds]
                 for suffix, answer in zip(suffixes, answers)]
-        watcher = RowMaps(rows, videos.video_at, len(videos.ids), layers, heads)
+        watcher = RowMaps(rows, videos.video_at, len(videos.ids), layers)
         # No mask is needed: attention is causal, and only padding stands behind what is read.
         self.run(ids, positions, self.fork(videos, owners), watcher=watcher)
         if watcher.layer != self.n_layers:
             raise library_changed("called the registered attention function for "
                                   f"{watcher.layer} of {self.n_layers} layers")
-        maps = [watcher.maps[layer] for layer in layers]  # of each (Q, kinds, N)
-        return torch.stack(maps, dim=1).unflatten(-1, videos.grid)
+        return torch.stack(watcher.maps, dim=1).unflatten(-1, videos.grid)
 
     def rows_of(self, kind: str, suffix: list[int], answer: list[int]) -> list[int]:
         """The rows of one kind, counted from the end of the prefix.
@@ -332,37 +315,36 @@ class VLM:
     # --- all of it
     def ask(self, videos, fps: float, questions: list[list[str]], settings: Settings = Settings(),
             kinds: tuple[str, ...] = (), layers: list[int] | None = None, batch: int = 0,
-            answers: list[list[str]] | None = None, heads: list[int] | None = None
-            ) -> list[list[AnswerAttention]]:
+            answers: list[list[str]] | None = None) -> list[list[AnswerAttention]]:
         """Ask each of some videos (B, F, H, W, 3) its own questions, and see where answers look.
 
         fps: of these frames. kinds, layers: which to read; those of the settings if not given.
         batch: questions at once (0 = all); one by one gives the same to rounding. answers: one a
-        question, instead of the VLM's own (without them settings.answer, as it stands). heads: as
-        in RowMaps. Raises VLMError; Stopped when the memory is full.
+        question, instead of the VLM's own (without them settings.answer, as it stands). Raises
+        VLMError; Stopped when the memory is full.
         """
         kinds = kinds or (settings.rows,)
-        layers = layers_of(settings.layers, self.n_layers) if layers is None else layers
-        pairs = [(video, question) for video, asked in enumerate(questions) for question in asked]
-        given = sum(answers, []) if answers else [settings.answer] * len(pairs)
+        layers = layers or layers_of(settings.layers, self.n_layers)
+        given = answers or [[settings.answer] * len(asked) for asked in questions]
+        rows = [(video, *pair) for video in range(len(videos))
+                for pair in zip(questions[video], given[video])]
         found = [[] for _ in questions]
-        batch = batch or max(1, len(pairs))
-        shape = np.shape(videos[0]) if len(videos) else ()
-        with full_memory_as_sentence(self, len(videos), shape, batch):
+        batch = batch or len(rows)
+        with full_memory_as_sentence(self, videos, batch):
             prefilled = self.prefill(videos, fps)
-            for at in range(0, len(pairs), batch):
-                owners, asked = zip(*pairs[at:at + batch])
+            for at in range(0, len(rows), batch):
+                owners, asked, texts = zip(*rows[at:at + batch])
                 suffixes = [self.prompt(question, prefilled.grid, fps)[1] for question in asked]
 
                 # The answers: given, or the VLM's own.
-                if answers or settings.answer:
+                if all(texts):
                     said = [self.tokenizer(text, add_special_tokens=False).input_ids
-                            for text in given[at:at + batch]]
+                            for text in texts]
                 else:
                     said = self.answer(prefilled, owners, suffixes, settings.words)
 
                 # Where they look.
-                maps = self.attend(prefilled, owners, suffixes, said, kinds, layers, heads).cpu()
+                maps = self.attend(prefilled, owners, suffixes, said, kinds, layers).cpu()
                 for owner, answer, own_maps in zip(owners, said, maps):
                     text = self.tokenizer.decode(answer, skip_special_tokens=True)
                     empty = all(token in self.special_ids for token in answer)
@@ -412,17 +394,16 @@ def chat_template(tokenizer, folder: Path | None) -> str:
 
 
 @contextlib.contextmanager
-def full_memory_as_sentence(vlm: VLM, videos: int, shape: tuple, batch: int):
+def full_memory_as_sentence(vlm: VLM, videos, batch: int):
     """When the device's memory is full, say what is large and what helps. Raises Stopped."""
     try:
         yield
     except torch.OutOfMemoryError:
-        layers = vlm.config.text_config.num_hidden_layers
         weights = sum(p.nbytes for p in vlm.model.parameters()) / 2**30
         raise Stopped(
-            f"The device's memory is full: weights {weights:.1f} GiB, {videos} video(s) of "
-            f"{shape}, {batch} questions at once over {layers} layers. What helps, most first: "
-            "--batch 1 (each question keeps its own keys and values), fewer --pixels (smaller "
+            f"The device's memory is full: weights {weights:.1f} GiB, {len(videos)} video(s) of "
+            f"{np.shape(videos[0])}, {batch} questions at once over {vlm.n_layers} layers. What "
+            "helps, most first: --batch 1 (each question keeps its own keys and values), fewer --pixels (smaller "
             "frames), fewer --frames_shown, --dtype bf16, --answer \"{name}\" (no decoding), a "
             "smaller VLM.") from None
 
