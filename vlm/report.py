@@ -203,11 +203,10 @@ def heat(frames: np.ndarray, values: Tensor) -> np.ndarray:
     """Lay a map (t, h, w) >= 0 over frames (F, H, W, 3), its peak strongest."""
     F_, H, W = frames.shape[:3]
     t, h, w = values.shape
-    axes = [time_weights(np.arange(t) + .5, (np.arange(F_) + .5) * t / F_),
-            axis_weights(np.linspace(0, 1, h + 1), np.linspace(0, 1, H + 1)),
-            axis_weights(np.linspace(0, 1, w + 1), np.linspace(0, 1, W + 1))]
-    weights = [torch.from_numpy(one).float() for one, _ in axes]
-    over = weigh(values[None], *weights)[0].clamp(min=0)  # (F, H, W)
+    over = weigh(values[None], time_weights(np.arange(t) + .5, (np.arange(F_) + .5) * t / F_),
+                 axis_weights(np.linspace(0, 1, h + 1), np.linspace(0, 1, H + 1)),
+                 axis_weights(np.linspace(0, 1, w + 1), np.linspace(0, 1, W + 1)))
+    over = over[0].clamp(min=0)  # (F, H, W)
     return tint(frames, (over / over.max().clamp(min=1e-9)).numpy(), ORANGE, .85)
 
 
