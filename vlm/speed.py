@@ -1,5 +1,5 @@
 """How fast a VLM of seven billion parameters makes maps: its shapes, random weights."""
-import time
+import timeit
 
 import numpy as np
 import torch
@@ -46,24 +46,20 @@ def print_times(vlm: VLM, size: tuple[int, int, int], words: int) -> None:
     size: frames, height and width of a clip. It is asked three questions and the background's, all
     at once and one by one; answers have so many words.
     """
-    settings = Settings(question=TINY_SETTINGS["question"], background=TINY_SETTINGS["background"],
-                        words=words)
+    settings = Settings(**TINY_SETTINGS | {"words": words})
     video = np.random.default_rng(0).integers(0, 256, (1, *size, 3), dtype=np.uint8)
     on_gpu = vlm.device.type == "cuda"
     where = torch.cuda.get_device_name() if on_gpu else "CPU"
     parameters = sum(p.numel() for p in vlm.model.parameters()) / 1e9
     print(f"{where}, torch {torch.__version__}, {parameters:.2f} B parameters, {size[0]} frames of "
           f"{size[1]} x {size[2]}, {len(NAMES) + 1} questions, answers of {words} tokens\n")
-    print(table_head(["questions", "seconds a clip", "peak memory, GiB", f"{CLIPS:,} clips, hours"]))
+    print(table_head(["questions", "seconds a clip", "peak memory, GiB",
+                      f"{CLIPS:,} clips, hours"]))
     for name, batch in (("all at once", 0), ("one by one", 1)):
-        taken = []
-        for _ in range(4):
-            if on_gpu:
-                torch.cuda.reset_peak_memory_stats()
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            vlm.ask_about(video, 4.0, [NAMES], settings, batch=batch)
-            taken.append(time.perf_counter() - start)  # the maps are on the CPU: nothing runs on
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        ask = lambda: vlm.ask_about(video, 4.0, [NAMES], settings, batch=batch)
+        taken = timeit.repeat(ask, number=1, repeat=4)  # maps come to the CPU, so nothing runs on
         seconds = min(taken[1:])  # the first one warms up
         peak = f"{torch.cuda.max_memory_allocated() / 2**30:.1f}" if on_gpu else "-"
         print(table_line([name, f"{seconds:.2f}", peak, f"{CLIPS * seconds / 3600:.1f}"]))
