@@ -142,14 +142,10 @@ class Work:
     tally: Counter = field(default_factory=Counter)  # of vlm/maps.py
     index: dict = field(default_factory=dict)  # index.json, at the end
 
-    def write(self, file: str, clip: maps.VLMClip, answers: list[maps.Answer]) -> None:
+    def write(self, file: str, tensors: dict[str, torch.Tensor], about: dict) -> None:
         """One map file. Raises OSError."""
-        maps.write_map(self.store, file, clip, answers)
+        self.store.write(self.store.clips / file, tensors, about)
         self.made += 1
-
-    def summary(self) -> str:
-        """How many map files there are; the sentence goes on with what the folder holds."""
-        return f"{self.made} maps made, {len(self.have)} were there; {self.store.folder} holds"
 
 
 def make_maps(folder, asked: dict, shard: str, items: list[tuple[list, str, object]],
@@ -189,7 +185,8 @@ def annotate(work: Work, vlm: qwen.VLM, settings: qwen.Settings, groups, batch: 
             found = []
         for (file, clip), answers in zip(group, found):
             try:
-                work.write(file, clip, maps.map_answers(clip, answers, settings, work.tally))
+                answers = maps.map_answers(clip, answers, settings, work.tally)
+                work.write(file, *maps.map_file(clip, answers))
             except qwen.VLMError as e:
                 work.skipped.append(f"{clip.source} ({e})")
         work.bar.update(len(group))
@@ -210,7 +207,8 @@ def annotate_videos(flags: Flags, folder: Folder, vlm: qwen.VLM, settings: qwen.
     if not index["clips"]:
         reason = skipped or "; the annotations name no video"
         raise UserError(f"No map could be made from {flags.videos}{reason}.")
-    print(f"{work.summary()} {len(index['clips'])} of {index['done']} of {index['videos']} videos"
+    print(f"{work.made} maps made, {len(work.have)} were there; {work.store.folder} holds "
+          f"{len(index['clips'])} of {index['done']} of {index['videos']} videos"
           f"{maps.counted(work.tally)}{skipped}{folder.unknown_labels()}")
 
 
@@ -267,8 +265,8 @@ def annotate_world(flags: Flags, cfg: Config, vlm: qwen.VLM | None = None,
     if not work.index["clips"]:
         raise UserError(f"No map could be made{': ' + skipped if skipped else ''}.")
     skipped = f"; skipped {len(work.skipped)}: {skipped}" if skipped else ""
-    print(f"{work.summary()} {work.index['done']} of {len(rows)}{maps.counted(work.tally)}"
-          f"{skipped}")
+    print(f"{work.made} maps made, {len(work.have)} were there; {work.store.folder} holds "
+          f"{work.index['done']} of {len(rows)}{maps.counted(work.tally)}{skipped}")
 
 
 def groups_of_clips(pool: data.Pool, todo: dict[str, int], merged: int
@@ -293,11 +291,11 @@ def annotate_by_saliency(work: Work, groups) -> None:
     """Frame differences stand in for attention, before an even background."""
     for group in groups:
         for file, clip in group:
-            change = report.saliency(clip.frames, len(clip.times)).contiguous()
-            density = qwen.density_of(change)
+            grid = (len(clip.times), *clip.frames.shape[1:3])
+            density = qwen.density_of(report.saliency(clip.frames, grid).contiguous())
             answers = [maps.Answer(name, "", density) for name in clip.names]
             background = maps.Answer("background", "", torch.ones_like(density))
-            work.write(file, clip, [*answers, background])
+            work.write(file, *maps.map_file(clip, [*answers, background]))
         work.bar.update(len(group))
 
 
@@ -316,9 +314,7 @@ def annotate_by_shuffling(work: Work, pool: data.Pool, todo: dict[str, int], oth
         read = other.store.read(found[0][2]) if found else None
         if read:
             tensors, about = read
-            file = work.store.clips / clip_file(name, 0, 1)
-            work.store.write(file, tensors, {**about, "file": pool.names[row]})
-            work.made += 1
+            work.write(clip_file(name, 0, 1), tensors, {**about, "file": pool.names[row]})
         work.bar.update()
 
 
@@ -355,15 +351,14 @@ def main(argv: list[str]) -> None:
     folder = Folder(flags.videos, flags.annotations) if flags.videos else None
     dtype = torch.bfloat16 if pick_precision(flags.dtype, device) == "bf16" else torch.float32
     vlm = qwen.VLM.from_folder(flags.vlm, device, dtype)
-    asked = [f.name for f in dataclasses.fields(qwen.Settings)]
-    settings = vlm.settings(**{name: getattr(flags, name) for name in asked})
+    settings = vlm.settings(**vars(flags))
 
     # What needs one.
     if flags.videos:
         annotate_videos(flags, folder, vlm, settings)
     if flags.annotate:
         annotate_world(flags, cfg, vlm, settings)
-    clips = report.held_out_truths(cfg, flags.clips) if flags.report or flags.preview else []
+    clips = report.held_out_clips(cfg, flags.clips) if flags.report or flags.preview else []
     if flags.report:
         report.print_report(vlm, settings, clips, flags.batch)
     if flags.preview:

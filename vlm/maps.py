@@ -1,6 +1,6 @@
 """Map files: where a VLM looked, as it is stored, and how a clip finds its own tokens in it.
 
-    video --clip_for_vlm--> VLMClip --VLM--> answers and attention --write_map--> MapFolder on disk
+    video --clip_for_vlm--> VLMClip --VLM--> answers and attention --map_file--> a file on disk
     clip of any size --Maps.on_tokens--> attention maps on the tokens of that clip
 
 A file holds maps (R, t, h, w) of R phenomena and background (t, h, w), float16 densities (uniform
@@ -12,7 +12,7 @@ Letters: R phenomena with a map, t h w a VLM's grid, s y x a clip's own grid, N 
 """
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -177,8 +177,9 @@ def map_answers(clip: VLMClip, looks: list[AnswerAttention], settings: Settings,
     return [*kept, Answer("background", background.answer, behind)]
 
 
-def write_map(store: Store, file: str, clip: VLMClip, answers: list[Answer]) -> None:
-    """One clip's maps, the background's last. Raises OSError."""
+def map_file(clip: VLMClip, answers: list[Answer]) -> tuple[dict[str, Tensor], dict]:
+    """What the file of a clip holds: tensors, and what is said of them. answers: the background's
+    last."""
     *found, background = answers
     maps = torch.stack([answer.density for answer in answers]).half()  # (R + 1, t, h, w)
     tensors = {"maps": maps[:-1], "background": maps[-1]}
@@ -186,7 +187,7 @@ def write_map(store: Store, file: str, clip: VLMClip, answers: list[Answer]) -> 
              "categories": [CATEGORIES.index(answer.name) for answer in found],
              "answers": {answer.name: answer.text for answer in found},
              "background": background.text}
-    store.write(store.clips / file, tensors, about)
+    return tensors, about
 
 
 # --- reading: onto the tokens of a clip ---------------------------------------------------------
@@ -246,9 +247,9 @@ class Maps:
         self.folder = self.store.folder
         if not self.store.rows:
             raise UserError(f"There is no map in {folder}: teacher.py made none.")
-        self.of: dict[str, list] = {}  # {video: (start, end, file) of each of its maps}
-        for row in self.store.rows:
-            self.of.setdefault(row.video, []).append((row.start, row.end, row.file))
+        self.of = defaultdict(list)  # {video: (start, end, file) of each of its maps}
+        for file, video, start, end in self.store.rows:
+            self.of[video].append((start, end, file))
         # The key is of the settings and of what is there.
         self.key = digest([self.store.key, sorted(self.of.items())])
 

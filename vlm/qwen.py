@@ -94,19 +94,19 @@ class VLM:
         self.core = model.base_model  # without the logits of every token over 150,000 words
         self.tokenizer = tokenizer
         self.device = model.device
-        self.config = model.config
-        text = model.config.get_text_config()
+        self.config = config = model.config
+        text = config.get_text_config()
         self.n_layers = text.num_hidden_layers
         kinds = set(getattr(text, "layer_types", None) or [FULL])
         if kinds != {FULL} or not hasattr(self.core, "get_rope_index"):
-            raise VLMError(f"{folder} is of {model.config.model_type!r}, whose layers are "
+            raise VLMError(f"{folder} is of {config.model_type!r}, whose layers are "
                            f"{', '.join(sorted(kinds))} or whose positions are not along time, "
                            "height and width: its maps would be wrong.")
         register_attention()
         model.set_attn_implementation({"text_config": ATTENTION})
 
         # Tokens with a meaning of their own.
-        self.video_id = model.config.video_token_id  # stands for one token of the video
+        self.video_id = config.video_token_id  # stands for one token of the video
         theirs = tokenizer.convert_tokens_to_ids("<|video_pad|>")
         if theirs != self.video_id:
             raise VLMError("Tokenizer and model disagree on the ids of <|video_pad|> "
@@ -117,9 +117,9 @@ class VLM:
         self.end_ids = {*ends, tokenizer.eos_token_id} - {None}  # any of them ends an answer
 
         # How videos and questions become a prompt.
-        self.pictures = Pictures.read(model.config.vision_config, folder)
+        self.pictures = Pictures.read(config.vision_config, folder)
         self.template = chat_template(tokenizer, folder)
-        self.time_stamps = model.config.model_type.startswith("qwen3_vl")
+        self.time_stamps = config.model_type.startswith("qwen3_vl")
 
     @classmethod
     def from_folder(cls, folder, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "VLM":
@@ -132,7 +132,7 @@ class VLM:
         with library_error_as_sentence(folder):
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True)
-        return cls(model.to(device).eval(), tokenizer, folder)
+        return cls(model.to(device), tokenizer, folder)
 
     def settings(self, **given) -> Settings:
         """The defaults, then the folder's teacher.json, then what is given and not None. Raises

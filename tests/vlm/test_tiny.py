@@ -194,14 +194,14 @@ def test_layer_bands_cover_all_layers_and_name_the_default():
 def test_a_map_that_is_the_mask_wins_the_report_and_its_opposite_loses(tiny, monkeypatch):
     """The report's plumbing with a VLM that looks exactly where truth is,
     and one that looks everywhere else."""
-    clips = vlm_report.held_out_truths(CFG, 6)
+    clips = vlm_report.held_out_clips(CFG, 6)
     grid = (2, 8, 8)
 
     def looking(sign):
         def ask_about(videos, fps, names, settings, kinds=(), layers=None, batch=0):
-            clip = next(clip for clip in clips if clip[0].video is videos[0])
-            maps = [data.resample(torch.from_numpy(truth.mask).float(), grid) * sign + (sign < 0)
-                    for truth in clip] + [torch.full(grid, .5)]
+            clip = next(clip for clip in clips if clip.video is videos[0])
+            maps = [data.resample(torch.from_numpy(actor.mask).float(), grid) * sign + (sign < 0)
+                    for actor in clip.actors] + [torch.full(grid, .5)]
             return [[vlm_qwen.AnswerAttention("yes", m.expand(1, 3, *grid) / m.numel(), False)
                      for m in maps]]
         return ask_about
@@ -214,11 +214,11 @@ def test_a_map_that_is_the_mask_wins_the_report_and_its_opposite_loses(tiny, mon
 
 
 def test_the_report_counts_what_is_affirmed_and_is_not_there(tiny, monkeypatch):
-    clips = vlm_report.held_out_truths(CFG, 6)
+    clips = vlm_report.held_out_clips(CFG, 6)
     asked = []
 
     def ask_about(videos, fps, names, settings, **_):
-        here = {truth.name for clip in clips if clip[0].video is videos[0] for truth in clip}
+        here = {actor.phenomenon for clip in clips if clip.video is videos[0] for actor in clip.actors}
         asked.append((here, names[0]))
         # one false friend
         answers = ["yes" if name in here or name == asked[0][1][-1] else "no" for name in names[0]]
