@@ -47,7 +47,7 @@ class PrefilledVideos:
     ids: list[int]  # tokens of these prompts, the same for all
     grid: tuple[int, int, int]  # t h w of the video's tokens, after merging
     video_at: Tensor  # (N,) their places among `ids`: Qwen3-VL has time stamps between frames
-    fps: float  # of the frames
+    positions: Tensor  # (3, 1, P) of these tokens, along time, height and width
 
 
 @dataclass
@@ -196,7 +196,6 @@ class VLM:
         frames for 24 a second.
         """
         is_video = torch.tensor([ids]) == self.video_id
-        is_video &= is_video.cumsum(1) <= math.prod(grid)  # one more, in an answer, is a word
         s = self.pictures.merge
         patches = torch.tensor([[grid[0], grid[1] * s, grid[2] * s]])
         seconds = torch.tensor([self.pictures.temporal_patch / fps])
@@ -227,17 +226,17 @@ class VLM:
         grid = (t, h // self.pictures.merge, w // self.pictures.merge)
         ids, _ = self.prompt("?", grid, fps)
         positions = self.positions(ids, grid, fps).to(self.device)
-        tokens = torch.tensor([ids], device=self.device)
-        cache = library("transformers").DynamicCache(config=self.config.get_text_config())
         B = len(videos)
-        self.run(tokens.expand(B, -1), positions.expand(-1, B, -1), cache,
+        tokens = torch.tensor([ids] * B, device=self.device)
+        cache = library("transformers").DynamicCache(config=self.config.get_text_config())
+        self.run(tokens, positions.expand(-1, B, -1), cache,
                  pixel_values_videos=pixels.to(self.model.dtype),
-                 video_grid_thw=torch.tensor([[t, h, w]], device=self.device).expand(B, -1))
+                 video_grid_thw=torch.tensor([[t, h, w]] * B, device=self.device))
         if cache.get_seq_length() != len(ids):
             raise library_changed(f"left {cache.get_seq_length()} of {len(ids)} tokens in the "
                                   "cache it was given")
         video_at = (tokens[0] == self.video_id).nonzero()[:, 0]
-        return PrefilledVideos(cache, ids, grid, video_at, fps)
+        return PrefilledVideos(cache, ids, grid, video_at, positions)
 
     def fork(self, videos: PrefilledVideos, owners: list[int]):
         """A cache of its own for each of some questions; owners: the video of each."""
@@ -246,12 +245,12 @@ class VLM:
         return cache
 
     def padded(self, videos: PrefilledVideos, tails: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Token ids (Q, R) that follow the prefix, padded behind, and their positions (3, Q, R)."""
-        whole = [self.positions(videos.ids + tail, videos.grid, videos.fps)[:, 0] for tail in tails]
-        positions = [one[:, len(videos.ids):].T for one in whole]  # (R, 3) of each question
+        """Token ids (Q, R) that follow the prefix, padded behind, and their positions (3, Q, R),
+        which count on from the prefix's last one along all axes."""
         ids = pad_sequence([torch.tensor(tail) for tail in tails], batch_first=True)
-        positions = pad_sequence(positions, batch_first=True).permute(2, 0, 1)
-        return ids.to(self.device), positions.to(self.device)
+        steps = torch.arange(1, ids.shape[1] + 1, device=self.device)
+        positions = (videos.positions[..., -1:] + steps).expand(3, *ids.shape)
+        return ids.to(self.device), positions
 
     @torch.no_grad()
     def answer(self, videos: PrefilledVideos, owners: list[int], suffixes: list[list[int]],
@@ -269,7 +268,8 @@ class VLM:
         mask = F.pad(in_question.long(), (len(videos.ids), 0), value=1)
         hidden = self.run(ids, positions, cache, mask)
         last = hidden[rows, end]  # (Q, D)
-        at = positions[:, rows, end, None]  # (3, Q, 1)
+        # As in `generate`, an answer counts on from the largest position, be it the video's in time.
+        at = positions[:, rows, end, None].clamp(min=int(videos.positions.max()))  # (3, Q, 1)
 
         # Word by word, until all have ended. An answer that has ended goes on unread.
         said = []  # of each step, a token a question
