@@ -23,6 +23,7 @@ Left out on purpose: attention rollout (it needs all matrices), several GPUs for
 videos in a prompt.
 """
 import dataclasses
+import itertools
 import math
 import re
 import sys
@@ -173,23 +174,22 @@ def make_maps(folder, asked: dict, shard: str, items: list[tuple[list, str, obje
 
 
 def annotate(work: Work, vlm: qwen.VLM, settings: qwen.Settings, groups, batch: int) -> None:
-    """Make the map files of groups of clips, all of one shape in a group: [(file, VLMClip)]. A clip
-    that the VLM cannot do is skipped."""
-    for group in groups:
-        clips = [clip for _, clip in group]
+    """Make the map files of groups of clips [VLMClip], all of one shape in a group. A clip that the
+    VLM cannot do is skipped."""
+    for clips in groups:
         try:
             found = vlm.ask_about([clip.frames for clip in clips], clips[0].fps,
                                   [clip.names for clip in clips], settings, batch=batch)
         except qwen.VLMError as e:
             work.skipped += [f"{clip.source} ({e})" for clip in clips]
             found = []
-        for (file, clip), answers in zip(group, found):
+        for clip, looks in zip(clips, found):
             try:
-                answers = maps.map_answers(clip, answers, settings, work.tally)
-                work.write(file, *maps.map_file(clip, answers))
+                answers = maps.map_answers(clip, looks, settings, work.tally)
+                work.write(clip.file, *maps.map_file(clip, answers))
             except qwen.VLMError as e:
                 work.skipped.append(f"{clip.source} ({e})")
-        work.bar.update(len(group))
+        work.bar.update(len(clips))
 
 
 # --- videos -------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def annotate_videos(flags: Flags, folder: Folder, vlm: qwen.VLM, settings: qwen.
 
 
 def windows_of_videos(flags: Flags, work: Work, todo: dict[str, Video], vlm: qwen.VLM
-                      ) -> Iterator[list[tuple[str, maps.VLMClip]]]:
+                      ) -> Iterator[list[maps.VLMClip]]:
     """Each window without a map as a group of its own. todo: {NAME in the store: video}."""
     for name, video in todo.items():
         names = [CATEGORIES[c] for c in video.categories if c < len(CATEGORIES)]
@@ -229,9 +229,8 @@ def windows_of_videos(flags: Flags, work: Work, todo: dict[str, Video], vlm: qwe
         for window in windows:
             file = clip_file(name, window.number, window.taken)
             if file not in work.have:
-                clip = maps.clip_for_vlm(window, video.name, names, flags.rate,
-                                         vlm.pictures.temporal_patch, flags.sample)
-                yield [(file, clip)]
+                yield [maps.clip_for_vlm(window, video.name, names, flags.rate,
+                                         vlm.pictures.temporal_patch, flags.sample, file)]
 
 
 # --- synthetic clips ----------------------------------------------------------------------------
@@ -270,33 +269,34 @@ def annotate_world(flags: Flags, cfg: Config, vlm: qwen.VLM | None = None,
 
 
 def groups_of_clips(pool: data.Pool, todo: dict[str, int], merged: int
-                    ) -> Iterator[list[tuple[str, maps.VLMClip]]]:
+                    ) -> Iterator[list[maps.VLMClip]]:
     """Whole clips of the pool, GROUP at a time. todo: {NAME in the store: row}; merged: frames a
     token."""
     n = pool.video.shape[1]
     times = (maps.row_middles(np.arange(n), merged) / n).tolist()  # a clip lasts one second
-    rows = list(todo.items())
-    for at in range(0, len(rows), GROUP):
-        group = []
-        for name, row in rows[at:at + GROUP]:
-            source, _, size, crop = pool.sources[row]
-            names = [CATEGORIES[c] for c in pool.categories[row]]
-            video = np.asarray(pool.video[row])
-            clip = maps.VLMClip(source, video, n, times, size, crop, names)
-            group.append((clip_file(name, 0, 1), clip))
+    group = []
+    for name, row in todo.items():
+        source, _, size, crop = pool.sources[row]
+        names = [CATEGORIES[c] for c in pool.categories[row]]
+        video = np.asarray(pool.video[row])
+        file = clip_file(name, 0, 1)
+        group.append(maps.VLMClip(source, video, n, times, size, crop, names, file))
+        if len(group) == GROUP:
+            yield group
+            group = []
+    if group:
         yield group
 
 
 def annotate_by_saliency(work: Work, groups) -> None:
     """Frame differences stand in for attention, before an even background."""
-    for group in groups:
-        for file, clip in group:
-            grid = (len(clip.times), *clip.frames.shape[1:3])
-            density = qwen.density_of(report.saliency(clip.frames, grid).contiguous())
-            answers = [maps.Answer(name, "", density) for name in clip.names]
-            background = maps.Answer("background", "", torch.ones_like(density))
-            work.write(file, *maps.map_file(clip, [*answers, background]))
-        work.bar.update(len(group))
+    for clip in itertools.chain.from_iterable(groups):
+        grid = (len(clip.times), *clip.frames.shape[1:3])
+        density = qwen.density_of(report.saliency(clip.frames, grid).contiguous())
+        answers = [maps.Answer(name, "", density) for name in clip.names]
+        background = maps.Answer("background", "", torch.ones_like(density))
+        work.write(clip.file, *maps.map_file(clip, [*answers, background]))
+        work.bar.update()
 
 
 def annotate_by_shuffling(work: Work, pool: data.Pool, todo: dict[str, int], other: maps.Maps

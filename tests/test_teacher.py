@@ -105,9 +105,8 @@ def test_one_bad_clip_of_a_group_costs_itself_alone(tmp_path):
     def look(empty):
         return vlm_qwen.AnswerAttention("" if empty else "words", torch.rand(1, 1, 2, 2, 2), empty)
     store = common.store.Store.create(tmp_path / "out", vlm_maps.MAPS, {})
-    group = [(f"{i}.safetensors",
-              vlm_maps.VLMClip(f"clip {i}", None, 4.0, [0.0, 0.5], (8, 8), (0, 0, 8, 8), ["melting"]))
-             for i in range(4)]
+    group = [vlm_maps.VLMClip(f"clip {i}", None, 4.0, [0.0, 0.5], (8, 8), (0, 0, 8, 8), ["melting"],
+                              f"{i}.safetensors") for i in range(4)]
     asked = []
 
     class Fake(vlm_qwen.VLM):

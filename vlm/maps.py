@@ -48,6 +48,7 @@ class VLMClip:
     size: tuple[int, int]  # height and width of the upright file
     crop: tuple[float, float, float, float]  # left, top, right, bottom in its pixels
     names: list[str]  # phenomena to ask for
+    file: str = ""  # of its maps
 
 
 def aligned_frames(n: int) -> np.ndarray:
@@ -75,7 +76,7 @@ def row_middles(frames: np.ndarray, merged: int) -> np.ndarray:
 
 
 def clip_for_vlm(window: Window, source: str, names: list[str], fps: float, merged: int,
-                 uniform: int = 0) -> VLMClip:
+                 uniform: int = 0, file: str = "") -> VLMClip:
     """What of a window the VLM is shown: the frames that latents stand for, or, with `uniform`,
     that many, evenly spread. Raises VLMError."""
     n = len(window.video)
@@ -90,7 +91,7 @@ def clip_for_vlm(window: Window, source: str, names: list[str], fps: float, merg
                        "makes pairs; give --sample N.")
     times = window.start + row_middles(frames, merged) / fps
     return VLMClip(source, window.video[frames], rate, times.tolist(), window.size, window.crop,
-                   names)
+                   names, file)
 
 
 def windows_for_vlm(path: Path, vlm: VLM, frames: int, fps: float, most_windows: int,
@@ -229,13 +230,23 @@ def interpolation(have: np.ndarray, want: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(want, have, one) for one in np.eye(len(have))], axis=1)
 
 
-def weigh(maps: Tensor, *weights: np.ndarray) -> Tensor:
-    """Maps (R, t, h, w) -> (R, s, y, x), one axis after the other, by weights (s, t), (y, h) and
-    (x, w). NaN in a row of weights makes that row NaN."""
-    time, rows, columns = (torch.from_numpy(one).to(maps) for one in weights)
-    maps = torch.einsum("rthw,st->rshw", maps, time)
-    maps = torch.einsum("rshw,yh->rsyw", maps, rows)
-    return torch.einsum("rsyw,xw->rsyx", maps, columns)
+def regrid(maps: Tensor, times: np.ndarray, box: tuple, new_times: np.ndarray, new_box: tuple,
+           size: tuple[int, int]) -> Tensor:
+    """Maps (R, t, h, w), at these times on the rectangle `box` (left, top, right, bottom), ->
+    (R, s, y, x) at the new times on the new box, whose size is (y, x). NaN where the old ones do
+    not reach."""
+    h, w = maps.shape[2:]
+    y, x = size
+    x0, y0, x1, y1 = box
+    left, top, right, bottom = new_box
+    weights = {"rthw,st->rshw": time_weights(times, new_times),
+               "rshw,yh->rsyw": axis_weights(np.linspace(y0, y1, h + 1),
+                                             np.linspace(top, bottom, y + 1)),
+               "rsyw,xw->rsyx": axis_weights(np.linspace(x0, x1, w + 1),
+                                             np.linspace(left, right, x + 1))}
+    for letters, one in weights.items():  # one axis after the other
+        maps = torch.einsum(letters, maps, torch.from_numpy(one).to(maps))
+    return maps
 
 
 class Maps:
@@ -273,23 +284,16 @@ class Maps:
         seconds from its start. NaN outside of what the teacher saw, and for categories that it was
         not asked for. Raises UserError for a stale map.
         """
-        video, start, _, (left, top, right, bottom) = source
+        video, start, _, crop = source
         when = start + times
         overlaps = self.overlaps(video, when)
         found = self.store.read(max(overlaps)[1]) if overlaps else None  # most seconds in common
         if found is None:
             return None
         tensors, about = found
-        maps = torch.cat([tensors["maps"], tensors["background"][None]])
-        maps = maps.double()  # (R + 1, t, h, w)
-
-        # From the map's cells to the clip's tokens, along time, height and width.
-        h, w = maps.shape[2:]
-        _, y, x = grid
-        x0, y0, x1, y1 = about["crop"]
-        maps = weigh(maps, time_weights(np.asarray(about["times"]), when),
-                     axis_weights(np.linspace(y0, y1, h + 1), np.linspace(top, bottom, y + 1)),
-                     axis_weights(np.linspace(x0, x1, w + 1), np.linspace(left, right, x + 1)))
+        maps = torch.cat([tensors["maps"], tensors["background"][None]])  # (R + 1, t, h, w)
+        maps = regrid(maps.double(), np.asarray(about["times"]), about["crop"], when, crop,
+                      grid[1:])
         maps = maps.flatten(1).T.float()  # (N, R + 1)
 
         on_tokens = torch.full((len(maps), n_categories), math.nan)

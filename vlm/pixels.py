@@ -76,8 +76,8 @@ class Pictures:
         return h, w
 
     def patches(self, videos, device="cpu") -> tuple[Tensor, tuple[int, int, int]]:
-        """videos (B, F, H, W, 3) uint8 of one shape -> pixel values (B t h w, 3 m p p) in the order in
-        which the model wants them, and the grid (t, h, w) of patches of one video.
+        """videos (B, F, H, W, 3) uint8 of one shape -> pixel values (B t h w, 3 m p p) in the order
+        in which the model wants them, and the grid (t, h, w) of patches of one video.
 
         An odd last frame is repeated. Raises VLMError.
         """
@@ -101,8 +101,7 @@ class Pictures:
 
         # Cut. The s x s patches of a token follow each other, and so do the tokens of a row.
         m, s, p = self.temporal_patch, self.merge, self.patch
-        t = x.shape[1] // m
-        h, w = height // (p * s), width // (p * s)
-        x = x.reshape(B, t, m, 3, h, s, p, w, s, p)
+        x = x.reshape(B, -1, m, 3, height // (p * s), s, p, width // (p * s), s, p)
         x = x.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9)  # (B, t, h, w, s, s, 3, m, p, p)
-        return x.reshape(B * t * h * s * w * s, 3 * m * p * p), (t, h * s, w * s)
+        _, t, h, w = x.shape[:4]  # of whole tokens
+        return x.flatten(6).flatten(0, 5), (t, h * s, w * s)

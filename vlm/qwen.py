@@ -268,7 +268,8 @@ class VLM:
         mask = F.pad(in_question.long(), (len(videos.ids), 0), value=1)
         hidden = self.run(ids, positions, cache, mask)
         last = hidden[rows, end]  # (Q, D)
-        # As in `generate`, an answer counts on from the largest position, be it the video's in time.
+        # As in `generate`, an answer counts on from the largest position, which may be one of the
+        # video's in time.
         at = positions[:, rows, end, None].clamp(min=int(videos.positions.max()))  # (3, Q, 1)
 
         # Word by word, until all have ended. An answer that has ended goes on unread.
@@ -403,8 +404,8 @@ def full_memory_as_sentence(vlm: VLM, videos, batch: int):
         raise Stopped(
             f"The device's memory is full: weights {weights:.1f} GiB, {len(videos)} video(s) of "
             f"{np.shape(videos[0])}, {batch} questions at once over {vlm.n_layers} layers. What "
-            "helps, most first: --batch 1 (each question keeps its own keys and values), fewer --pixels (smaller "
-            "frames), fewer --frames_shown, --dtype bf16, --answer \"{name}\" (no decoding), a "
-            "smaller VLM.") from None
+            "helps, most first: --batch 1 (each question keeps its own keys and values), fewer "
+            "--pixels (smaller frames), fewer --frames_shown, --dtype bf16, --answer \"{name}\" "
+            "(no decoding), a smaller VLM.") from None
 
 
