@@ -27,7 +27,7 @@ import itertools
 import math
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -302,9 +302,9 @@ def annotate_by_saliency(work: Work, groups) -> None:
 def annotate_by_shuffling(work: Work, pool: data.Pool, todo: dict[str, int], other: maps.Maps
                           ) -> None:
     """Copy maps from clip to clip of the same phenomena: right for the kind, wrong for the clip."""
-    alike = {}  # {categories: rows}
+    alike = defaultdict(list)  # {categories: rows}
     for row, categories in enumerate(pool.categories):
-        alike.setdefault(tuple(categories), []).append(row)
+        alike[tuple(categories)].append(row)
     swap = {}  # {row: whose maps it gets}
     for rows in alike.values():
         order = stream(len(rows), "shuffle").permutation(rows)

@@ -63,7 +63,7 @@ def measures(score: np.ndarray, positive: np.ndarray, objects: np.ndarray) -> di
 def saliency(video: np.ndarray, grid: tuple[int, int, int]) -> Tensor:
     """How much a video (F, H, W, 3) changes from frame to frame, averaged over the cells of a grid.
     A rival that needs no model."""
-    change = torch.from_numpy(video).float().diff(dim=0).abs().mean(-1)
+    change = torch.from_numpy(video.astype(np.float32)).diff(dim=0).abs().mean(-1)
     change = torch.cat([change[:1], change])  # (F, H, W): the first frame has none before it
     return data.resample(change, grid)
 
