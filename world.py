@@ -70,8 +70,9 @@ class Clip:
 
 def drawing(cfg: Config, **changed) -> dict:
     """The arguments of make_clip that draw a run's clips, with some of them changed."""
-    names = ("frames", "height", "width", "decoys", "two", "colour_cues", "ood")
-    return {name: getattr(cfg, name) for name in names} | changed
+    own = dict(frames=cfg.frames, height=cfg.height, width=cfg.width, decoys=cfg.decoys,
+               two=cfg.two, colour_cues=cfg.colour_cues, ood=cfg.ood)
+    return own | changed
 
 
 def make_clip(seed, index, *, frames=12, height=32, width=32, decoys=.6, two=.4, colour_cues=False,
