@@ -362,6 +362,8 @@ def main(argv) -> None:
     """Print the tables of each run, and of several their means. Raises UserError."""
     flags = config.parse_flags(Flags, argv, "Law errors of generated clips, and how well the "
                                             "routing finds where physics happens.")
+    for run in flags.run[1:]:  # the first alone takes minutes
+        sample.load_run(run, flags.checkpoint)
     done = []
     for run in flags.run:
         done.append(evaluate_run(run, flags))

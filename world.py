@@ -283,6 +283,14 @@ class Flags:
     def check(self):
         if not self.preview and not self.benchmark:
             raise UserError("Say --preview FILE or --benchmark.")
+        gif = Path(self.preview)
+        if self.preview and not (gif.suffix.lower() == ".gif" and gif.parent.is_dir()):
+            raise UserError("--preview takes a .gif in a folder that is there, not "
+                            f"{self.preview!r}.")
+        idle = [f"--{name}" for name in ("size", "frames", "ood", "colour_cues")
+                if getattr(self, name) != getattr(Flags, name)]
+        if idle and not self.preview:
+            raise UserError(f"{', '.join(idle)} belongs to --preview.")
 
 
 def main(argv) -> None:
