@@ -71,10 +71,8 @@ class Flags:
         for name in needed:
             if not getattr(self, name):
                 raise UserError(f"The flag --{name} is required; --help lists every flag.")
-        idle = [f"--{f.name}" for f in dataclasses.fields(self)
-                if f.name not in ("export", "out") and getattr(self, f.name) != f.default]
-        if idle and self.export:
-            raise UserError(f"{', '.join(idle)} belongs to --videos; --export takes --out alone.")
+        if self.export and self != Flags(export=self.export, out=self.out):
+            raise UserError("--export takes --out alone: the other flags are for --videos.")
         shard_of(self.shard)
         for name in SIZES:
             if getattr(self, name) == 0:

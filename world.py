@@ -287,10 +287,8 @@ class Flags:
         if self.preview and not (gif.suffix.lower() == ".gif" and gif.parent.is_dir()):
             raise UserError("--preview takes a .gif in a folder that is there, not "
                             f"{self.preview!r}.")
-        idle = [f"--{name}" for name in ("size", "frames", "ood", "colour_cues")
-                if getattr(self, name) != getattr(Flags, name)]
-        if idle and not self.preview:
-            raise UserError(f"{', '.join(idle)} belongs to --preview.")
+        if not self.preview and self != Flags(benchmark=True, seed=self.seed):
+            raise UserError("--benchmark takes --seed alone: the other flags are for --preview.")
 
 
 def main(argv) -> None:
