@@ -54,7 +54,8 @@ def coarse_loss(p_s: Tensor, q_s: Tensor, kind: str = "relative",
     Q = _cosines(q_s)
     # Both matrices are symmetric with ones on the diagonal, so each pair is taken once.
     i, j = torch.triu_indices(len(P), len(P), offset=1, device=P.device)
-    return _reduce((P[i, j] - Q[i, j]).square(), reduction)  # Eq. 4
+    error = (P[i, j] - Q[i, j]).square()  # Eq. 4
+    return error.sum() if reduction == "sum" else error.mean()
 
 
 def fine_align_loss(p_r: Tensor, target: Tensor, mask: Tensor, reduction: str = "mean") -> Tensor:
@@ -65,8 +66,8 @@ def fine_align_loss(p_r: Tensor, target: Tensor, mask: Tensor, reduction: str = 
     (ours) is over the mask's total, so that the weight does not depend on the resolution. An empty
     mask gives 0.
     """
-    error = torch.where(mask > 0, mask * (p_r.float() - target).square(), 0)
-    return error.sum() if reduction == "sum" else error.sum() / mask.sum().clamp(min=1e-6)
+    error = torch.where(mask > 0, mask * (p_r.float() - target).square(), 0).sum()
+    return error if reduction == "sum" else error / mask.sum().clamp(min=1e-6)
 
 
 def balance_loss(rho_r: Tensor, chosen: Tensor) -> Tensor:
@@ -130,7 +131,3 @@ def _cosines(vectors: Tensor) -> Tensor:
     """(B, E_cat) -> the cosine similarity of every pair of rows, (B, B) float32."""
     vectors = F.normalize(vectors.float(), dim=-1)
     return vectors @ vectors.T
-
-
-def _reduce(values: Tensor, reduction: str) -> Tensor:
-    return values.sum() if reduction == "sum" else values.mean()

@@ -42,10 +42,10 @@ SHARE = "share"  # a number from 0 to 1
 SIGNED = "signed"  # any finite number
 
 
-def flag(default=dataclasses.MISSING, choices: tuple = (), name: str = "", marks: tuple = ()):
-    """A field with choices or marks, or whose flag has another name than the field. A field without
-    a default must be given; one whose default is [] takes one word each time its flag is given."""
-    metadata = {"choices": choices, "name": name, "marks": marks}
+def flag(default, choices: tuple = (), marks: tuple = ()):
+    """A field with choices or marks. One whose default is [] takes one word each time its flag is
+    given."""
+    metadata = {"choices": choices, "marks": marks}
     if default == []:
         return dataclasses.field(default_factory=list, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -53,7 +53,7 @@ def flag(default=dataclasses.MISSING, choices: tuple = (), name: str = "", marks
 
 def knob(default, *marks: str, choices: tuple = ()):
     """A field of Config with marks or choices."""
-    return flag(default, choices, marks=marks)
+    return flag(default, choices, marks)
 
 
 @dataclass(frozen=True)
@@ -131,7 +131,10 @@ class Config:
     teacher: str = ""  # maps of teacher.py: a folder, or the world's by name; empty = exact masks
     background: str = knob(  # maps against a generic question's: subtract (paper) | divide | none
         "subtract", choices=("subtract", "divide", "none"))
-    negatives: float = 0.0  # pull to zero; masks: of absent phenomena, maps: elsewhere; 0 = paper
+    # `negatives` has two meanings. With the world's exact masks it is the weight of the phenomena
+    # that a clip does not show: their maps should be zero everywhere. With a teacher's maps it is
+    # the weight of a small pull to zero at those tokens of a shown phenomenon that are not positive.
+    negatives: float = 0.0  # masks: weight of absent phenomena; maps: pull to zero; 0 = paper
 
     # --- clips
     data_dir: str = ""  # folder of videos; empty = the physics world of world.py
@@ -241,7 +244,7 @@ def preset(config: str = "small", **overrides) -> Config:
     """The named preset with some fields replaced. Unchecked."""
     if config not in PRESETS:
         raise UserError(f"There is no preset {config!r}; there are {', '.join(PRESETS)}.")
-    return Config(**{**PRESETS[config], **overrides, "config": config})
+    return Config(config=config, **PRESETS[config] | overrides)
 
 
 def load(path: Path) -> Config:
@@ -262,21 +265,22 @@ def load(path: Path) -> Config:
 
 def stored_fields(stored: dict) -> dict:
     """The fields of Config among what a file has stored. Raises UserError for a wrong type."""
-    fields = [f for f in dataclasses.fields(Config) if f.name in stored]
-    for f in fields:
-        value = stored[f.name]
-        if type(value) is not f.type and (f.type, type(value)) != (float, int):
-            raise UserError(f"--{f.name} must be of type {f.type.__name__}, not {value!r}.")
-    return {f.name: stored[f.name] for f in fields}
+    kinds = {f.name: f.type for f in dataclasses.fields(Config) if f.name in stored}
+    for name, kind in kinds.items():
+        value = stored[name]
+        if type(value) is not kind and (kind, type(value)) != (float, int):
+            raise UserError(f"--{name} must be of type {kind.__name__}, not {value!r}.")
+    return {name: stored[name] for name in kinds}
 
 
 # --- rules ----------------------------------------------------------------------------------------
 def check(cfg: Config) -> Config:
     """Return cfg, or raise UserError with the first broken rule in one sentence."""
     check_fields(cfg)
-    (check_latent if cfg.latent else check_pixels)(cfg)
-    check_model(cfg)
-    check_training(cfg)
+    for rules in (latent_rules if cfg.latent else pixel_rules, model_rules, training_rules):
+        for broken, sentence in rules(cfg):
+            if broken:
+                raise UserError(sentence)
     return cfg
 
 
@@ -286,7 +290,7 @@ def check_fields(flags) -> None:
         value, choices = getattr(flags, f.name), f.metadata.get("choices")
         if choices and value not in (*choices, f.default):
             listed = ", ".join(str(choice) or "(empty)" for choice in choices)
-            raise UserError(f"--{flag_name(f)} must be one of {listed}, not {value!r}.")
+            raise UserError(f"--{f.name} must be one of {listed}, not {value!r}.")
         if choices or type(value) not in (int, float):
             continue
         marks = f.metadata.get("marks", ())
@@ -299,21 +303,7 @@ def check_fields(flags) -> None:
         else:
             right, words = value > 0, "1 or more" if type(value) is int else "more than zero"
         if not right or not -math.inf < value < math.inf:
-            raise UserError(f"--{flag_name(f)} must be {words}, not {value}.")
-
-
-def check_pixels(cfg: Config) -> None:
-    """What patches can cut and the world can draw."""
-    for size, patch in (("frames", "patch_t"), ("height", "patch"), ("width", "patch")):
-        n, step = getattr(cfg, size), getattr(cfg, patch)
-        if n % step:
-            raise UserError(f"--{size} {n} does not divide into patches of {step} (--{patch}).")
-    drawn = 16 <= cfg.height <= 128 and 16 <= cfg.width <= 128 and 2 <= cfg.frames <= 256
-    if not cfg.data_dir and not drawn:
-        raise UserError("The world draws 16 to 128 pixels and 2 to 256 frames, not "
-                        f"{cfg.frames} x {cfg.height} x {cfg.width}.")
-    if cfg.ood and cfg.data_dir:
-        raise UserError("--ood is for the world; videos from --data_dir are as they are.")
+            raise UserError(f"--{f.name} must be {words}, not {value}.")
 
 
 def check_latent_size(cfg: Config) -> None:
@@ -324,67 +314,74 @@ def check_latent_size(cfg: Config) -> None:
                         f"not {cfg.frames} x {cfg.height} x {cfg.width}.")
 
 
-def check_latent(cfg: Config) -> None:
+# Each of the following yields its rules one after the other: is it broken, and what to say then.
+def pixel_rules(cfg: Config):
+    """What patches can cut and the world can draw."""
+    for size, patch in (("frames", "patch_t"), ("height", "patch"), ("width", "patch")):
+        n, step = getattr(cfg, size), getattr(cfg, patch)
+        yield n % step, f"--{size} {n} does not divide into patches of {step} (--{patch})."
+    drawn = 16 <= cfg.height <= 128 and 16 <= cfg.width <= 128 and 2 <= cfg.frames <= 256
+    yield not cfg.data_dir and not drawn, (
+        "The world draws 16 to 128 pixels and 2 to 256 frames, not "
+        f"{cfg.frames} x {cfg.height} x {cfg.width}.")
+    yield cfg.ood and cfg.data_dir, (
+        "--ood is for the world; videos from --data_dir are as they are.")
+
+
+def latent_rules(cfg: Config):
     """What training on latents needs."""
     check_latent_size(cfg)
-    if not cfg.text_dim:
-        raise UserError("--latent needs --text_dim: text embeddings come from the cache as well.")
-    if not cfg.dry_run and not (cfg.weights and cfg.cache):
-        raise UserError(f"{cfg.config} needs --weights DIR (an official model) and --cache DIR "
-                        "(encode.py makes it), or --dry_run.")
-    if cfg.base_steps or cfg.init_from or cfg.data_dir:
-        raise UserError("An official backbone comes from --weights and its clips from --cache: "
-                        "--base_steps, --init_from and --data_dir are for models trained here.")
+    yield not cfg.text_dim, (
+        "--latent needs --text_dim: text embeddings come from the cache as well.")
+    yield not cfg.dry_run and not (cfg.weights and cfg.cache), (
+        f"{cfg.config} needs --weights DIR (an official model) and --cache DIR (encode.py makes "
+        "it), or --dry_run.")
+    yield cfg.base_steps or cfg.init_from or cfg.data_dir, (
+        "An official backbone comes from --weights and its clips from --cache: --base_steps, "
+        "--init_from and --data_dir are for models trained here.")
 
 
-def check_model(cfg: Config) -> None:
+def model_rules(cfg: Config):
     """What the backbone, and the branch beside it, can be built with."""
-    if cfg.dim % cfg.heads or (cfg.dim // cfg.heads) % 16:
-        raise UserError(f"--dim / --heads must be a multiple of 16, not {cfg.dim} / {cfg.heads}.")
-    if cfg.time_dim % 2:
-        raise UserError(f"--time_dim must be even, not {cfg.time_dim}.")
+    yield cfg.dim % cfg.heads or (cfg.dim // cfg.heads) % 16, (
+        f"--dim / --heads must be a multiple of 16, not {cfg.dim} / {cfg.heads}.")
+    yield cfg.time_dim % 2, f"--time_dim must be even, not {cfg.time_dim}."
     blocks, targets = cfg.physical_blocks, cfg.lora_targets
-    if not re.fullmatch(r"\s*(\d+\s*(,\s*\d+\s*)*)?", blocks):
-        raise UserError(f"--physical_blocks is a list such as 1,3,5, not {blocks!r}.")
-    if not set(targets.split(",")) <= {"to_q", "to_k", "to_v", "to_out"}:
-        raise UserError(f"--lora_targets is a list of to_q, to_k, to_v, to_out, not {targets!r}.")
+    yield not re.fullmatch(r"\s*(\d+\s*(,\s*\d+\s*)*)?", blocks), (
+        f"--physical_blocks is a list such as 1,3,5, not {blocks!r}.")
+    yield not set(targets.split(",")) <= {"to_q", "to_k", "to_v", "to_out"}, (
+        f"--lora_targets is a list of to_q, to_k, to_v, to_out, not {targets!r}.")
     at = cfg.physical_at
-    if list(at) != sorted(set(at)) or any(i >= cfg.depth for i in at):
-        raise UserError(f"--physical_blocks must rise and stay below --depth {cfg.depth}, not "
-                        f"{blocks!r}.")
+    yield list(at) != sorted(set(at)) or any(i >= cfg.depth for i in at), (
+        f"--physical_blocks must rise and stay below --depth {cfg.depth}, not {blocks!r}.")
     experts = cfg.refinement_experts
-    if cfg.top_k > experts:
-        raise UserError(f"--top_k {cfg.top_k} is more than --refinement_experts {experts}.")
+    yield cfg.top_k > experts, (
+        f"--top_k {cfg.top_k} is more than --refinement_experts {experts}.")
 
 
-def check_training(cfg: Config) -> None:
+def training_rules(cfg: Config):
     """What the two stages, the previews and L_coarse need."""
-    if cfg.physics_steps and not cfg.physical_at and not cfg.lora_rank:
-        raise UserError("Stage two has nothing to train: give --physical_blocks or --lora_rank, or "
-                        "--physics_steps 0 for the backbone alone.")
-    if cfg.init_from and not cfg.physics_steps:
-        raise UserError("--init_from starts at stage two, which --physics_steps 0 leaves out.")
-    if not cfg.init_from and not cfg.base_steps and not cfg.latent:
-        raise UserError("Stage two needs a trained backbone: give --base_steps or --init_from RUN.")
-    if cfg.ema == 1:
-        raise UserError("--ema 1 would keep the initial weights for ever: give less.")
+    yield cfg.physics_steps and not cfg.physical_at and not cfg.lora_rank, (
+        "Stage two has nothing to train: give --physical_blocks or --lora_rank, or "
+        "--physics_steps 0 for the backbone alone.")
+    yield cfg.init_from and not cfg.physics_steps, (
+        "--init_from starts at stage two, which --physics_steps 0 leaves out.")
+    yield not cfg.init_from and not cfg.base_steps and not cfg.latent, (
+        "Stage two needs a trained backbone: give --base_steps or --init_from RUN.")
+    yield cfg.ema == 1, "--ema 1 would keep the initial weights for ever: give less."
     steps = cfg.preview_steps
-    if cfg.process == "vpred" and steps > 1000:
-        raise UserError(f"--process vpred has 1000 steps; --preview_steps {steps} cannot be taken.")
+    yield cfg.process == "vpred" and steps > 1000, (
+        f"--process vpred has 1000 steps; --preview_steps {steps} cannot be taken.")
     router = cfg.physics_steps and cfg.semantic and cfg.physical_at
     compares = cfg.coarse_weight and cfg.coarse_loss == "relative"
-    if router and compares and cfg.batch_size == 1:
-        raise UserError("--batch_size 1 leaves L_coarse no pair of clips to compare: use more, or "
-                        "--coarse_loss bce, or --coarse_weight 0.")
+    yield router and compares and cfg.batch_size == 1, (
+        "--batch_size 1 leaves L_coarse no pair of clips to compare: use more, or --coarse_loss "
+        "bce, or --coarse_weight 0.")
 
 
 # --- the command line -----------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     """argparse that answers a mistake with one sentence instead of a usage page."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description, usage="%(prog)s [flags]", allow_abbrev=False,
-                         formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
     def error(self, message):
         raise UserError(f"{message[0].upper()}{message[1:]}; --help lists every flag.")
@@ -403,42 +400,45 @@ def boolean(text: str) -> bool:
     return bool(("false", "true").index(text.lower()))
 
 
-def flag_name(f: dataclasses.Field) -> str:
-    """The name of a field's flag, without its dashes."""
-    return f.metadata.get("name") or f.name
-
-
-def add_flags(parser: Parser, cls, hidden: set[str] = frozenset()) -> None:
-    """Every field of a dataclass as a flag, but for the hidden ones.
+def read_flags(argv: list[str], description: str, *classes) -> dict:
+    """{flag: value} of what a command line gives of the fields of these dataclasses. Where two have
+    a field of the same name, the flag is the first one's.
 
     The type (int, float, str, bool, `int | None`, list[str]) says how the text is read. Of a bool
-    the flag alone means true, and `--x false` can be said. Only flags that were given reach the
-    namespace (SUPPRESS): they override a preset, and nothing else does.
+    the flag alone means true, and `--x false` can be said. Only flags that were given are in the
+    answer (SUPPRESS): they override a preset, and nothing else does.
     """
-    for f in dataclasses.fields(cls):
-        if flag_name(f) in hidden:
+    presets = f"Presets for --config: {', '.join(PRESETS)}." if Config in classes else None
+    parser = Parser(description=description, epilog=presets, usage="%(prog)s [flags]",
+                    allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                    argument_default=argparse.SUPPRESS)
+    added = set()
+    for cls, f in [(cls, f) for cls in classes for f in dataclasses.fields(cls)]:
+        if f.name in added:
             continue
+        added.add(f.name)
+
         # A list or an `int | None` is read as what stands inside it.
         kind = (*typing.get_args(f.type), f.type)[0]
         choices = [str(choice) for choice in f.metadata.get("choices", ()) if choice != ""]
         how = dict(type=kind, metavar="|".join(choices) or kind.__name__.upper())
         if kind is bool:
             how = dict(type=boolean, metavar="true|false", nargs="?", const=True)
+        default = f.default
         if typing.get_origin(f.type) is list:
             how["action"] = "append"
+            default = ""
 
         # The help is the field's meaning, and its default in brackets; a list has none.
-        required = f.default is f.default_factory is dataclasses.MISSING
-        default = "required" if required else "" if f.default is dataclasses.MISSING else f.default
         meaning = f"{meanings(cls)[f.name]} [{default}]".replace("%", "%%")
-        parser.add_argument(f"--{flag_name(f)}", default=argparse.SUPPRESS, required=required,
-                            help=meaning, **how)
+        parser.add_argument(f"--{f.name}", help=meaning, **how)
+    return vars(parser.parse_args(argv))
 
 
 def take_flags(cls, given: dict):
     """Move the flags of cls out of those given, into a checked instance. Raises UserError."""
-    names = {f.name: flag_name(f) for f in dataclasses.fields(cls)}
-    flags = cls(**{field: given.pop(name) for field, name in names.items() if name in given})
+    names = [f.name for f in dataclasses.fields(cls)]
+    flags = cls(**{name: given.pop(name) for name in names if name in given})
     check_fields(flags)
     if hasattr(flags, "check"):
         flags.check()
@@ -448,19 +448,13 @@ def take_flags(cls, given: dict):
 def parse_flags(cls, argv: list[str], description: str):
     """Command line -> an instance of a command's own frozen dataclass of flags. Raises UserError.
     A dataclass with a method `check()` has it called: it holds the rules that tie its fields."""
-    parser = Parser(description)
-    add_flags(parser, cls)
-    return take_flags(cls, vars(parser.parse_args(argv)))
+    return take_flags(cls, read_flags(argv, description, cls))
 
 
 def parse_with(cls, argv: list[str], description: str):
     """Command line -> (an instance of cls, checked Config): for a command that has flags of its own
     beside those of Config. A flag of cls hides Config's of the same name. Raises UserError."""
-    parser = Parser(description)
-    parser.epilog = f"Presets for --config: {', '.join(PRESETS)}."
-    add_flags(parser, cls)
-    add_flags(parser, Config, hidden={flag_name(f) for f in dataclasses.fields(cls)})
-    given = vars(parser.parse_args(argv))
+    given = read_flags(argv, description, cls, Config)
     flags = take_flags(cls, given)
     cfg = preset(**given)
     if cfg.resume:  # fields that were not given again are as the run was started

@@ -8,8 +8,8 @@ and the exact masks of synthetic clips (common/pool.py). A pool is named by a ha
 shapes it, so runs with the same settings share it. common/video.py says how clips are cut from
 videos, and official/cache.py reads what encode.py made of them.
 
-Everything behind a pool or a cache is a pure function of the position in the stream (order, caption
-dropout, targets): a restart has no state to restore.
+Everything behind a pool or a cache is a pure function of the position in the training order (which
+clip, caption dropout, targets): a restart has no state to restore.
 
 Letters: B clips, F frames, H W pixels or token grid, N video tokens, L text tokens, E_cat
 categories.
@@ -21,7 +21,7 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +56,7 @@ class Batch:
     categories: Tensor  # (B, E_cat) float32 multi-hot
     target: Tensor  # (B, N, E_cat) float32, 1 where the phenomenon covers a quarter of the token
     target_mask: Tensor  # (B, N, E_cat) float32, 1 where `target` says anything
-    index: Tensor  # (B,) int64 position in the stream
+    index: Tensor  # (B,) int64 position in the training order
     latent: Tensor | None = None  # (B, C, F, H, W) float32 in the network's own scale
     # A teacher's attention (uniform = 1), NaN where it says nothing; align.py makes targets of it:
     maps: Tensor | None = None  # (B, N, E_cat) float32, for each phenomenon
@@ -69,9 +69,8 @@ class Batch:
 
     def to(self, device) -> "Batch":
         """The batch with all of its tensors on a device."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {name: value.to(device, non_blocking=True)
-                 for name, value in values.items() if torch.is_tensor(value)}
+                 for name, value in vars(self).items() if torch.is_tensor(value)}
         return replace(self, **moved)
 
 
@@ -101,15 +100,14 @@ class Tokenizer:
         """Size of the vocabulary, padding and unknown included."""
         return len(self.words) + 2
 
-    def encode(self, caption: str, length: int) -> tuple[Tensor, int]:
-        """ids (length,) int64 padded with 0, and how many are words. A longer caption is cut."""
-        ids = [self.ids.get(word, 1) for word in self.split(caption)[:length]]
-        return torch.tensor(ids + [0] * (length - len(ids)), dtype=torch.int64), len(ids)
-
-    def encode_all(self, captions: Iterable[str], length: int) -> tuple[Tensor, Tensor]:
-        """`encode` of each caption: ids (B, L) int64, and how many are words (B,) int64."""
-        encoded = [self.encode(caption, length) for caption in captions]
-        return torch.stack([ids for ids, _ in encoded]), torch.tensor([n for _, n in encoded])
+    def encode_all(self, captions: list[str], length: int) -> tuple[Tensor, Tensor]:
+        """Ids (B, length) int64 padded with 0, and how many are words (B,) int64. A longer caption
+        is cut."""
+        ids = torch.zeros(len(captions), length, dtype=torch.int64)
+        for row, caption in zip(ids, captions):
+            known = [self.ids.get(word, 1) for word in self.split(caption)[:length]]
+            row[:len(known)] = torch.tensor(known)
+        return ids, (ids > 0).sum(1)
 
     def unknown(self, caption: str) -> list[str]:
         """The caption's words that are not in the vocabulary, each once."""
@@ -123,14 +121,14 @@ class Tokenizer:
         """Raises UserError when the file is missing or broken."""
         try:
             words = json.loads(Path(path).read_text(encoding="utf-8"))["words"]
+            # They must be text, and all of them different.
+            if not isinstance(words, list) or sorted(set(words)) != sorted(map(str, words)):
+                raise ValueError
         except FileNotFoundError:
             raise UserError(f"{path} is missing: no tokenizer was saved there.") from None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            words = None
-        if (not isinstance(words, list) or not all(isinstance(word, str) for word in words)
-                or len(set(words)) != len(words)):
             raise UserError(f"{path} is not a tokenizer: a JSON object with a list of different "
-                            "words is expected.")
+                            "words is expected.") from None
         return cls(words)
 
 
@@ -288,9 +286,10 @@ def open_pool(cfg: Config, progress: bool = True) -> Pool:
     return pool
 
 
-# --- the stream ---------------------------------------------------------------------------------
-class Stream:
-    """The order of clips. Position p of the endless stream is clip order[p mod n] of epoch p div n.
+# --- the order of clips -------------------------------------------------------------------------
+class ClipOrder:
+    """The endless order of training clips: position p is clip p mod n of epoch p div n, and every
+    epoch has an order of its own.
 
     pool: a Pool or a cache of latents. maps: a teacher's attention maps (vlm/maps.py), or None.
     """
@@ -300,7 +299,6 @@ class Stream:
         self.cfg = cfg
         self.pool = pool
         self.maps = maps
-        self.orders: dict[int, np.ndarray] = {}  # {epoch: its order}, of the last two asked for
         self.categories = torch.zeros(len(pool.captions), cfg.categories)  # (n, E_cat) multi-hot
         for row, present in enumerate(pool.categories):
             self.categories[row, [c for c in present if c < cfg.categories]] = 1
@@ -335,8 +333,8 @@ class Stream:
         silent = torch.full((n, cfg.categories), math.nan), torch.full((n,), math.nan)
         found = [self.maps.on_tokens(source, times, cfg.grid, cfg.categories) or silent
                  for source in sources]
-        maps, background = zip(*found)
-        return torch.stack(maps), torch.stack(background)
+        maps, background = map(torch.stack, zip(*found))
+        return maps, background
 
     @property
     def categories_present(self) -> list[int]:
@@ -344,25 +342,22 @@ class Stream:
         return self.categories[self.pool.train].any(0).nonzero().flatten().tolist()
 
     def row(self, position: int) -> int:
-        """The row of the pool at a position of the stream."""
+        """The row of the pool at a position of the training order."""
         epoch, at = divmod(position, len(self))
-        if epoch not in self.orders:
-            order = stream(self.cfg.seed, "order", epoch).permutation(self.pool.train)
-            # A batch may lie across two epochs, so the one before is kept.
-            self.orders = {**dict(list(self.orders.items())[-1:]), epoch: order}
-        return int(self.orders[epoch][at])
+        return int(self.order(epoch)[at])
+
+    @functools.lru_cache(maxsize=2)  # a batch may lie across two epochs
+    def order(self, epoch: int) -> np.ndarray:
+        """The training rows, (n,), as they follow each other in an epoch."""
+        return stream(self.cfg.seed, "order", epoch).permutation(self.pool.train)
 
     def dropped(self, positions: list[int]) -> Tensor:
         """(B,) bool: whose caption is left out, so that guidance has an unconditional model."""
         draws = [stream(self.cfg.seed, "caption dropout", p).random() for p in positions]
         return torch.tensor(draws) < self.cfg.caption_dropout
 
-    def held_out(self) -> Batch:
-        """All validation clips, index 0 upwards."""
-        return self.batch(range(len(self.pool.held)), train=False)
 
-
-class Clips(Stream):
+class Clips(ClipOrder):
     """Batches of pixels from a pool."""
 
     def __init__(self, cfg: Config, pool: Pool, tokenizer: Tokenizer, maps=None):
@@ -376,8 +371,8 @@ class Clips(Stream):
         return self.maps.covers(name, start + token_times(self.cfg))
 
     def batch(self, positions: Iterable[int], train: bool = True) -> Batch:
-        """The clips at these positions of the stream (train), or of the held-out list (then no
-        caption is dropped)."""
+        """The clips at these positions of the training order (train), or of the held-out list
+        (then no caption is dropped)."""
         positions = list(positions)
         rows = [self.row(p) if train else self.pool.held[p] for p in positions]
 

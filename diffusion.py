@@ -37,6 +37,7 @@ from torch import Tensor
 
 from config import Config, stream
 
+TABLE = 1000  # steps that CogVideoX was trained on, 0..999; `steps` are those of sampling
 GOLDEN = (math.sqrt(5) - 1) / 2  # steps of this length, round and round, fill [0, 1) most evenly
 
 
@@ -46,11 +47,6 @@ class Step(NamedTuple):
     model_time: float  # the time that the network hears, in its own unit
     t: float  # where the step starts, in 0..1
     t_next: float  # where it ends
-
-
-def per_clip(t: Tensor, x: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1, ...) so that it multiplies x."""
-    return t.view(-1, *[1] * (x.dim() - 1))
 
 
 class Process:
@@ -68,8 +64,8 @@ class Process:
         self.predict = predict
 
     # --- training
-    def draw(self, seed: int, index, shape) -> tuple[Tensor, Tensor]:
-        """Times (B,) and noise (B, *shape) of the stream positions `index`.
+    def draw(self, seed: int, index, shape, device="cpu") -> tuple[Tensor, Tensor]:
+        """Times (B,) and noise (B, *shape) of the positions `index` of the training order.
 
         Each is a function of (seed, position) alone. Times follow the golden-ratio sequence: every
         clip's t has the training distribution, and any run of consecutive clips covers it evenly,
@@ -77,19 +73,24 @@ class Process:
         """
         start = stream(seed, "time").random()  # the seed moves the whole sequence
         u = torch.tensor([(start + int(i) * GOLDEN) % 1 for i in index], dtype=torch.float64)
-        streams = (stream(seed, "noise", int(i)) for i in index)
-        eps = np.stack([rng.standard_normal(tuple(shape), np.float32) for rng in streams])
+        eps = np.stack([stream(seed, "noise", int(i)).standard_normal(tuple(shape), np.float32)
+                        for i in index])
         # float64 until the times are warped: at both ends of u small differences become large.
-        return self.warp(u).float(), torch.from_numpy(eps)
+        return self.warp(u).float().to(device), torch.from_numpy(eps).to(device)
+
+    def per_clip(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """a and s of times (B,), each (B, 1, 1, 1, 1), so that they multiply clips."""
+        a, s = self.coefficients(t)
+        return a.view(-1, 1, 1, 1, 1), s.view(-1, 1, 1, 1, 1)
 
     def noise(self, x: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """x_t = a x + s eps."""
-        a, s = self.coefficients(t)  # (B,) each
-        return per_clip(a, x) * x + per_clip(s, x) * eps
+        a, s = self.per_clip(t)
+        return a * x + s * eps
 
     def to_x(self, prediction: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The network's output as an estimate of the clean clip."""
-        a, s = (per_clip(c, x_t) for c in self.coefficients(t))
+        a, s = self.per_clip(t)
         if self.predict == "x":
             return prediction
         if self.predict == "eps":
@@ -97,16 +98,16 @@ class Process:
             return (x_t - s * prediction) / a.clamp(min=self.s_min)
         return self.x_from_v(prediction, x_t, a, s)
 
-    def loss(self, prediction: Tensor, x_t: Tensor, t: Tensor, x: Tensor, eps: Tensor) -> Tensor:
+    def loss(self, prediction: Tensor, t: Tensor, x: Tensor, eps: Tensor) -> Tensor:
         """Per-clip loss (B,): mean squared error of v, whatever the network predicts."""
-        a, s = (per_clip(c, x) for c in self.coefficients(t))
+        a, s = self.per_clip(t)
         prediction = prediction.float()
         if self.predict == "v":  # no division, so it is exact at every t
             error = prediction - self.v(x, eps, a, s)
         elif self.predict == "eps":  # v_hat - v = (eps_hat - eps) / a
             error = (prediction - eps) / a.clamp(min=self.s_min)
         else:  # v_hat - v = (x - x_hat) / s
-            error = (self.to_x(prediction, x_t, t) - x) / s.clamp(min=self.s_min)
+            error = (prediction - x) / s.clamp(min=self.s_min)
         return error.square().flatten(1).mean(1)  # over all numbers of a clip
 
     # --- sampling
@@ -222,10 +223,14 @@ class FlowMatching(Process):
     def plan(self, steps: int, solver: str) -> list[Step]:
         """Every step of a solver. For "euler" the times fall evenly from 1 to 0, then are shifted
         (DiffSynth's grid too)."""
+        even = [1 - i / steps for i in range(steps)]
         if solver != "euler":
-            return plan_of_wan(self, steps, solver)
-        times = [self.shifted(1 - i / steps) for i in range(steps)] + [0.0]
+            even = even_times_of_wan(self, steps, solver)
+        times = [self.shifted(t) for t in even] + [0.0]
         heard = self.model_time(torch.tensor(times)).tolist()
+        if solver == "unipc":
+            times[0] -= 1e-6  # keeps lambda finite
+            heard = [int(1000 * t) for t in times]  # the network gets floor(1000 t), the solver t
         return [Step(*one) for one in zip(heard, times, times[1:])]
 
     def model_time(self, t: Tensor) -> Tensor:
@@ -241,7 +246,6 @@ class VPrediction(Process):
     and "dpm", for 5B; both are diffusers' CogVideoX schedulers.
     """
 
-    table_size = 1000  # steps of training; `steps` are those of sampling
     solvers = ("ddim", "dpm")
     layout = (0, 2, 1, 3, 4)  # (B, F, C, H, W)
 
@@ -249,7 +253,7 @@ class VPrediction(Process):
         super().__init__(predict)
         # The order is the reference's (betas, cumulative product, shift, rescale), in float64, so
         # that alpha_bar[999] is exactly 0.
-        root = torch.linspace(0.00085**0.5, 0.0120**0.5, self.table_size, dtype=torch.float64)
+        root = torch.linspace(0.00085**0.5, 0.0120**0.5, TABLE, dtype=torch.float64)
         alpha_bar = (1 - root**2).cumprod(0)
         alpha_bar = alpha_bar / (snr_shift + (1 - snr_shift) * alpha_bar)
         # Lin et al. 2023: the last step must hold no signal at all, and the first stays as it is.
@@ -259,7 +263,7 @@ class VPrediction(Process):
 
     def step_of(self, t: Tensor) -> Tensor:
         """Time in 0..1 -> integer step 0..999; -1 behind the end, where the clip is clean."""
-        return (t.double() * (self.table_size - 1)).round().long()
+        return (t.double() * 999).round().long()
 
     def coefficients(self, t):
         step = self.step_of(t)
@@ -274,7 +278,7 @@ class VPrediction(Process):
 
     def warp(self, u: Tensor) -> Tensor:
         """Uniform numbers -> training times, every step equally often."""
-        return (u * self.table_size).floor().clamp(max=self.table_size - 1) / (self.table_size - 1)
+        return (u * TABLE).floor().clamp(max=999) / 999
 
     def plan(self, steps: int, solver: str) -> list[Step]:
         """Every step of a solver, "trailing": 999, 979, ... 19 for 50 of them.
@@ -284,20 +288,24 @@ class VPrediction(Process):
         at clean data: this is diffusers' way. Not copied is its step too many, at -1, which it
         takes where 1000 / steps is rounded down (61, 103, ...).
         """
-        if steps > self.table_size:
-            raise ValueError(f"v-prediction has {self.table_size} steps; {steps} cannot be taken.")
-        last = self.table_size - 1
-        starts = np.arange(self.table_size, 0, -self.table_size / steps)[:steps]
+        if steps > TABLE:
+            raise ValueError(f"v-prediction has {TABLE} steps; {steps} cannot be taken.")
+        starts = np.arange(TABLE, 0, -TABLE / steps)[:steps]
         starts = starts.round().astype(int) - 1  # numpy's rounding of halves, as in the reference
-        down = self.table_size // steps
-        return [Step(n, n / last, (n - down) / last) for n in starts.tolist()]
+        down = TABLE // steps
+        return [Step(n, n / 999, (n - down) / 999) for n in starts.tolist()]
 
     def model_time(self, t: Tensor) -> Tensor:
         """The unit that CogVideoX's network was trained with: the integer step 0..999."""
         return self.step_of(t)
 
     def dynamic(self, guidance: float, step: int, steps: int) -> float:
-        return dynamic_guidance(guidance, step, steps)
+        """CogVideoXPipeline's `use_dynamic_cfg`: the guidance of one step.
+
+        It sets a step of 0..999 against the number of steps, so that guidance leaps between 1 and
+        1 + guidance instead of growing. Its authors know, and the clips they show were made so.
+        """
+        return 1 + guidance * (1 - math.cos(math.pi * ((steps - step) / steps) ** 5.0)) / 2
 
 
 def build(cfg: Config) -> Process:
@@ -432,29 +440,14 @@ class UniPC(Solver):
 SOLVERS = {"ddim": Direct, "euler": Direct, "wan-euler": Direct, "dpm": DPM, "unipc": UniPC}
 
 
-def plan_of_wan(process: FlowMatching, steps: int, solver: str) -> list[Step]:
-    """Every step of WanPipeline's solvers. Even before the shift, the times are
+def even_times_of_wan(process: FlowMatching, steps: int, solver: str) -> list[float]:
+    """Where the steps of WanPipeline's solvers start, before the shift, evenly:
 
     wan-euler  1 .. 0.001, N of them, then 0; the 0.001 is shifted twice
                (FlowMatchEulerDiscreteScheduler)
     unipc      1 .. 0.001, N + 1 of them, the last becoming 0 (UniPCMultistepScheduler)
     """
-    if solver == "wan-euler":
-        even = np.linspace(1, process.shifted(torch.tensor(0.001)).item(), steps)
-    else:
-        even = np.linspace(1, 0.001, steps + 1)[:-1]
-    times = [process.shifted(t) for t in even.tolist()] + [0.0]
-    heard = process.model_time(torch.tensor(times)).tolist()
     if solver == "unipc":
-        times[0] -= 1e-6  # keeps lambda finite
-        heard = [int(1000 * t) for t in times]  # the network gets floor(1000 t), the solver t
-    return [Step(*one) for one in zip(heard, times, times[1:])]
-
-
-def dynamic_guidance(guidance: float, step: int, steps: int) -> float:
-    """CogVideoXPipeline's `use_dynamic_cfg`: the guidance of one step.
-
-    It sets a step of 0..999 against the number of steps, so that guidance leaps between 1 and
-    1 + guidance instead of growing. Its authors know, and the clips they show were made so.
-    """
-    return 1 + guidance * (1 - math.cos(math.pi * ((steps - step) / steps) ** 5.0)) / 2
+        return np.linspace(1, 0.001, steps + 1)[:-1].tolist()
+    last = process.shifted(torch.tensor(0.001)).item()
+    return np.linspace(1, last, steps).tolist()

@@ -29,13 +29,12 @@ import torch
 from tqdm import tqdm
 
 import config
-from common.files import cores, shard_of
+from common.files import shard_of
 from common.run import pick_device, pick_precision
 from common.store import Store
 from common.video import Cut, Folder
 from config import Stopped, UserError, flag
 from official.cache import CACHE, EMPTY, CacheRow, Encoder, settings_of
-from official.encoders import VAE, TextEncoder
 from official.export import export_run
 from official.folder import Lineage, lineage_of
 
@@ -87,12 +86,6 @@ class Flags:
                                 "latent one, and 2 of those a token.")
 
 
-def sized(flags: Flags, lineage: Lineage) -> Flags:
-    """The flags, with the lineage's own sizes where none were given."""
-    sizes = {name: getattr(flags, name) or getattr(lineage, name) for name in SIZES}
-    return dataclasses.replace(flags, **sizes)
-
-
 def main(argv: list[str]) -> None:
     """Check everything, then encode or export. Raises UserError and Stopped."""
     flags = config.parse_flags(Flags, argv, "Turn a folder of videos into latents and text "
@@ -102,7 +95,8 @@ def main(argv: list[str]) -> None:
         print(f"wrote {flags.out}")
         return
     lineage = lineage_of(Path(flags.weights))
-    flags = sized(flags, lineage)
+    sizes = {name: getattr(flags, name) or getattr(lineage.preset, name) for name in SIZES}
+    flags = dataclasses.replace(flags, **sizes)
     if lineage.name == "cogvideox" and flags.frames % 8 != 1:
         print(f"CogVideoX's VAE gives {flags.frames + 3} frames back for {flags.frames}; of "
               "1 + 8 m it gives as many.", file=sys.stderr)
@@ -117,7 +111,6 @@ def encode_folder(flags: Flags, lineage: Lineage) -> None:
     dtype = torch.bfloat16 if pick_precision(flags.dtype, device) == "bf16" else torch.float32
     folder = Folder(flags.videos, flags.annotations, flags.captions, flags.phys_law)
     cut = Cut(flags.frames, flags.fps, flags.windows, flags.height, flags.width)
-    threads = min(4, cores(0))  # each reads ahead a video's clips, a hundred megabytes apiece
     first, shards = shard_of(flags.shard)
     settings = settings_of(flags, lineage, weights, dtype)
     store = Store.create(flags.out, CACHE, settings, (first, shards))
@@ -131,15 +124,13 @@ def encode_folder(flags: Flags, lineage: Lineage) -> None:
 
         # What is not: the weights are read only if something is missing.
         if missing or not has_empty:
-            text = TextEncoder(weights, device, dtype)
-            vae = VAE(weights, device, dtype, flags.tiled)
-            encoder = Encoder(store, text, vae, dtype, flags.text_batch)
+            encoder = Encoder(store, weights, device, dtype, flags.tiled, flags.text_batch)
             if not has_empty:
                 encoder.write_empty()
             todo = {name: videos[name] for name in missing}
             with tqdm(total=len(mine), initial=len(mine) - len(missing),
                       desc="encoding", unit="video") as bar:
-                encoder.write_videos(folder, todo, have, cut, threads, bar)
+                encoder.write_videos(folder, todo, have, cut, bar)
             made, cut_captions = encoder.made, encoder.cut_captions
         index = store.write_index(videos, lambda file, video: CacheRow(
             file, video.name, video.caption, video.categories))
@@ -154,7 +145,7 @@ def encode_folder(flags: Flags, lineage: Lineage) -> None:
                         f"{skipped or '; the annotations name no video'}.")
     too_long = ""
     if cut_captions:
-        too_long = f"; {cut_captions} captions have more than {lineage.text_len} tokens and are cut"
+        too_long = f"; {cut_captions} captions have more than {lineage.preset.text_len} tokens and are cut"
     print(f"{made} clips made, {len(have)} were there; {store.folder} holds "
           f"{len(index['clips'])} from {index['done']} of {index['videos']} videos"
           f"{too_long}{skipped}{folder.unknown_labels()}")

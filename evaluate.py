@@ -72,9 +72,9 @@ def law_table(loaded, batch, n, seed, steps, guidance, precision) -> dict:
         models["backbone alone"] = model.backbone
     prompts = [clip.caption for clip in clips]
     for name, one in models.items():
-        made, _ = sample.generate(one, process, tokenizer, cfg, prompts, seed=seed, steps=steps,
-                                  guidance=guidance, batch=batch, precision=precision)
-        rows[name] = laws.law_errors(made, actors)
+        one = sample.RunModel(cfg, one, process, tokenizer, precision)
+        made = sample.generate(one, prompts, seed=seed, steps=steps, guidance=guidance, batch=batch)
+        rows[name] = laws.law_errors(np.stack([clip for clip, _ in made]), actors)
     return {"rows": rows}
 
 
@@ -160,9 +160,8 @@ def observe(loaded, first, clips, t, seed, ood, precision, batch):
         made = [world.make_clip(cfg.world_seed, i, **drawing) for i in indices]
 
         # Captions and noised clips as tensors.
-        ids, n_words = zip(*(tokenizer.encode(clip.caption, cfg.text_len) for clip in made))
-        text = torch.stack(ids).to(device)  # (B, L)
-        length = torch.tensor(n_words, device=device)
+        text, length = tokenizer.encode_all([clip.caption for clip in made], cfg.text_len)
+        text, length = text.to(device), length.to(device)  # (B, L), (B,)
         x = torch.from_numpy(np.stack([clip.video for clip in made]))  # (B, F, H, W, 3)
         x = x.permute(0, 4, 1, 2, 3) / 127.5 - 1
         eps = process.draw(seed, indices, x.shape[1:])[1]

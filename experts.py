@@ -57,14 +57,15 @@ def invert(logits: Tensor) -> Tensor:
 class FullMaps(nn.Module):
     """The paper's basis maps B_e: one number for each expert, channel and token."""
 
-    def __init__(self, grid: Grid, dim: int, experts: int):
+    def __init__(self, cfg: Config):
         super().__init__()
-        self.maps = nn.Parameter(torch.randn(experts, dim, *grid) * 0.02)  # B_e, (E_s, D, f, h, w)
+        maps = torch.randn(cfg.semantic_experts, cfg.dim, *cfg.grid) * 0.02
+        self.maps = nn.Parameter(maps)  # B_e, (E_s, D, f, h, w)
 
     def forward(self, rho: Tensor, grid: Grid) -> Tensor:
         """Weights rho (B, E_s) and a grid -> the mix of the maps (B, N, D)."""
         maps = self.maps
-        if tuple(grid) != tuple(maps.shape[2:]):
+        if grid != maps.shape[2:]:
             maps = F.interpolate(maps, grid, mode="trilinear", align_corners=False)
         return torch.einsum("be,edn->bnd", rho.type_as(maps), maps.flatten(2))
 
@@ -76,13 +77,14 @@ class FactoredMaps(nn.Module):
     published branch can afford.
     """
 
-    def __init__(self, grid: Grid, dim: int, experts: int, rank: int):
+    def __init__(self, cfg: Config):
         super().__init__()
-        f, h, w = grid
+        f, h, w = cfg.grid
+        experts, R = cfg.semantic_experts, cfg.map_rank
         # Factors of time start nearly constant, so that a fresh map does not flicker.
-        self.time = nn.Parameter(1 + 0.02 * torch.randn(experts * rank, 1, f))
-        self.space = nn.Parameter(torch.randn(experts * rank, 1, h, w))
-        self.width = nn.Parameter(torch.randn(experts, rank, dim) * 0.02 * rank**-0.5)
+        self.time = nn.Parameter(1 + 0.02 * torch.randn(experts * R, 1, f))
+        self.space = nn.Parameter(torch.randn(experts * R, 1, h, w))
+        self.width = nn.Parameter(torch.randn(experts, R, cfg.dim) * 0.02 * R**-0.5)
 
     def forward(self, rho: Tensor, grid: Grid) -> Tensor:
         """Weights rho (B, E_s) and a grid -> the mix of the maps (B, N, D)."""
@@ -102,19 +104,15 @@ class SemanticExpertBlock(nn.Module):
     """X~ = X + sum_e rho_s[e] B_e, with a learnable map B_e (N, D) for each kind of physics (Eq. 1).
 
     All experts take part: a hard top-k collapses at the small batches of video training. A map
-    belongs to one token grid and is interpolated to any other (ours). Rank 0 means full maps.
+    belongs to one token grid and is interpolated to any other (ours).
     """
 
-    def __init__(self, grid: Grid, dim: int, text_dim: int, experts: int, categories: int,
-                 rank: int = 0):
+    def __init__(self, cfg: Config, text_dim: int):
         super().__init__()
         self.router = nn.Sequential(  # its depth is ours
-            nn.Linear(text_dim, text_dim), nn.SiLU(), nn.Linear(text_dim, experts))
-        if rank:
-            self.basis = FactoredMaps(grid, dim, experts, rank)
-        else:
-            self.basis = FullMaps(grid, dim, experts)
-        self.lift = nn.Linear(experts, categories)
+            nn.Linear(text_dim, text_dim), nn.SiLU(), nn.Linear(text_dim, cfg.semantic_experts))
+        self.basis = FactoredMaps(cfg) if cfg.map_rank else FullMaps(cfg)
+        self.lift = nn.Linear(cfg.semantic_experts, cfg.categories)
 
     def route(self, y: Tensor, length: Tensor, edit=None) -> tuple[Tensor, Tensor, Tensor]:
         """Text -> logits (B, E_s), weights rho_s (B, E_s), and their lift (B, E_cat).
@@ -142,36 +140,31 @@ class RefinementExpertBlock(nn.Module):
     A residual around it and no renormalisation of the chosen weights are ours; both are switches.
     """
 
-    def __init__(self, dim: int, experts: int, k: int, categories: int, residual: bool = True,
-                 renormalise: bool = False):
+    def __init__(self, cfg: Config):
         super().__init__()
-        self.k = k
-        self.residual = residual
-        self.renormalise = renormalise
+        self.cfg = cfg
+        dim, experts = cfg.dim, cfg.refinement_experts
         self.router = nn.Linear(dim, experts)  # its depth is ours
         # All experts stand in one table each of weights and biases: e_i(x) = x W_i + b_i.
         self.weight = nn.Parameter(torch.randn(experts, dim, dim) * dim**-0.5)
         self.bias = nn.Parameter(torch.zeros(experts, dim))
-        self.lift = nn.Sequential(nn.Linear(experts, 64), nn.SiLU(), nn.Linear(64, categories))
+        self.lift = nn.Sequential(nn.Linear(experts, 64), nn.SiLU(), nn.Linear(64, cfg.categories))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Video tokens (B, N, D) -> refined (B, N, D), rho_r (B, N, E_r), chosen (B, N, k)."""
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Video tokens (B, N, D) -> refined (B, N, D), rho_r (B, N, E_r), its lift P'_r of Eq. 5
+        (B, N, E_cat), chosen (B, N, k)."""
         rho = self.router(x).float().softmax(dim=-1)  # over all experts, before the choice
-        gate, chosen = rho.topk(self.k, dim=-1)  # (B, N, k) each
-        if self.renormalise:
+        gate, chosen = rho.topk(self.cfg.top_k, dim=-1)  # (B, N, k) each
+        if self.cfg.renormalise:
             gate = gate / gate.sum(-1, keepdim=True)
         # To `dispatch` the tokens of all clips are one list (B N, ...).
         y = dispatch(x.flatten(0, 1), gate.flatten(0, 1), chosen.flatten(0, 1),
                      self.weight, self.bias).view_as(x)
-        return x + y if self.residual else y, rho, chosen  # Eq. 2
+        refined = x + y if self.cfg.residual else y  # Eq. 2
 
-    def lifted(self, rho: Tensor) -> Tensor:
-        """P'_r of Eq. 5: rho_r (B, N, E_r) through the MLP -> (B, N, E_cat).
-
-        The input is multiplied by E_r (ours), so that an expert's even share reads as 1. An MLP
-        learns slowly from inputs of 1 / E_r.
-        """
-        return self.lift((rho * rho.shape[-1]).type_as(self.lift[0].weight))
+        # An MLP learns slowly from inputs of 1 / E_r: times E_r (ours), an even share reads as 1.
+        lift = self.lift((rho * len(self.weight)).type_as(self.weight))
+        return refined, rho, lift, chosen
 
 
 @torch.compiler.disable  # segment sizes depend on the data, so compiled code would stop here anyway
@@ -189,11 +182,9 @@ def dispatch(x: Tensor, gate: Tensor, chosen: Tensor, weight: Tensor, bias: Tens
     sizes = chosen.flatten().bincount(minlength=len(weight)).tolist()
     segments = x[order // k].split(sizes)  # choice c belongs to token c // k
     y = torch.cat([torch.addmm(b, segment, w) for segment, w, b in zip(segments, weight, bias)])
-    # Back to the order of tokens. A gather adds gradients in a fixed order, where index_add would
-    # not do so on a GPU, and two runs would differ.
-    back = torch.empty_like(order)
-    back = back.scatter_(0, order, torch.arange(M * k, device=order.device))  # inverse permutation
-    y = y[back].view(M, k, -1)
+    # Back to the order of tokens, by the inverse permutation. A gather adds gradients in a fixed
+    # order, where index_add would not do so on a GPU, and two runs would differ.
+    y = y[order.argsort()].view(M, k, -1)
     return (gate[..., None].type_as(y) * y).sum(1).type_as(x)
 
 
@@ -212,25 +203,22 @@ class ProPhy(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.at = cfg.physical_at  # rising indices of the backbone blocks with one beside them
-        dim = cfg.dim
         # Without physical blocks nothing would read what the experts do to the tokens.
         self.semantic = self.refinement = None
         if cfg.semantic and self.at:
-            self.semantic = SemanticExpertBlock(cfg.grid, dim, backbone.text_dim,
-                                                cfg.semantic_experts, cfg.categories, cfg.map_rank)
+            self.semantic = SemanticExpertBlock(cfg, backbone.text_dim)
         self.physical = nn.ModuleList(copy.deepcopy(backbone.blocks[i]) for i in self.at)
         # LoRA comes after the copies were made, because these train all their weights anyway.
         if cfg.lora_rank:
-            alpha = cfg.lora_alpha or cfg.lora_rank
-            add_lora(backbone, cfg.lora_rank, alpha, cfg.lora_targets.split(","))
+            add_lora(backbone, cfg)
         if cfg.refinement and self.at:
-            self.refinement = RefinementExpertBlock(dim, cfg.refinement_experts, cfg.top_k,
-                                                    cfg.categories, cfg.residual, cfg.renormalise)
+            self.refinement = RefinementExpertBlock(cfg)
         # Zero-initialised injection: the untrained branch adds nothing to the backbone's tokens.
         # These layers get the first gradient of the diffusion loss, and pass it on once they are
         # not zero; the routers learn from the alignment losses from the first step on.
         self.inject = nn.ModuleList(
-            nn.Linear(dim, dim) if cfg.injection == "zero" else nn.Identity() for _ in self.at)
+            nn.Linear(cfg.dim, cfg.dim) if cfg.injection == "zero" else nn.Identity()
+            for _ in self.at)
         for parameter in self.inject.parameters():
             nn.init.zeros_(parameter)
 
@@ -238,16 +226,14 @@ class ProPhy(nn.Module):
     def init_from_backbone(self) -> None:
         """Each physical block starts as a copy of the backbone block it stands beside."""
         for i, block in zip(self.at, self.physical):
-            block.load_state_dict(own_state(self.backbone.blocks[i]))
+            # Not strict, because LoRA's corrections are left behind.
+            block.load_state_dict(self.backbone.blocks[i].state_dict(), strict=False)
 
     def branch_state(self) -> dict[str, nn.Parameter]:
         """{name: parameter} of all that is not the backbone's own: stage two trains this, and a
         lab publishes it."""
         return {name: p for name, p in self.named_parameters()
-                if not name.startswith("backbone.") or name.endswith(LORA_NAMES)}
-
-    def branch_parameters(self) -> list[nn.Parameter]:
-        return list(self.branch_state().values())
+                if not name.startswith("backbone.") or name.endswith((".down", ".up"))}  # LoRA's
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, text_length: Tensor | None = None,
                 edit=None) -> tuple[Tensor, Routing]:
@@ -259,17 +245,16 @@ class ProPhy(nn.Module):
         # Which physics: the branch starts from the backbone's tokens mixed with the basis maps.
         branch = tokens
         if self.semantic is not None:
-            logits, rho, lift = self.semantic.route(condition.text, condition.text_length, edit)
-            routing = Routing(semantic_logits=logits, semantic=rho, semantic_lift=lift)
-            video = self.semantic(tokens[:, n:], rho, condition.grid)
+            found = self.semantic.route(condition.text, condition.text_length, edit)
+            routing.semantic_logits, routing.semantic, routing.semantic_lift = found
+            video = self.semantic(tokens[:, n:], routing.semantic, condition.grid)
             branch = torch.cat([tokens[:, :n], video], dim=1)
 
         # Where: this runs in the middle of the last physical block. It returns what it finds and
         # stores nothing outside, because checkpointing calls it twice.
-        def refine(hidden: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:  # of (B, S, D)
-            video, rho, chosen = self.refinement(hidden[:, n:])
-            lift = self.refinement.lifted(rho)
-            return torch.cat([hidden[:, :n], video], dim=1), (rho, lift, chosen)
+        def refine(hidden: Tensor) -> tuple[Tensor, list[Tensor]]:  # of (B, S, D)
+            video, *found = self.refinement(hidden[:, n:])
+            return torch.cat([hidden[:, :n], video], dim=1), found
 
         # Backbone and branch go side by side; after each physical block the backbone gets its share.
         for i, block in enumerate(self.backbone.blocks):
@@ -322,33 +307,18 @@ class LoRA(nn.Linear):
         return linear
 
 
-LORA_NAMES = (".down", ".up")  # how the names of LoRA's own parameters end
-
-
-def own_state(module: nn.Module) -> dict[str, Tensor]:
-    """A state dict without LoRA's corrections."""
-    return {name: tensor for name, tensor in module.state_dict().items()
-            if not name.endswith(LORA_NAMES)}
-
-
-def replace_module(block: nn.Module, name: str, module: nn.Module) -> None:
-    """Put another module in the place of the sub-module of this dotted name."""
-    owner, _, leaf = name.rpartition(".")
-    setattr(block.get_submodule(owner), leaf, module)
-
-
-def add_lora(backbone: nn.Module, rank: int, alpha: float, targets: list[str]) -> None:
+def add_lora(backbone: nn.Module, cfg: Config) -> None:
     """Put a LoRA around every linear layer of the backbone's blocks whose last name is a target,
     such as "to_q"."""
-    for block in backbone.blocks:
-        for name, module in list(block.named_modules()):  # a list, because the loop changes them
-            if isinstance(module, nn.Linear) and name.rpartition(".")[2] in targets:
-                replace_module(block, name, LoRA(module, rank, alpha))
+    targets = cfg.lora_targets.split(",")
+    for name, module in list(backbone.blocks.named_modules()):  # a list: the loop changes them
+        if isinstance(module, nn.Linear) and name.split(".")[-1] in targets:
+            lora = LoRA(module, cfg.lora_rank, cfg.lora_alpha or cfg.lora_rank)
+            backbone.blocks.set_submodule(name, lora)
 
 
 def merge_lora(backbone: nn.Module) -> None:
     """Turn every LoRA of the backbone's blocks back into one linear layer."""
-    for block in backbone.blocks:
-        for name, module in list(block.named_modules()):
-            if isinstance(module, LoRA):
-                replace_module(block, name, module.merged())
+    for name, module in list(backbone.blocks.named_modules()):
+        if isinstance(module, LoRA):
+            backbone.blocks.set_submodule(name, module.merged())

@@ -54,9 +54,9 @@ class Condition:
 def patchify(x: Tensor, pt: int, p: int) -> Tensor:
     """(B, C, F, H, W) -> (B, N, C pt p p), tokens by time, row, column. With pt = 2 and p = 8:
     (4, 3, 8, 32, 32) -> (4, 64, 384), which are 4 x 4 x 4 tokens of 3 x 2 x 8 x 8 numbers."""
-    B, C, frames, H, W = x.shape
-    x = x.view(B, C, frames // pt, pt, H // p, p, W // p, p)  # (B, C, f, pt, h, p, w, p)
-    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).reshape(B, -1, C * pt * p * p)
+    x = x.unflatten(4, (-1, p)).unflatten(3, (-1, p)).unflatten(2, (-1, pt))
+    # (B, C, f, pt, h, p, w, p) -> (B, f, h, w, C, pt, p, p) -> (B, N, C pt p p)
+    return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
 
 
 def unpatchify(tokens: Tensor, grid: Grid, pt: int, p: int) -> Tensor:
@@ -110,13 +110,19 @@ class LayerNorm32(nn.LayerNorm):
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps)
 
 
+class HeadNorm(nn.LayerNorm):
+    """LayerNorm of each head by itself: (B, S, D) -> (B, S, D), where d channels are a head."""
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.unflatten(-1, (-1, *self.normalized_shape))).flatten(-2)
+
+
 class Attention(nn.Module):
     """Attention of x to itself, or to a context. The norm of q and k sees each head, or all."""
     def __init__(self, dim: int, heads: int, across_heads: bool = False):
         super().__init__()
         self.heads = heads
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
-        width, norm = (dim, nn.RMSNorm) if across_heads else (dim // heads, nn.LayerNorm)
+        width, norm = (dim, nn.RMSNorm) if across_heads else (dim // heads, HeadNorm)
         self.norm_q, self.norm_k = (norm(width, eps=1e-6) for _ in range(2))
         self.to_out = nn.Linear(dim, dim)
 
@@ -124,10 +130,8 @@ class Attention(nn.Module):
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)  # (B, S, D) -> (B, heads, S, d)
 
     def queries_keys(self, x: Tensor, rope=None, context=None) -> tuple[Tensor, Tensor]:
-        def normed(norm: nn.Module, x: Tensor) -> Tensor:  # over as many channels as it has weights
-            return self.split(norm(x.unflatten(-1, (-1, *norm.normalized_shape))).flatten(-2))
-        q = normed(self.norm_q, self.to_q(x))
-        k = normed(self.norm_k, self.to_k(x if context is None else context))
+        q = self.split(self.norm_q(self.to_q(x)))
+        k = self.split(self.norm_k(self.to_k(x if context is None else context)))
         return (q, k) if rope is None else (rotate(q, rope), rotate(k, rope))
 
     def forward(self, x: Tensor, rope=None, context=None) -> Tensor:
@@ -144,24 +148,16 @@ def rope_angles(places: Tensor, channels: int, base: float = 10_000) -> Tensor:
     return places[:, None] * (1 / base**exponents)
 
 
-def over_grid(axes: list[Tensor]) -> Tensor:
-    """A table for each axis -> one for all tokens, whose rows are those of the three, side by side.
-    On a grid of 3 x 2 x 5: (3, 8), (2, 12), (5, 12) -> (30, 32); row 17 = (1 * 2 + 1) * 5 + 2 joins
-    the rows 1, 1 and 2, because that token is at time 1, row 1, column 2."""
-    time, height, width = axes
-    sizes = (len(time), len(height), len(width))
-    shaped = (time[:, None, None], height[:, None], width)  # (3, 1, 1, 8), (2, 1, 12), (5, 12)
-    return torch.cat([table.expand(*sizes, -1) for table in shaped], dim=-1).flatten(0, 2)
-
-
 def grid_angles(axes: list[Tensor], channels: Grid) -> Tensor:
-    """Places along three axes, and how many channels each of them turns -> angles (N, d / 2)."""
-    return over_grid([rope_angles(places, part) for places, part in zip(axes, channels)])
+    """Places along three axes, and how many channels each of them turns -> angles (N, d / 2). On a
+    grid of 3 x 2 x 5, row 17 = (1 * 2 + 1) * 5 + 2 is of the token at time 1, row 1, column 2."""
+    places = torch.cartesian_prod(*axes).T  # (3, N): time, row and column of every token
+    return torch.cat([rope_angles(at, part) for at, part in zip(places, channels)], dim=1)
 
 
-def integers(grid: Grid, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+def integers(grid: Grid) -> list[Tensor]:
     """Places 0, 1, 2 ... along each axis."""
-    return [torch.arange(n, dtype=dtype) for n in grid]
+    return [torch.arange(n).float() for n in grid]
 
 
 def fitted(grid: Grid, fit: tuple[int, int]) -> list[Tensor]:
@@ -187,24 +183,25 @@ def wan_channels(d: int) -> Grid:
 
 def sincos_table(grid: Grid, dim: int) -> Tensor:
     """CogVideoX-2B's table (N, D): sines, then cosines of time (D / 4), WIDTH (3 D / 8), height."""
-    time, height, width = integers(grid)
-    axes = (time, height / 1.875, width / 1.875)  # rows and columns are this much closer together
-    angles = [rope_angles(at.double(), part) for at, part in zip(axes, cog_channels(dim))]
-    table = over_grid([torch.cat([angle.sin(), angle.cos()], dim=1) for angle in angles])
-    time, height, width = table.split(cog_channels(dim), dim=1)
-    return torch.cat([time, width, height], dim=1).float()
+    time, height, width = torch.cartesian_prod(*integers(grid)).T  # (N,) each
+    parts = []
+    # Rows and columns are 1.875 times as close together as the tokens are.
+    for places, part in zip((time, width / 1.875, height / 1.875), cog_channels(dim)):
+        angles = rope_angles(places.double(), part)
+        parts += [angles.sin(), angles.cos()]
+    return torch.cat(parts, dim=1).float()
 
 
 def position_tables(cfg: Config, grid: Grid) -> tuple[Tensor | None, Tensor]:
     """What is added to the video tokens (N, D), and their angles (N, d / 2), as cfg.positions says.
     CogVideoX-2B adds a table and all others turn q and k; "both" (ours) learns sides sooner."""
     d = cfg.dim // cfg.heads
+    places, channels = integers(grid), cog_channels(d)
     if cfg.positions == "fitted":
-        angles = grid_angles(fitted(grid, (cfg.fit_height, cfg.fit_width)), cog_channels(d))
+        places = fitted(grid, (cfg.fit_height, cfg.fit_width))
     elif cfg.lineage == "wan":
-        angles = grid_angles(integers(grid, torch.float64), wan_channels(d))  # as in the original
-    else:
-        angles = grid_angles(integers(grid), cog_channels(d))
+        places, channels = [axis.double() for axis in places], wan_channels(d)  # as in the original
+    angles = grid_angles(places, channels)
     if cfg.positions == "sincos":
         return sincos_table(grid, cfg.dim), torch.zeros_like(angles)
     if cfg.positions == "both":
@@ -273,8 +270,8 @@ class Backbone(nn.Module):
         self.cfg = cfg
         self.text_dim = cfg.text_dim or cfg.dim
         self.patch_proj = nn.Linear(cfg.channels * cfg.patch_t * cfg.patch**2, cfg.dim)
-        words = cfg.text_dim == 0  # no foreign encoder is given, so words are learned here
-        self.text_encoder = TextEncoder(vocabulary, cfg) if words else None
+        # Without a foreign encoder, whose width text_dim would be, words are learned here.
+        self.text_encoder = None if cfg.text_dim else TextEncoder(vocabulary, cfg)
         both = cfg.positions == "both"
         self.position_gain = nn.Parameter(torch.full((cfg.dim,), 0.3)) if both else 1
 
@@ -306,7 +303,8 @@ class Backbone(nn.Module):
 
 # --- CogVideoX --------------------------------------------------------------------------------
 class ExpertNorm(nn.Module):
-    """Expert adaLN: one LayerNorm for all tokens, then each stream's own shift and scale."""
+    """Expert adaLN: one LayerNorm for all tokens, then text and video have their own shift and
+    scale."""
     def __init__(self, dim: int, time_dim: int):
         super().__init__()
         self.linear = nn.Linear(time_dim, 6 * dim)
@@ -326,12 +324,12 @@ class CogBlock(nn.Module):
     """Attention, `middle` if given, feed-forward, each with its residual, on x = [text | video].
 
     1. L1(c): shift, scale, gate of the video, then of the text; c = silu(time embedding)
-    2. z = LN1(x) (1 + scale) + shift: one LN for all tokens, each stream's own shift and scale
+    2. z = LN1(x) (1 + scale) + shift: one LN for all tokens, shift and scale of text or video
     3. o = Linear(softmax(q k^T / sqrt(d)) v) of z; q and k: LN of each head, RoPE on the video
-    4. x = x + gate o, each stream's own gate
+    4. x = x + gate o, with the gate of text or video
     5. x, found = middle(x), ours
     6. z, gate: steps 1 and 2 again, with L2 and LN2
-    7. x = x + gate W2 gelu(W1 z), the same weights for both streams
+    7. x = x + gate W2 gelu(W1 z), the same weights for text and video
     """
 
     def __init__(self, cfg: Config):
@@ -415,18 +413,16 @@ class WanBlock(nn.Module):
         self.norm3 = LayerNorm32(dim)
         self.ff = mlp(dim, cfg.ffn or 4 * dim, dim)
 
-    def modulation(self, condition: Condition) -> tuple[Tensor, ...]:
-        """Shift, scale, gate of self-attention, then of feed-forward; (B, 1, D) float32 each."""
-        return (self.table.float() + condition.time.float()).chunk(6, dim=1)
-
-    def self_attention(self, x: Tensor, condition: Condition) -> Tensor:  # with its residual
-        shift, scale, gate, *_ = self.modulation(condition)  # 1
+    def self_attention(self, x: Tensor, condition: Condition) -> tuple[Tensor, list[Tensor]]:
+        """Steps 1 to 4 -> x; shift, scale, gate of the feed-forward, (B, 1, D) float32 each."""
+        modulation = self.table.float() + condition.time.float()  # (B, 6, D)
+        shift, scale, gate, *of_feed_forward = modulation.chunk(6, dim=1)  # 1
         z = (self.norm1(x) * (1 + scale) + shift).type_as(x)  # 2
-        return (x.float() + gate * self.attn1(z, condition.rope)).type_as(x)  # 3, 4
+        x = (x.float() + gate * self.attn1(z, condition.rope)).type_as(x)  # 3, 4
+        return x, of_feed_forward
 
     def forward(self, x: Tensor, condition: Condition, middle=None):
-        *_, shift, scale, gate = self.modulation(condition)  # 1
-        x = self.self_attention(x, condition)  # 1 to 4
+        x, (shift, scale, gate) = self.self_attention(x, condition)  # 1 to 4
         x = x + self.attn2(self.norm2(x).type_as(x), context=condition.context)  # 5
         if middle is not None:  # 6: the Refinement Expert Block of the last physical block
             x, found = middle(x)
@@ -437,7 +433,8 @@ class WanBlock(nn.Module):
     @torch.no_grad()
     def attention_map(self, x: Tensor, condition: Condition) -> Tensor:
         """How much each video token looks at each text token, (B, heads, N, L), for evaluation."""
-        z = self.norm2(self.self_attention(x, condition)).type_as(x)
+        x, _ = self.self_attention(x, condition)
+        z = self.norm2(x).type_as(x)
         return attention_weights(*self.attn2.queries_keys(z, context=condition.context))
 
 

@@ -18,17 +18,19 @@ Letters: n clips, B clips of a batch, L words, F H W video, T' h w token grid, E
 E_cat phenomena.
 """
 import dataclasses
-import json
+import functools
 import math
 import os
 import re
 import sys
 import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 import config
@@ -44,74 +46,99 @@ from common.pictures import (
     save_gif,
     sheet,
 )
-from common.run import pick_device, pick_precision
+from common.run import description, pick_device, pick_precision
 from common.video import to_bytes
 from config import Config, UserError, flag
 from experts import ProPhy, invert
-from model import build_backbone
+from model import Backbone, build_backbone
 
 
 # --- clips --------------------------------------------------------------------------------------
-def generate(model, process: diffusion.Process, tokenizer: data.Tokenizer, cfg: Config,
-             prompts: list[str], *, indices=None, seed: int = 0, steps: int = 25,
-             guidance: float = 1.5, edit=None, batch: int = 8, precision: str = "fp32",
-             progress: bool = True) -> tuple[np.ndarray, list[ClipRouting | None]]:
-    """One clip a prompt: videos uint8 (n, F, H, W, 3), and a ClipRouting a clip (None if the model
-    is a bare backbone).
+@dataclass
+class RunModel:
+    """A model that was trained here, as `generate` takes it. official.clips.OfficialModel has the
+    same attributes and methods."""
+    cfg: Config
+    net: Backbone | ProPhy  # in eval mode
+    process: diffusion.Process
+    tokenizer: data.Tokenizer
+    precision: str = "fp32"
+    info: dict | None = None  # what load_run says of the checkpoint
 
-    `model` is a Backbone or a ProPhy in eval mode. A clip's noise belongs to (seed, its index): its
-    place in the list unless `indices` says otherwise. `edit` changes the semantic logits
-    (experts.invert). Guidance sets the prompt against an empty caption under the same `edit`;
-    guidance 1 never asks for the empty one. Routing is that of the step nearest t = 0.5: late enough
-    for objects to be there, early enough for the routers to matter still.
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.net.parameters()).device
+
+    def read(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Word ids (n, L) and lengths (n,), on the CPU; an empty prompt has length 0."""
+        return self.tokenizer.encode_all(prompts, self.cfg.text_len)
+
+    def predict(self, x_t: Tensor, t: Tensor, text: Tensor, length: Tensor, edit):
+        """The network's outputs, and its Routing (None of a bare backbone). All rows in one forward:
+        up to 1.6 times as fast on a CPU, never slower."""
+        if isinstance(self.net, ProPhy):
+            return self.net(x_t, t, text, length, edit)
+        return self.net(x_t, t, text, length), None
+
+    def draw(self, denoise: Callable, seed: int, index: Sequence[int], *how) -> np.ndarray:
+        """Clips uint8 (B, F, H, W, 3), the noise of each a function of (seed, its index). how: steps,
+        guidance and watch of Process.sample."""
+        shape = (3, self.cfg.frames, self.cfg.height, self.cfg.width)
+        noise = self.process.draw(seed, index, shape)[1].to(self.device)
+        half = self.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            x = self.process.sample(denoise, noise, *how)
+        return to_bytes(x).cpu().numpy()
+
+
+def generate(model, prompts: list[str], *, indices: Sequence[int] | None = None, seed: int = 0,
+             steps: int = 25, guidance: float = 1.5, negative: str = "", edit=None, batch: int = 8,
+             progress: bool = True) -> Iterator[tuple[np.ndarray, ClipRouting | None]]:
+    """For each prompt its clip, uint8 (F, H, W, 3), and its ClipRouting (None where the model tells
+    of none), as soon as its batch is made.
+
+    model: a RunModel or an official one. A clip's noise belongs to (seed, its index): its place in
+    the list unless `indices` says otherwise. `edit` changes the semantic logits (experts.invert).
+    Guidance sets the prompt against `negative` under the same `edit`; guidance 1 never asks for that.
+    Routing is that of the step nearest t = 0.5: late enough for objects to be there, early enough
+    for the routers to matter still.
     """
-    device = next(model.parameters()).device
-    branch = isinstance(model, ProPhy)
-    indices = range(len(prompts)) if indices is None else indices
-    routing_time = min(process.times(steps)[:-1], key=lambda t: abs(t - 0.5))
+    indices = indices or range(len(prompts))
+    words, lengths = model.read([*prompts, negative])
     copies = 1 if guidance == 1 else 2
-    videos, routings = [], []
-    total = math.ceil(len(prompts) / batch) * steps
-    bar = tqdm(total=total, desc="sampling, edited" if edit else "sampling", unit="step",
-               disable=not progress, dynamic_ncols=True)
+    bar = tqdm(total=math.ceil(len(prompts) / batch) * steps, unit="step", disable=not progress,
+               desc="sampling, edited" if edit else "sampling", dynamic_ncols=True)
     for start in range(0, len(prompts), batch):
-        text, length = tokenizer.encode_all(prompts[start:start + batch], cfg.text_len)
-        B = len(text)
-        text = text.to(device)  # (B, L)
-        length = length.to(device)  # (B,)
-        if copies == 2:
-            # With and without caption in one forward: up to 1.6 times as fast on a CPU, never slower.
-            text = torch.cat([text, torch.zeros_like(text)])
-            length = torch.cat([length, torch.zeros_like(length)])
-        shape = (3, cfg.frames, cfg.height, cfg.width)
-        noise = process.draw(seed, indices[start:start + B], shape)[1].to(device)
-        said = {}  # the routing of the newest step, and of the step that is shown
+        # The prompts of this batch; with guidance, as many times the negative one behind them.
+        rows = list(range(len(prompts)))[start:start + batch]
+        B = len(rows)
+        rows += [-1] * (copies - 1) * B
+        text = words[rows].to(model.device)  # (copies B, L) ids, or (copies B, L, D_text)
+        length = lengths[rows].to(model.device)
+        said = {"t": math.inf}  # the newest routing, and the one to show with its time
 
         def denoise(x_t, t):
-            x_t, t = x_t.repeat(copies, 1, 1, 1, 1), t.repeat(copies)
-            if branch:
-                out, said["newest"] = model(x_t, t, text, length, edit)
-            else:
-                out = model(x_t, t, text, length)
-            return out[:B], out[B:] if copies == 2 else None  # rows 0 .. B - 1 have captions
+            x_t = x_t.repeat(copies, 1, 1, 1, 1)
+            out, said["newest"] = model.predict(x_t, t.repeat(copies), text, length, edit)
+            return out[:B], out[B:] if copies == 2 else None
 
         def watch(t):
-            if t == routing_time:
-                said["shown"] = said.get("newest")
+            if abs(t - 0.5) < abs(said["t"] - 0.5):
+                said.update(t=t, shown=said["newest"])
             bar.update()
 
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-            x = process.sample(denoise, noise, steps, guidance, watch)
-        videos.append(to_bytes(x).cpu().numpy())
-        for i in range(B):
-            shown = clip_routing(said["shown"], i, routing_time, cfg.grid) if branch else None
-            routings.append(shown)
+        index = indices[start:start + batch]
+        for i, clip in enumerate(model.draw(denoise, seed, index, steps, guidance, watch)):
+            yield clip, clip_routing(said["shown"], i, said["t"], model.cfg.grid)
     bar.close()
-    return np.concatenate(videos), routings
 
 
-def clip_routing(routing, i: int, t: float, grid: tuple[int, int, int]) -> ClipRouting:
+def clip_routing(routing, i: int, t: float, grid: tuple[int, int, int]) -> ClipRouting | None:
     """What a batch's Routing, made at diffusion time t, says of its clip i."""
+    if routing is None:
+        return None
+
     def of_clip(values):
         return None if values is None else values[i].float().cpu().numpy()
 
@@ -156,27 +183,26 @@ def load_run(run_dir, checkpoint: str = "best", device: str = "cpu"):
             model = ProPhy(model, cfg)
         model.load_state_dict(stored["model"])
         averages = model.load_state_dict(stored["ema"], strict=False)  # it holds what was trained
-        present = json.loads((run / "config.json").read_text()).get("categories_present", [])
-        present = [int(i) for i in present]
-        info = dict(step=int(stored["step"]), stage=str(stored["stage"]), categories_present=present)
-        fits = not averages.unexpected_keys and all(0 <= i < cfg.categories for i in present)
+        present = description(run).get("categories_present", [])
+        info = dict(step=stored["step"], stage=stored["stage"], categories_present=present)
+        if averages.unexpected_keys or not all(0 <= i < cfg.categories for i in present):
+            raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError):
-        fits = False
-    if not fits:
         raise UserError(f"{path} does not fit its run's config.json and tokenizer.json: they describe "
-                        "another model.")
+                        "another model.") from None
     return cfg, model.to(device).eval(), diffusion.build(cfg), tokenizer, info
 
 
 def find_checkpoint(folder: Path, name: str) -> Path:
     """The file that best | last | base | a file's own name stands for. Raises UserError where there
     is none."""
-    steps = [path for path in folder.glob("step*.pt") if path.stem[4:].isdigit()]
+    steps = {int(path.stem[4:]): path for path in folder.glob("step*.pt")
+             if path.stem[4:].isdigit()}
     if name == "last" or (name == "best" and not (folder / "best.pt").is_file()):
         if not steps:
             raise UserError(f"{folder} holds no checkpoint yet: train first, or wait for the first "
                             "save.")
-        return max(steps, key=lambda path: int(path.stem[4:]))
+        return steps[max(steps)]
     path = folder / (name if name.endswith(".pt") else f"{name}.pt")
     if not path.is_file():
         there = ", ".join(sorted(p.name for p in folder.glob("*.pt"))) or "no checkpoint"
@@ -191,21 +217,21 @@ def play_fps(cfg: Config) -> float:
     return cfg.fps if cfg.data_dir else cfg.frames
 
 
-def preview(path, model, process, tokenizer, cfg: Config, prompts: list[str], *, seed: int, steps: int,
-            guidance: float, precision: str, scale: int = 4, present: list | None = None) -> None:
-    """A GIF of one clip a prompt, at least 128 pixels high; with the branch, a heat map beside each.
+def preview(path, model: RunModel, prompts: dict[str, list[int]]) -> None:
+    """A GIF of one clip a prompt, at least 128 pixels high, sampled as the model's config says for
+    previews; with the branch, a heat map beside each.
 
-    `present`: for each prompt the indices of the phenomena it names; the map with the highest peak
-    among them is shown. Without it there is no map: that of a phenomenon which is not there was
-    never trained there, and glows at random.
+    prompts: {prompt: indices of the phenomena it names}; the map with the highest peak among them
+    is shown. Where it names none there is no map: that of a phenomenon which is not there was never
+    trained there, and glows at random.
     """
-    videos, routings = generate(model, process, tokenizer, cfg, prompts, seed=seed, steps=steps,
-                                guidance=guidance, precision=precision, progress=False)
-    scale = max(scale, math.ceil(128 / cfg.height))
+    cfg = model.cfg
+    made = generate(model, list(prompts), seed=cfg.seed, steps=cfg.preview_steps,
+                    guidance=cfg.guidance, progress=False)
+    scale = max(4, math.ceil(128 / cfg.height))
     names = data.category_names(cfg)
     cells = []
-    present = present or [()] * len(prompts)
-    for clip, routing, prompt, named in zip(videos, routings, prompts, present):
+    for (clip, routing), (prompt, named) in zip(made, prompts.items()):
         beside = None
         if named and routing and routing.lift is not None:
             strongest = max(named, key=lambda c: routing.lift[..., c].max())
@@ -277,35 +303,25 @@ class Flags:
                 raise UserError(f"--{name} must be 1 or more, not 0.")
 
 
-def with_defaults(flags: Flags, guidance: float) -> Flags:
-    """The flags, with the numbers that depend on the model where none were given."""
-    n, steps = (1, 50) if flags.weights else (4, 25)
-    usual = {"n": n, "steps": steps, "guidance": guidance}
-    missing = {name: value for name, value in usual.items() if getattr(flags, name) is None}
-    return dataclasses.replace(flags, **missing)
-
-
 def all_prompts(flags: Flags) -> list[str]:
-    """What --prompt and --prompts ask for. Raises UserError."""
-    prompts = flags.prompt + (read_prompts(flags.prompts) if flags.prompts else [])
+    """What --prompt and --prompts ask for: of a file its lines that are not empty. Raises
+    UserError."""
+    lines = []
+    if flags.prompts:
+        try:
+            lines = Path(flags.prompts).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"--prompts {flags.prompts} cannot be read as UTF-8 text "
+                            f"({type(e).__name__}).") from None
+        lines = [line.strip() for line in lines if line.strip()]
+        if not lines:
+            raise UserError(f"--prompts {flags.prompts} holds no prompt.")
+    prompts = flags.prompt + lines
     if not prompts:
         raise UserError('Say what to generate: --prompt "..." or --prompts FILE.')
     for prompt in prompts:
         if not data.Tokenizer.split(prompt):
             raise UserError(f"The prompt {prompt!r} is empty: it has no word.")
-    return prompts
-
-
-def read_prompts(path: str) -> list[str]:
-    """The prompts of a text file, one a line, empty lines left out. Raises UserError."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"--prompts {path} cannot be read as UTF-8 text ({type(e).__name__})."
-                        ) from None
-    prompts = [line.strip() for line in lines if line.strip()]
-    if not prompts:
-        raise UserError(f"--prompts {path} holds no prompt.")
     return prompts
 
 
@@ -339,103 +355,109 @@ def main(argv: list[str]) -> None:
     """From the command line to clips. Raises UserError and Stopped."""
     flags = config.parse_flags(Flags, argv,
                                "Generate clips from a run folder, or with an official model.")
-    flags = dataclasses.replace(flags, prompt=all_prompts(flags), prompts="")
     device = pick_device(flags.device)
-    if flags.weights:
-        main_official(flags, device)
-    else:
-        main_run(flags, device)
+    n, steps = (1, 50) if flags.weights else (4, 25)
+    flags = dataclasses.replace(
+        flags, prompt=all_prompts(flags), device=device, n=flags.n or n, steps=flags.steps or steps,
+        precision=pick_precision(flags.precision, device))
 
-
-def main_run(flags: Flags, device: str) -> None:
-    """Clips of a run's model, all in one file."""
     # Everything that can be refused is refused before the first step.
-    flags = with_defaults(flags, guidance=1.5)
-    cfg, model, process, tokenizer, info = load_run(flags.run, flags.checkpoint, device)
-    if flags.no_branch and isinstance(model, ProPhy):
-        model = model.backbone
-    names = {i: data.category_names(cfg)[i] for i in info["categories_present"]}
-    check_routers(flags, model, names, info["stage"])
-    versions = {"plain": None, "inverted": invert} if flags.invert_experts else {"": None}
+    model = (open_official if flags.weights else open_run)(flags)
+    out = open_out(flags)
     prompts = [prompt for prompt in flags.prompt for _ in range(flags.n)]
-    scale = flags.scale or max(1, round(256 / cfg.height))
+    guidance = flags.guidance
+    if guidance is None:
+        guidance = model.cfg.guidance if flags.weights else 1.5
+    make = functools.partial(generate, model, prompts, seed=flags.seed, steps=flags.steps,
+                             guidance=guidance)
+    if not flags.weights:
+        warn(model.tokenizer, model.cfg, flags.prompt)
+        save(out, clips_in_one(flags, model, prompts, make), flags.fps or play_fps(model.cfg))
+        print(f"wrote {out}")
+        return
+
+    # Each clip of an official model is written when it is done, for it took minutes.
+    edit = invert if flags.invert_experts else None
+    for i, (clip, _) in enumerate(make(negative=flags.negative, edit=edit, batch=1)):
+        path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{i}")
+        save(path, clip, flags.fps or model.cfg.fps)
+        print(f"wrote {path}")
+
+
+def open_official(flags: Flags):
+    """The model of --weights. Raises UserError where it cannot do what is asked for."""
+    from official import clips
+    model = clips.OfficialModel(
+        flags.weights, flags.device, torch.bfloat16 if flags.precision == "bf16" else torch.float32,
+        "" if flags.no_branch else flags.branch, solver=flags.solver, dynamic=flags.dynamic,
+        tiled=flags.tiled, frames=flags.frames, height=flags.height, width=flags.width)
+    if flags.invert_experts and getattr(model.net, "semantic", None) is None:
+        raise UserError("--invert_experts needs a semantic router: give --branch, a file trained with "
+                        "one.")
+    try:
+        model.process.times(flags.steps, model.solver)
+        if flags.dynamic:
+            model.process.dynamic(1.0, 0, flags.steps)
+    except ValueError as e:
+        raise UserError(str(e)) from None
+    return model
+
+
+def open_run(flags: Flags) -> RunModel:
+    """The model of --run. Raises UserError where it cannot do what is asked for."""
+    cfg, net, process, tokenizer, info = load_run(flags.run, flags.checkpoint, flags.device)
+    if flags.no_branch and isinstance(net, ProPhy):
+        net = net.backbone
+
+    # Has it the routers?
+    semantic = getattr(net, "semantic", None)
+    maps = getattr(net, "refinement", None) and info["categories_present"]
+    which = f"this {info['stage']} model of {flags.run} has none"
+    if flags.show_routing and semantic is None and not maps:
+        raise UserError(f"--show_routing needs a router; {which} to show.")
+    if flags.invert_experts and semantic is None:
+        raise UserError(f"--invert_experts needs a semantic router; {which}.")
+
+    # Can all clips be one picture, and can its process take so many steps?
+    clips = flags.n * len(flags.prompt)
     size = 4 if flags.show_routing else 1  # a routing cell is as large as four clips
-    cells = len(prompts) * len(versions) * size
+    cells = clips * (1 + flags.invert_experts) * size
+    scale = scale_of(flags, cfg)
     if cells * cfg.frames * cfg.height * cfg.width * scale**2 > MOST_PIXELS:
-        raise UserError(f"{len(prompts)} clips at --scale {scale} make too large a picture: lower --n "
-                        "or --scale.")
+        raise UserError(f"{clips} clips at --scale {scale} make too large a picture: lower --n or "
+                        "--scale.")
     try:
         process.times(flags.steps)
     except ValueError as e:
         raise UserError(f"--steps {flags.steps}: {e}") from None
-    out = open_out(flags)
-    warn(tokenizer, cfg, flags.prompt)
+    return RunModel(cfg, net, process, tokenizer, flags.precision, info)
 
+
+def scale_of(flags: Flags, cfg: Config) -> int:
+    """Screen pixels per pixel of a clip."""
+    return flags.scale or max(1, round(256 / cfg.height))
+
+
+def clips_in_one(flags: Flags, model: RunModel, prompts: list[str], make: Callable) -> np.ndarray:
+    """The clips of a run as one moving picture. make: `generate`, told most of what it needs."""
     # The same prompts and the same noise for each version.
-    made = {}
-    for label, edit in versions.items():
-        made[label] = generate(
-            model, process, tokenizer, cfg, prompts,
-            indices=list(range(flags.n)) * len(flags.prompt), seed=flags.seed, steps=flags.steps,
-            guidance=flags.guidance, edit=edit, batch=flags.batch,
-            precision=pick_precision(flags.precision, device))
+    versions = {"plain": None, "inverted": invert} if flags.invert_experts else {"": None}
+    indices = list(range(flags.n)) * len(flags.prompt)
+    made = [list(make(indices=indices, edit=edit, batch=flags.batch)) for edit in versions.values()]
 
     # One cell a clip; the versions of a clip stand side by side.
+    names = {i: data.category_names(model.cfg)[i] for i in model.info["categories_present"]}
+    scale = scale_of(flags, model.cfg)
     cells = []
-    for i, prompt in enumerate(prompts):
-        for label, (videos, routings) in made.items():
+    for prompt, *clips in zip(prompts, *made):
+        for label, (clip, routing) in zip(versions, clips):
             if flags.show_routing:
-                cells.append(routing_cell(videos[i], prompt, label, scale, routings[i], names))
+                cell = routing_cell(clip, prompt, label, scale, routing, names)
             else:
-                cells.append(plain_cell(videos[i], prompt, label, scale))
+                cell = plain_cell(clip, prompt, label, scale)
+            cells.append(cell)
     group = len(versions) * (flags.n if len(flags.prompt) > 1 else 1)
-    save(out, sheet(cells, len(versions), group), flags.fps or play_fps(cfg))
-    print(f"wrote {out}")
-
-
-def check_routers(flags: Flags, model, names: dict[int, str], stage: str) -> None:
-    """Raises UserError where the model has no router to show or to invert."""
-    semantic = getattr(model, "semantic", None)
-    refinement = getattr(model, "refinement", None)
-    if flags.show_routing and semantic is None and (refinement is None or not names):
-        raise UserError(f"--show_routing needs a router; this {stage} model of {flags.run} has none "
-                        "to show.")
-    if flags.invert_experts and semantic is None:
-        raise UserError(f"--invert_experts needs a semantic router; this {stage} model of {flags.run} "
-                        "has none.")
-
-
-def main_official(flags: Flags, device: str) -> None:
-    """Clips of an official model, one file a clip: each is written when it is done, for it took
-    minutes."""
-    from official import clips
-    half = pick_precision(flags.precision, device) == "bf16"
-    dtype = torch.bfloat16 if half else torch.float32
-    sizes = {name: getattr(flags, name) for name in ("frames", "height", "width")}
-    branch = "" if flags.no_branch else flags.branch
-    loaded = clips.load_official(flags.weights, device, dtype, branch, **sizes)
-    cfg, model, process, _ = loaded
-    flags = with_defaults(flags, cfg.guidance)
-    if flags.invert_experts and getattr(model, "semantic", None) is None:
-        raise UserError("--invert_experts needs a semantic router: give --branch, a file trained with "
-                        "one.")
-    try:
-        process.times(flags.steps, flags.solver or None)
-        if flags.dynamic:
-            process.dynamic(1.0, 0, flags.steps)
-    except ValueError as e:
-        raise UserError(str(e)) from None
-    out = open_out(flags)
-
-    prompts = [prompt for prompt in flags.prompt for _ in range(flags.n)]
-    made = clips.generate_official(
-        flags.weights, loaded, prompts, negative=flags.negative, seed=flags.seed,
-        steps=flags.steps, guidance=flags.guidance, solver=flags.solver, dynamic=flags.dynamic,
-        tiled=flags.tiled, edit=invert if flags.invert_experts else None, device=device, dtype=dtype)
-    for i, clip in enumerate(made):
-        path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{i}")
-        save(path, clip, flags.fps or cfg.fps)
-        print(f"wrote {path}")
+    return sheet(cells, len(versions), group)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@
 
 From `main` on the file is a story. Inside its loop everything that happens once in a while comes
 first, and the single training step is fenced. No random state is carried along: noise, clip order
-and caption dropout are functions of (seed, position in the stream), so a checkpoint holds weights,
-averages, optimizers and a step. Left out on purpose: what a run folder is made of (common/run.py),
-optimizers (common/optim.py), and how official weights are read (official/).
+and caption dropout are functions of (seed, position in the training order), so a checkpoint holds
+weights, averages, optimizers and a step. Left out on purpose: what a run folder is made of
+(common/run.py), optimizers (common/optim.py), and how official weights are read (official/).
 """
 import contextlib
 import dataclasses
@@ -32,7 +32,6 @@ import config
 import data
 import diffusion
 import sample
-from align import total_loss
 from common.optim import learning_rate, make_optimizers
 from common.run import (
     Log, averaged_base, by_noise, check_data, describe_run, description, load_newest, million,
@@ -62,11 +61,13 @@ class State:
             self.model, self.fingerprint = open_backbone(cfg, self.device)
         else:
             self.model = build_backbone(cfg, vocabulary).to(self.device)
-        self.begin("base", cfg.lr)  # where stage one has no steps, the loop leaves it at once
+        self.begin("base", 0, cfg.base_steps, cfg.lr)  # the loop leaves a stage of no steps at once
 
-    def begin(self, stage: str, lr: float) -> None:
-        """Fresh averages and optimizers for what this stage trains."""
+    def begin(self, stage: str, start: int, end: int, lr: float) -> None:
+        """Fresh averages and optimizers for what this stage trains, from step `start` to `end`."""
         self.stage = stage  # base | physics
+        self.start = start
+        self.end = end
         self.best = math.inf  # lowest held-out loss of this stage
         prepare_blocks(self.model, self.cfg)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -75,15 +76,16 @@ class State:
 
     def attach_branch(self) -> None:
         """Stage two: the branch beside the *averaged* backbone, which a frozen one then stays."""
-        self.set_weights(self.ema)  # these are the weights that one would publish
-        torch.manual_seed(self.cfg.seed + 1)  # a run resumed at the border builds the same branch
-        self.model = ProPhy(self.model, self.cfg).to(self.device)
+        cfg = self.cfg
+        self.model.load_state_dict(self.ema, strict=False)  # these are what one would publish
+        torch.manual_seed(cfg.seed + 1)  # a run resumed at the border builds the same branch
+        self.model = ProPhy(self.model, cfg).to(self.device)
         self.model.init_from_backbone()
-        self.model.backbone.requires_grad_(not self.cfg.freeze_backbone)
-        for p in self.model.branch_parameters():  # LoRA's corrections sit inside the backbone
+        self.model.backbone.requires_grad_(not cfg.freeze_backbone)
+        for p in self.model.branch_state().values():  # LoRA's corrections sit inside the backbone
             p.data = p.data.float()  # what is trained is kept in float32
             p.requires_grad_(True)
-        self.begin("physics", self.cfg.physics_lr)
+        self.begin("physics", cfg.base_steps, self.total, cfg.physics_lr)
 
     # ------------------------------------- the training step --------------------------------------
     def training_step(self, batch: data.Batch, t: Tensor, eps: Tensor, lr: float):
@@ -93,7 +95,7 @@ class State:
         the gradient before clipping, and whether both are finite. Where not, nothing changes.
         """
         losses, per_clip = losses_of(self, batch, t, eps)
-        loss = total_loss(losses, self.cfg)  # Eq. 6
+        loss = align.total_loss(losses, self.cfg)  # Eq. 6
         loss.backward()  # fills p.grad of what this stage trains
         grad_norm = nn.utils.clip_grad_norm_(self.trained.values(), self.cfg.clip)
         finite = math.isfinite(loss.item()) and math.isfinite(grad_norm.item())
@@ -110,16 +112,11 @@ class State:
     # ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def set_weights(self, values: dict[str, Tensor]) -> None:
-        """Give what is trained these values."""
-        for name, p in self.trained.items():
-            p.copy_(values[name])
-
-    @torch.no_grad()
     def update_ema(self) -> None:
         """The averages take up the model's weights."""
         # Early in a stage the decay is smaller, so that the average forgets the initial weights.
-        decay = min(self.cfg.ema, (1 + self.stage_step) / (10 + self.stage_step))
+        taken = self.step - self.start
+        decay = min(self.cfg.ema, (1 + taken) / (10 + taken))
         for name, p in self.trained.items():
             self.ema[name].lerp_(p, 1 - decay)
 
@@ -127,7 +124,7 @@ class State:
     def averaged(self):
         """The model with its averaged weights, in eval mode, as long as the `with` block lasts."""
         kept = {name: p.detach().clone() for name, p in self.trained.items()}
-        self.set_weights(self.ema)
+        self.model.load_state_dict(self.ema, strict=False)  # it holds what is trained
         self.model.eval()
         try:
             # Uncompiled: each new batch size would be compiled, for a few uses.
@@ -135,12 +132,7 @@ class State:
                 yield self.model
         finally:
             self.model.train()
-            self.set_weights(kept)
-
-    @property
-    def stage_step(self) -> int:
-        """Steps taken in this stage."""
-        return self.step - (self.cfg.base_steps if self.stage == "physics" else 0)
+            self.model.load_state_dict(kept, strict=False)
 
     @property
     def finished(self) -> bool:
@@ -150,7 +142,7 @@ class State:
     @property
     def stage_over(self) -> bool:
         """Are all steps of this stage taken?"""
-        return self.finished or (self.stage == "base" and self.step >= self.cfg.base_steps)
+        return self.step >= self.end
 
     def due(self, every: int) -> bool:
         """Is it time for what happens every so many steps (0 = never) and at a stage's end?"""
@@ -184,9 +176,7 @@ class State:
         self.model.load_state_dict(official | stored["model"])
         for optimizer, moments in zip(self.optimizers, stored["optimizers"], strict=True):
             optimizer.load_state_dict(moments)
-        with torch.no_grad():
-            for name, average in self.ema.items():
-                average.copy_(stored["ema"][name])  # in place: others hold these tensors
+        self.ema = stored["ema"]
         self.step = stored["step"]
         self.best = stored["best"]
         self.seconds = stored["seconds"]
@@ -198,10 +188,8 @@ def prepare_blocks(model: nn.Module, cfg: Config) -> None:
     Both wrap `forward` alone, so that the names in a saved file stay. Each stage starts from the
     class's own `forward`, because the branch's blocks are copies of some that were wrapped already.
     """
-    backbone = model.backbone if isinstance(model, ProPhy) else model
-    blocks = list(backbone.blocks)
-    if isinstance(model, ProPhy):
-        blocks += model.physical
+    backbone = getattr(model, "backbone", model)  # stage one has a bare one
+    blocks = [*backbone.blocks, *getattr(model, "physical", ())]
     if cfg.checkpointing:  # keep a block's input, and compute the rest again in the backward pass
         for block in blocks:
             forward = types.MethodType(type(block).forward, block)
@@ -220,7 +208,7 @@ def losses_of(state: State, batch: data.Batch, t: Tensor, eps: Tensor) -> tuple[
     with torch.autocast(state.device.type, torch.bfloat16, enabled=cfg.precision == "bf16"):
         out = state.model(x_t, state.process.model_time(t), batch.text, batch.text_length)
     prediction, routing = out if state.stage == "physics" else (out, None)
-    per_clip = state.process.loss(prediction, x_t, t, batch.x, eps)
+    per_clip = state.process.loss(prediction, t, batch.x, eps)
     losses = {"diffusion": per_clip.mean()}
 
     # Which physics a clip holds (Eq. 3-4), of the clips that have a caption and a label.
@@ -250,10 +238,10 @@ def held_out_loss(state: State, clips: data.Clips) -> dict[str, float]:
     totals = {}  # a sum over clips, so that a shorter last batch weighs less
     with state.averaged():
         for first in range(0, n, size):
-            positions = range(first, min(first + size, n))
+            positions = range(n)[first:first + size]
             batch = clips.batch(positions, train=False).to(state.device)
-            t, eps = state.process.draw(HELD_OUT_SEED, positions, batch.x.shape[1:])
-            losses, _ = losses_of(state, batch, t.to(state.device), eps.to(state.device))
+            t, eps = state.process.draw(HELD_OUT_SEED, positions, batch.x.shape[1:], state.device)
+            losses, _ = losses_of(state, batch, t, eps)
             for name, loss in losses.items():
                 totals[name] = totals.get(name, 0.0) + loss.item() * len(positions) / n
     return totals
@@ -379,9 +367,8 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
             positions = range(state.step * cfg.batch_size, (state.step + 1) * cfg.batch_size)
             batch = clips.batch(positions).to(state.device)
             # Noise belongs to the position too, so that it never depends on the size of a batch.
-            t, eps = state.process.draw(cfg.seed, positions, batch.x.shape[1:])
-            t, eps = t.to(state.device), eps.to(state.device)
-            lr = learning_rate(cfg, state.stage, state.stage_step)
+            t, eps = state.process.draw(cfg.seed, positions, batch.x.shape[1:], state.device)
+            lr = learning_rate(cfg, state.stage, state.step - state.start)
             losses, per_clip, grad_norm, finite = state.training_step(batch, t, eps, lr)
             state.seconds = time.perf_counter() - clock
             # --------------------------------------------------------------------------------------
@@ -430,14 +417,12 @@ def preview(state: State, run: Path, tokenizer: data.Tokenizer, prompts: dict) -
     """A GIF in samples/ of what the averaged weights draw at these {prompt: its categories}."""
     cfg = state.cfg
     with state.averaged() as model:
-        sample.preview(
-            run / "samples" / f"step{state.step:06d}.gif", model, state.process, tokenizer, cfg,
-            list(prompts), present=list(prompts.values()), seed=cfg.seed, steps=cfg.preview_steps,
-            guidance=cfg.guidance, precision=cfg.precision)
+        drawn = sample.RunModel(cfg, model, state.process, tokenizer, cfg.precision)
+        sample.preview(run / "samples" / f"step{state.step:06d}.gif", drawn, prompts)
 
 
-def preview_prompts(clips: data.Clips, most: int = 8) -> dict[str, list[int]]:
-    """{caption: its categories} of held-out clips, those first that show something new."""
+def preview_prompts(clips: data.Clips) -> dict[str, list[int]]:
+    """{caption: its categories} of eight held-out clips, those first that show something new."""
     shown = set()  # categories that a prompt so far has
     first, rest = {}, {}
     for row in clips.pool.held:
@@ -445,7 +430,7 @@ def preview_prompts(clips: data.Clips, most: int = 8) -> dict[str, list[int]]:
         (first if set(present) - shown else rest)[clips.pool.captions[row]] = present
         shown |= set(present)
     prompts = {caption: present for caption, present in (first | rest).items() if caption.strip()}
-    return dict(list(prompts.items())[:most]) or {"a clip": []}
+    return dict(list(prompts.items())[:8]) or {"a clip": []}
 
 
 def conclude(state: State, clips: data.Clips, run: Path, prompt: str) -> None:
@@ -479,15 +464,11 @@ def parameters(state: State) -> str:
     if state.stage == "base":
         return f"stage one: backbone of {million(state.model.parameters())} parameters"
     backbone = million(state.model.backbone.parameters())
-    branch = million(state.model.branch_parameters())
+    branch = million(state.model.branch_state().values())
     return (f"stage two: backbone {backbone} + branch {branch}, "
             f"training {million(state.trained.values())}")
 
 
-def from_command_line(argv: list[str]) -> None:
-    """`main` with the config that a command line describes."""
-    main(config.parse(argv, "Train nanoProPhy: a video DiT, then its physical branch."))
-
-
 if __name__ == "__main__":
-    config.entry(from_command_line, sys.argv[1:])
+    about = "Train nanoProPhy: a video DiT, then its physical branch."
+    config.entry(lambda: main(config.parse(sys.argv[1:], about)))

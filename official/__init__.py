@@ -3,6 +3,6 @@
 Other files import from here; encode.py is this room's own command, and looks inside.
 """
 from official import branch, cache, clips, cost, reference
-from official.backbone import open_backbone
+from official.weights import open_backbone
 
 __all__ = ["branch", "cache", "clips", "cost", "open_backbone", "reference"]

@@ -12,7 +12,7 @@ from torch import Tensor
 import config
 import data
 from common.files import join_some, write_text
-from common.libraries import FLOATS, fingerprint
+from common.libraries import fingerprint
 from common.store import checksum, write_tensors
 from config import BRANCH, NETWORK, Config, UserError, marked
 from experts import ProPhy
@@ -30,14 +30,11 @@ def read_branch(path: Path, weights: Path) -> tuple[Config, dict[str, Tensor]]:
     of another version, or for another architecture. Other weights of the same architecture are a
     warning only: somebody may have stored the same ones in another dtype or in other pieces.
     """
-    # The header: what the file says of itself, and each tensor's shape and whether it is of floats.
+    # What the file says of itself, and its tensors.
     try:
         with safetensors.safe_open(path, "pt") as file:
             about = json.loads((file.metadata() or {}).get("about", "{}"))
-            found = {}
-            for name in file.keys():
-                part = file.get_slice(name)
-                found[name] = (part.get_shape(), part.get_dtype() in FLOATS)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
         raise UserError(f"There is no {path}: a run of train.py makes it at its first "
                         "validation.") from None
@@ -55,19 +52,18 @@ def read_branch(path: Path, weights: Path) -> tuple[Config, dict[str, Tensor]]:
         cfg = branch_config(about, theirs)
         with torch.device("meta"):
             model = ProPhy(build_backbone(theirs), cfg)
-        wanted = {name: (list(p.shape), True) for name, p in model.branch_state().items()}
+        wanted = {name: p.shape for name, p in model.branch_state().items()}
     except UserError as e:
         raise UserError(f"{path} cannot be attached to {weights}: {e}") from None
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as e:
         raise UserError(f"{path} describes no branch ({type(e).__name__}: {e}).") from None
-    odd = sorted(name for name in {*found, *wanted} if found.get(name) != wanted.get(name))
+    found = {name: p.shape for name, p in tensors.items() if p.is_floating_point()}
+    odd = sorted(name for name in {*tensors, *wanted} if found.get(name) != wanted.get(name))
     if odd:
         raise UserError(f"{path} holds another branch than its header describes: "
                         f"{join_some(odd, 3)}.")
 
     # The numbers themselves.
-    with safetensors.safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in found}
     if checksum(tensors) != about.get("checksum"):
         raise UserError(f"{path} is damaged: its checksum is another.")
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:

@@ -11,7 +11,6 @@ Letters: B clips, C F H W the latent and its grid, L text tokens, N video tokens
 """
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,11 +21,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import config
-from common.files import digest, read_json
+from common.files import cores, digest, read_json
 from common.store import Kind, Store, clip_file
-from common.video import LABELS, Cut, Folder, Video, Window, pixels, split_by_video
+from common.video import LABELS, Cut, Folder, Video, Window, pixels, reason_of, split_by_video
 from config import Config, Stopped, UserError, stream
-from data import Batch, Stream
+from data import Batch, ClipOrder
 from official.encoders import VAE, TextEncoder
 from official.folder import Lineage, identity
 
@@ -55,7 +54,7 @@ def settings_of(args, lineage: Lineage, weights: Path, dtype: torch.dtype) -> di
     return {"format": FORMAT, "lineage": lineage.name,
             **{field: getattr(args, field) for field in fields},
             "dtype": str(dtype).removeprefix("torch."),
-            "text_len": lineage.text_len, "text_dim": text.get("d_model"),
+            "text_len": lineage.preset.text_len, "text_dim": text.get("d_model"),
             "channels": vae.get("z_dim") or vae.get("latent_channels"),
             **identity(weights)}
 
@@ -63,11 +62,12 @@ def settings_of(args, lineage: Lineage, weights: Path, dtype: torch.dtype) -> di
 class Encoder:
     """Makes the files of videos."""
 
-    def __init__(self, store: Store, text: TextEncoder, vae: VAE, dtype: torch.dtype,
+    def __init__(self, store: Store, weights: Path, device: str, dtype: torch.dtype, tiled: bool,
                  text_batch: int):
+        """Reads the weights. Raises UserError."""
         self.store = store
-        self.text = text
-        self.vae = vae
+        self.text = TextEncoder(weights, device, dtype)
+        self.vae = VAE(weights, device, dtype, tiled)
         self.dtype = dtype  # of what is stored
         self.text_batch = text_batch  # captions at once
         self.made = 0  # clips
@@ -80,20 +80,21 @@ class Encoder:
         self.store.write(self.store.folder / EMPTY, tensors, {"text_length": 0})
 
     def write_videos(self, folder: Folder, videos: dict[str, Video], have: set[str], cut: Cut,
-                     threads: int, bar: tqdm) -> None:
+                     bar: tqdm) -> None:
         """Encode these videos ({NAME in the store: video}) but for the files in `have`. The videos
         that gave none are noted in folder.skipped."""
-        todo = list(videos.items())
-        for at in range(0, len(todo), GROUP):
-            group = todo[at:at + GROUP]
-            captions = [video.caption for _, video in group]
+        threads = min(4, cores(0))  # each reads ahead a video's clips, a hundred megabytes apiece
+        for at in range(0, len(videos), GROUP):
+            names = list(videos)[at:at + GROUP]
+            group = [videos[name] for name in names]
+            captions = [video.caption for video in group]
             # Always the same number at once: a batch of another shape may round differently, and a
             # clip would depend on where the run was interrupted, or on its shard.
             padded = captions + [""] * (-len(captions) % self.text_batch)
             embeddings, lengths = self.text(padded, self.text_batch)
             self.cut_captions += self.text.too_long(captions)
-            read = folder.read(cut, threads, [video for _, video in group])
-            for (name, _), (video, windows), *words in zip(group, read, embeddings, lengths):
+            read = folder.read(cut, threads, group)
+            for name, (video, windows), *words in zip(names, read, embeddings, lengths.tolist()):
                 for window in windows:
                     file = clip_file(name, window.number, window.taken)
                     if file not in have and not self.write_clip(file, video, window, *words):
@@ -101,18 +102,16 @@ class Encoder:
                 bar.update()
 
     def write_clip(self, file: str, video: Video, window: Window, embedding: Tensor,
-                   length: Tensor) -> bool:
+                   length: int) -> bool:
         """One clip's file. False where its latent is not finite."""
         latent = self.vae.encode(pixels(window.video)[None])
         if not all(part.isfinite().all() for part in latent.values()):
             return False
         categories = torch.zeros(len(LABELS), dtype=torch.uint8)
         categories[video.categories] = 1
-        length = int(length)
         tensors = {"text": self.stored_text(embedding, length), "categories": categories,
                    **{part: value[0].to("cpu", self.dtype) for part, value in latent.items()}}
-        settings = self.store.settings
-        end = window.start + settings["frames"] / settings["fps"]
+        end = window.start + self.store.settings["frames"] / self.store.settings["fps"]
         about = {"caption": video.caption, "file": video.name, "text_length": length,
                  "times": [window.start, end], "size": window.size, "crop": window.crop}
         self.store.write(self.store.clips / file, tensors, about)
@@ -128,19 +127,19 @@ class Encoder:
 
 
 # --- reading ------------------------------------------------------------------------------------
-@dataclass
 class Cache:
     """What encode.py made of a folder of videos, opened. `train` and `held` list the rows of either
     split, as a Pool's do."""
-    store: Store
-    files: list[str]
-    names: list[str]  # of the videos they are from
-    captions: list[str]
-    categories: list[list[int]]  # of all 29
-    train: list[int]
-    held: list[int]
-    summary: str
-    key: str  # of settings and clips
+
+    def __init__(self, store: Store, val_clips: int):
+        self.store = store
+        rows = map(list, zip(*store.rows))
+        self.files, self.names, self.captions, self.categories = rows  # names are the videos'
+        self.train, self.held, self.summary = split_by_video(self.names, val_clips)
+        if store.done < store.total:
+            absent = store.total - store.done
+            self.summary += f"; {absent} of {store.total} videos are not there (yet)"
+        self.key = digest([store.key, self.files])  # of settings and clips
 
 
 def open_cache(cfg: Config, folder: Path, expected: dict | None = None) -> Cache:
@@ -157,16 +156,10 @@ def open_cache(cfg: Config, folder: Path, expected: dict | None = None) -> Cache
                             "encode again into another folder.")
     if not store.rows:
         raise UserError(f"There is no clip in {folder}: encode.py made none.")
-    files, names, captions, categories = map(list, zip(*store.rows))
-    train, held, summary = split_by_video(names, cfg.val_clips)
-    if store.done < store.total:
-        absent = store.total - store.done
-        summary += f"; {absent} of {store.total} videos are not there (yet)"
-    key = digest([store.key, files])
-    return Cache(store, files, names, captions, categories, train, held, summary, key)
+    return Cache(store, cfg.val_clips)
 
 
-class Latents(Stream):
+class Latents(ClipOrder):
     """Batches of latents and text embeddings from a cache, read clip by clip."""
 
     def __init__(self, cfg: Config, cache: Cache, maps=None):
@@ -176,9 +169,8 @@ class Latents(Stream):
         try:
             tensors, _ = cache.store.load(path)
         except (OSError, ValueError) as e:
-            reason = getattr(e, "strerror", None) or e
             raise UserError(f"{path}, the embedding of the empty caption, cannot be read "
-                            f"({reason}): run encode.py again.") from None
+                            f"({reason_of(e)}): run encode.py again.") from None
         self.empty = tensors["text"]
 
     def clip(self, row: int, among: list[int]) -> tuple[int, dict, dict]:
@@ -204,7 +196,7 @@ class Latents(Stream):
         rows = list(rows)
 
         # Words: the empty caption stands in for a dropped one. Zeros were not worth storing.
-        drop = self.dropped(positions) if train else torch.zeros(len(positions), dtype=torch.bool)
+        drop = self.dropped(positions) & train
         text_len = self.pool.store.settings["text_len"]
         texts = [self.empty if gone else clip["text"] for gone, clip in zip(drop, clips)]
         texts = [F.pad(text.float(), (0, 0, 0, text_len - len(text))) for text in texts]

@@ -1,11 +1,11 @@
-"""Clips of official models, as the official pipelines make them."""
+"""Official models as sample.generate takes them: clips as the official pipelines make them."""
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 import config
 import diffusion
@@ -14,6 +14,7 @@ from common.video import to_bytes
 from config import Config, UserError
 from experts import ProPhy
 from official.branch import attach_branch, read_branch
+from official.cost import input_size
 from official.encoders import VAE, TextEncoder
 from official.folder import Lineage, lineage_of
 from official.weights import load_pretrained
@@ -24,77 +25,79 @@ SOLVERS = {  # class in scheduler_config.json: ours, where it is not the lineage
 }
 
 
-def load_official(weights, device: str = "cpu", dtype: torch.dtype = torch.float32,
-                  branch: str = "", **sizes):
-    """-> cfg, model, process, solver of a folder in diffusers' layout: the backbone, or with `branch`
-    (a file that train.py made beside the same weights) the backbone with its branch.
+class OfficialModel:
+    """A folder in diffusers' layout, its clips made as diffusers' pipeline makes them from the same
+    seed. Text encoder, network and VAE take turns on the device."""
 
-    The noise schedule and the solver are those of scheduler/scheduler_config.json. `sizes` (frames,
-    height, width) that are not given are the lineage's. Raises UserError.
-    """
-    weights = Path(weights)
-    lineage = lineage_of(weights)
-    published = read_branch(Path(branch), weights) if branch else None
-    model = load_pretrained(weights, device, dtype)
-    cfg, solver = scheduled(model.cfg, lineage, weights / "scheduler" / "scheduler_config.json")
-    sizes = {name: sizes.get(name) or getattr(lineage, name) for name in ("frames", "height", "width")}
-    cfg = dataclasses.replace(cfg, **sizes)
-    config.check_latent_size(cfg)
-    if published:
-        model = attach_branch(model, *published)
-    return cfg, model.to(device).eval(), diffusion.build(cfg), solver
+    def __init__(self, weights, device: str = "cpu", dtype: torch.dtype = torch.float32,
+                 branch: str = "", *, solver: str = "", dynamic: bool = False, tiled: bool = False,
+                 **sizes: int):
+        """branch: a file that train.py made beside the same weights. solver: empty is the one that
+        scheduler/scheduler_config.json names, which the noise schedule comes from, too. sizes:
+        frames, height, width; those not given, or 0, are the lineage's. Raises UserError.
+        """
+        self.weights = Path(weights)
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.dynamic = dynamic
+        self.tiled = tiled
+        lineage = lineage_of(self.weights)
+        published = read_branch(Path(branch), self.weights) if branch else None
+        net = load_pretrained(weights, device, dtype)
+        schedule = self.weights / "scheduler" / "scheduler_config.json"
+        cfg, usual = scheduled(net.cfg, lineage, schedule)
+        given = {name: size for name, size in sizes.items() if size}
+        self.cfg = dataclasses.replace(cfg, **given)
+        config.check_latent_size(self.cfg)
+        if published:
+            net = attach_branch(net, *published)
+        self.net = net.to(device).eval()
+        self.process = diffusion.build(self.cfg)
+        self.solver = solver or usual
+
+    def read(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Text (n, L, D_text) and lengths (n,), on the CPU. The text encoder then makes way for the
+        VAE, so that whatever is wrong with either is said before the first step."""
+        text, length = TextEncoder(self.weights, self.device, self.dtype)(prompts)
+        self.vae = VAE(self.weights, self.device, self.dtype, self.tiled)
+        return text.to(self.dtype), length
+
+    def predict(self, x_t: Tensor, t: Tensor, text: Tensor, length: Tensor, edit):
+        """The network's outputs, and None in place of a Routing. One row after the other: half the
+        memory of both at once."""
+        rows = zip(x_t.to(self.dtype).split(1), t.split(1), text.split(1), length.split(1))
+        if isinstance(self.net, ProPhy):
+            return torch.cat([self.net(*row, edit)[0] for row in rows]), None
+        return torch.cat([self.net(*row) for row in rows]), None
+
+    def draw(self, denoise: Callable, seed: int, index: Sequence[int], *how) -> np.ndarray:
+        """Clips uint8 (B, F, H, W, 3). Clip i starts from generator seed + i, which goes on in
+        solvers that draw noise. how: steps, guidance and watch of Process.sample.
+
+        CogVideoX 1.5 works on pairs of latent frames: an odd number is made even in front, and what
+        was added is dropped.
+        """
+        generators = [torch.Generator().manual_seed(seed + i) for i in index]
+        shape = (len(index), *input_size(self.cfg))
+        # Wan's latents are float32 all along.
+        dtype = torch.float32 if self.cfg.lineage == "wan" else self.dtype
+        noise = self.process.randn(shape, generators, dtype).to(self.device)
+        x = self.process.sample(denoise, noise, *how, solver=self.solver, dynamic=self.dynamic,
+                                generator=generators)
+        wanted = 1 + (self.cfg.frames - 1) // 4  # latent frames
+        return to_bytes(self.vae.decode(x[:, :, -wanted:])).cpu().numpy()
 
 
 def scheduled(cfg: Config, lineage: Lineage, path: Path) -> tuple[Config, str]:
-    """The Config with the noise schedule of scheduler_config.json, and the solver's name. Without
-    that file both are the lineage's usual ones. Raises UserError."""
+    """The lineage's Config with the network of cfg and the noise schedule of scheduler_config.json,
+    and the solver's name. Without that file both are the lineage's usual ones. Raises UserError."""
     stored = read_json(path) if path.exists() else {}
     try:
         snr_shift = float(stored.get("snr_shift_scale") or 1)
         shift = float(stored.get("flow_shift") or stored.get("shift") or 5)
     except (ValueError, TypeError) as e:
         raise UserError(f"{path} cannot be read ({type(e).__name__}).") from None
-    process, usual = ("vpred", "ddim") if lineage.name == "cogvideox" else ("flow", "unipc")
-    cfg = dataclasses.replace(cfg, fps=lineage.fps, guidance=lineage.guidance, predict="v",
-                              process=process, snr_shift=snr_shift, shift=shift)
-    return cfg, SOLVERS.get(stored.get("_class_name"), usual)
-
-
-@torch.no_grad()
-def generate_official(weights, loaded, prompts: list[str], *, negative: str = "", seed: int = 0,
-                      steps: int = 50, guidance: float = 6.0, solver: str = "",
-                      dynamic: bool = False, tiled: bool = False, edit=None, device: str = "cpu",
-                      dtype: torch.dtype = torch.float32) -> Iterator[np.ndarray]:
-    """One clip a prompt, uint8 (F, H, W, 3), as diffusers' pipeline makes it from the same folder and
-    seed.
-
-    loaded: what load_official gave. Text encoder, network and VAE take turns on the device. Prompt i
-    starts from generator seed + i. CogVideoX 1.5 works on pairs of latent frames: an odd number is
-    made even in front, and what was added is dropped.
-    """
-    cfg, model, process, usual_solver = loaded
-    words, lengths = TextEncoder(weights, device, dtype)(prompts + [negative])
-    vae = VAE(weights, device, dtype, tiled)
-    patches = (cfg.patch_t, cfg.patch, cfg.patch)
-    grid = tuple(n * p for n, p in zip(cfg.grid, patches))  # of the latent, an even number of frames
-    wanted = 1 + (cfg.frames - 1) // 4  # latent frames
-    kept_in = torch.float32 if cfg.lineage == "wan" else dtype  # Wan's latents are float32 all along
-    for i in tqdm(range(len(prompts)), desc="clips", unit="clip"):
-        generator = torch.Generator().manual_seed(seed + i)
-        noise = process.randn((1, cfg.channels, *grid), generator, kept_in).to(device)
-        which = [i] if guidance == 1 else [i, len(prompts)]  # the prompt, and what to lead away from
-        text = words[which].to(device, dtype)
-        length = lengths[which].to(device)
-
-        def denoise(x_t, t):
-            # One after the other: half the memory of both at once.
-            out = []
-            for y, n in zip(text.split(1), length.split(1)):
-                given = (x_t.to(dtype), t, y, n)
-                out.append(model(*given, edit)[0] if isinstance(model, ProPhy) else model(*given))
-            return out[0], out[1] if len(out) == 2 else None
-
-        x = process.sample(denoise, noise, steps, guidance, solver=solver or usual_solver,
-                           dynamic=dynamic, generator=generator)
-        frames = vae.decode(x[:, :, grid[0] - wanted:])[0]  # (3, F, H, W)
-        yield to_bytes(frames).cpu().numpy()
+    network = {name: getattr(cfg, name) for name in config.marked(config.NETWORK)}
+    cfg = dataclasses.replace(lineage.preset, **network, snr_shift=snr_shift, shift=shift)
+    solver = "unipc" if lineage.name == "wan" else "ddim"
+    return cfg, SOLVERS.get(stored.get("_class_name"), solver)

@@ -43,11 +43,8 @@ def block_cost(backbone: nn.Module, cfg: Config) -> tuple[float, float, int, int
             kept[storage] = storage.nbytes()
         return saved
 
-    def back(saved: Tensor) -> Tensor:
-        return saved
-
     counter = FlopCounterMode(display=False)
-    with counter, torch.autograd.graph.saved_tensors_hooks(keep, back):
+    with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
         backbone.blocks[0](tokens, condition)
     flops = counter.get_flop_counts()["Global"]
     attention = sum(n for operation, n in flops.items() if "attention" in str(operation))
@@ -75,7 +72,7 @@ def plan(cfg: Config) -> None:
         backbone = build_backbone(cfg, vocabulary=120)
         model = ProPhy(backbone, cfg) if stage_two else backbone
         total = sum(p.numel() for p in model.parameters())
-        branch = sum(p.numel() for p in model.branch_parameters()) if stage_two else 0
+        branch = sum(p.numel() for p in model.branch_state().values()) if stage_two else 0
         linear, attention, kept, entry = block_cost(backbone, cfg)
     frozen = stage_two and cfg.freeze_backbone
     trained = branch if frozen else total

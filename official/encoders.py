@@ -28,9 +28,8 @@ def on_device(model: nn.Module, device: torch.device):
     try:
         yield
     finally:
-        if device.type != "cpu":
-            model.to("cpu")
-            torch.cuda.empty_cache()
+        model.to("cpu")
+        torch.cuda.empty_cache()  # does nothing where CUDA was never used
 
 
 @contextlib.contextmanager
@@ -56,7 +55,6 @@ class TextEncoder:
 
     def __init__(self, weights: Path, device: str = "cpu", dtype: torch.dtype = torch.float32):
         """weights: the folder with tokenizer/ and text_encoder/. Raises UserError."""
-        weights = Path(weights)
         transformers = library("transformers")
         self.lineage = lineage_of(weights)
         self.device = torch.device(device)
@@ -78,11 +76,6 @@ class TextEncoder:
             self.tokenizer = transformers.AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True)
 
-    @property
-    def dim(self) -> int:
-        """D_text."""
-        return self.model.config.d_model
-
     def prepare(self, prompt: str) -> str:
         """The text as the tokenizer gets it."""
         prompt = prompt.encode("utf-8", "replace").decode()  # JSON may hold halves of a letter
@@ -91,7 +84,7 @@ class TextEncoder:
     def too_long(self, prompts: list[str]) -> int:
         """How many have more tokens than the model reads, so that their ends are cut."""
         rows = self.tokenizer([self.prepare(prompt) for prompt in prompts]).input_ids
-        return sum(len(row) > self.lineage.text_len for row in rows)
+        return sum(len(row) > self.lineage.preset.text_len for row in rows)
 
     @torch.no_grad()
     def __call__(self, prompts: list[str], batch: int = 8) -> tuple[Tensor, Tensor]:
@@ -108,24 +101,20 @@ class TextEncoder:
             for first in range(0, len(prompts), batch):
                 texts = [self.prepare(prompt) for prompt in prompts[first:first + batch]]
                 tokens = self.tokenizer(
-                    texts, padding="max_length", max_length=self.lineage.text_len,
+                    texts, padding="max_length", max_length=self.lineage.preset.text_len,
                     truncation=True, return_tensors="pt")
-                embeddings.append(self.embed(tokens.input_ids, tokens.attention_mask))
+                embedding = self.embed(**tokens.to(self.device))
+                embeddings.append(embedding.to("cpu", self.model.dtype))
                 empty = torch.tensor([not text.strip() for text in texts])
-                lengths.append(tokens.attention_mask.sum(1).masked_fill(empty, 0))
+                lengths.append(tokens.attention_mask.sum(1).cpu().masked_fill(empty, 0))
         return torch.cat(embeddings), torch.cat(lengths)
 
-    def embed(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """ids (B, L), and mask (B, L) of those that are not padding -> (B, L, D_text), on the CPU.
-        """
-        ids = ids.to(self.device)
-        mask = mask.to(self.device)
-        if self.lineage.name == "wan":
-            embedding = self.model(ids, attention_mask=mask).last_hidden_state
-            embedding = embedding.masked_fill(mask[..., None] == 0, 0)
-        else:  # CogVideoX was trained on embeddings of unmasked padding
-            embedding = self.model(ids).last_hidden_state
-        return embedding.to("cpu", self.model.dtype)
+    def embed(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Tokens (B, L), and a mask (B, L) of those that are not padding -> (B, L, D_text)."""
+        if self.lineage.name == "cogvideox":  # it was trained on embeddings of unmasked padding
+            return self.model(input_ids).last_hidden_state
+        embedding = self.model(input_ids, attention_mask=attention_mask).last_hidden_state
+        return embedding.masked_fill(attention_mask[..., None] == 0, 0)
 
 
 # --- VAE ----------------------------------------------------------------------------------------
@@ -158,16 +147,10 @@ class VAE:
         else:  # `invert_scale_latents` and the like concern image conditions only
             mean = [0.0]
             std = [1 / self.model.config.scaling_factor]
-        self.mean = torch.tensor(mean, device=self.device).view(1, -1, 1, 1, 1)
-        self.std = torch.tensor(std, device=self.device).view(1, -1, 1, 1, 1)
+        both = torch.tensor([mean, std], device=self.device)  # (2, C), or (2, 1)
+        self.mean, self.std = both.view(2, 1, -1, 1, 1, 1)
         if tiled:
             self.model.enable_tiling()
-
-    @property
-    def channels(self) -> int:
-        """C of a latent."""
-        shape = self.model.config
-        return shape.z_dim if self.lineage.name == "wan" else shape.latent_channels
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> dict[str, Tensor]:
@@ -177,11 +160,10 @@ class VAE:
         trains on mean + std * noise, Wan on the mean.
         """
         with memory_as_sentence("--tiled needs less"):
-            found = [self.model.encode(clip.to(self.device, self.model.dtype)).latent_dist
-                     for clip in video.split(1)]
-        latent = {"mean": (torch.cat([one.mean for one in found]).float() - self.mean) / self.std}
+            found = self.model.encode(video.to(self.device, self.model.dtype)).latent_dist
+        latent = {"mean": (found.mean.float() - self.mean) / self.std}
         if self.lineage.name == "cogvideox":
-            latent["std"] = torch.cat([one.std for one in found]).float() / self.std
+            latent["std"] = found.std.float() / self.std
         return latent
 
     @torch.no_grad()
@@ -190,6 +172,5 @@ class VAE:
         [-1, 1], on the VAE's device."""
         latent = latent.to(self.device, torch.float32) * self.std + self.mean
         with memory_as_sentence("--tiled needs less"):
-            found = [self.model.decode(clip.to(self.model.dtype)).sample
-                     for clip in latent.split(1)]
-        return torch.cat(found).float().clamp(-1, 1)
+            video = self.model.decode(latent.to(self.model.dtype)).sample
+        return video.float().clamp(-1, 1)

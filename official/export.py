@@ -26,7 +26,7 @@ from official.weights import load_pretrained, save_pretrained
 PARTS = ("vae", "text_encoder", "tokenizer", "scheduler")
 
 
-def export_run(run: Path, out: Path, checkpoint: str = "best") -> None:
+def export_run(run: Path, out: Path) -> None:
     """Write OUT whole or not at all. Raises UserError for a run without a trained official
     backbone, or where OUT is there already; Stopped when the disk is full."""
     cfg = config.load(run / "config.json")
@@ -35,8 +35,7 @@ def export_run(run: Path, out: Path, checkpoint: str = "best") -> None:
                         "with --weights and --freeze_backbone false.")
     if out.exists():
         raise UserError(f"{out} is there already: give another --out.")
-    path = run / "checkpoints" / f"{checkpoint}.pt"
-    model, stored = trained_model(cfg, path)
+    model, stored = trained_model(cfg, run / "checkpoints" / "best.pt")
     present = read_json(run / "config.json").get("categories_present", [])
 
     # LoRA's corrections become part of the matrices they correct: nobody else's tools know of them.
@@ -48,7 +47,9 @@ def export_run(run: Path, out: Path, checkpoint: str = "best") -> None:
         with whole_folder(out) as folder:
             save_pretrained(model.backbone, folder / "transformer")
             for part in PARTS:
-                link_tree(Path(cfg.weights) / part, folder / part)
+                source = Path(cfg.weights) / part
+                if source.is_dir():
+                    shutil.copytree(source, folder / part, copy_function=link_or_copy)
             if branch:
                 weights = fingerprint(folder / "transformer")
                 write_branch(folder, alone, model.backbone.cfg, branch, weights,
@@ -75,12 +76,9 @@ def trained_model(cfg: Config, path: Path) -> tuple[ProPhy, dict]:
     return model, stored
 
 
-def link_tree(source: Path, target: Path) -> None:
-    """A folder's files under a second name, or as copies where the file system has no links."""
-    def link(a, b):
-        try:
-            os.link(a, b)
-        except OSError:
-            shutil.copy2(a, b)
-    if source.is_dir():
-        shutil.copytree(source, target, copy_function=link)
+def link_or_copy(source: str, target: str) -> None:
+    """A file under a second name, or a copy where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,11 +1,11 @@
 """A folder of official weights: which lineage it is, and what tells it from another."""
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import config
 from common.files import read_json
 from common.libraries import fingerprint
-from config import UserError
+from config import Config, UserError
 
 
 def network_folder(weights) -> Path:
@@ -14,47 +14,40 @@ def network_folder(weights) -> Path:
     return part if part.is_dir() else Path(weights)
 
 
-LINEAGES = {  # VAE's class in diffusers, text encoder's in transformers, its model_type, a preset
-    "cogvideox": ("AutoencoderKLCogVideoX", "T5EncoderModel", "t5", "cogvideox-5b"),
-    "wan": ("AutoencoderKLWan", "UMT5EncoderModel", "umt5", "wan-1.3b"),
-}
-
-
 @dataclass(frozen=True)
 class Lineage:
-    """What differs between the families of models: classes of the libraries, and what their presets
-    say of the captions and the clips that they were trained on."""
+    """What differs between the families of models."""
     name: str
     vae: str  # class in diffusers
     text: str  # class in transformers
     reader: str  # the text encoder's model_type
-    text_len: int
-    frames: int
-    fps: float
-    height: int
-    width: int
-    guidance: float
+    preset: Config  # of the captions and clips that they were trained on
+
+
+LINEAGES = (
+    Lineage("cogvideox", "AutoencoderKLCogVideoX", "T5EncoderModel", "t5",
+            config.preset("cogvideox-5b")),
+    Lineage("wan", "AutoencoderKLWan", "UMT5EncoderModel", "umt5", config.preset("wan-1.3b")),
+)
 
 
 def lineage_of(weights: Path) -> Lineage:
     """The lineage of a folder of weights, from its VAE's config; the transformer's, where there is
     one, must agree and tells CogVideoX 1.5 from 1.0. Raises UserError."""
-    weights = Path(weights)
-    kind = read_json(weights / "vae" / "config.json").get("_class_name")
-    name = next((name for name, (vae, *_) in LINEAGES.items() if vae == kind), None)
-    if name is None:
-        names = " or ".join(vae for vae, *_ in LINEAGES.values())
-        raise UserError(f"{weights / 'vae' / 'config.json'} is of {kind!r}; {names} is expected.")
-    vae, text, reader, preset = LINEAGES[name]
-    if (weights / "transformer" / "config.json").exists():
-        transformer = read_json(weights / "transformer" / "config.json")
-        if name not in str(transformer.get("_class_name")).lower():
+    path = weights / "vae" / "config.json"
+    kind = read_json(path).get("_class_name")
+    lineage = next((one for one in LINEAGES if one.vae == kind), None)
+    if lineage is None:
+        names = " or ".join(one.vae for one in LINEAGES)
+        raise UserError(f"{path} is of {kind!r}; {names} is expected.")
+    path = weights / "transformer" / "config.json"
+    if path.exists():
+        transformer = read_json(path)
+        if lineage.name not in str(transformer.get("_class_name")).lower():
             raise UserError(f"{weights} mixes a {kind} with a {transformer.get('_class_name')}.")
-        if name == "cogvideox" and transformer.get("patch_size_t"):
-            preset = "cogvideox1.5-5b"
-    own = config.preset(preset)
-    return Lineage(name, vae, text, reader, own.text_len,
-                   own.frames, own.fps, own.height, own.width, own.guidance)
+        if lineage.name == "cogvideox" and transformer.get("patch_size_t"):
+            return replace(lineage, preset=config.preset("cogvideox1.5-5b"))
+    return lineage
 
 
 def identity(weights: Path) -> dict[str, str]:

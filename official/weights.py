@@ -17,54 +17,55 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import config
 from common.files import join_some, read_json, whole_file, write_text
-from common.libraries import tensor_files
+from common.libraries import fingerprint, tensor_files
+from common.run import same_architecture
 from config import Config, Stopped, UserError
 from model import MODELS, Backbone
 from official.folder import network_folder
 
 # Our name -> the checkpoint's, as regular expressions.
-COG_NAMES = (
-    (r"^blocks\.", "transformer_blocks."),  # blocks.3.norm1 ...
-    (r"\.to_out\.", ".to_out.0."),
-    (r"\.ff\.0\.", ".ff.net.0.proj."),
-    (r"\.ff\.2\.", ".ff.net.2."),
-    (r"^time_embedding\.0\.", "time_embedding.linear_1."),
-    (r"^time_embedding\.2\.", "time_embedding.linear_2."),
-    (r"^patch_proj\.", "patch_embed.proj."),
-    (r"^text_proj\.", "patch_embed.text_proj."),
-    (r"^norm_out\.", "norm_out.norm."),
-    (r"^modulate_out\.", "norm_out.linear."),
-)
-WAN_NAMES = (
-    (r"\.to_out\.", ".to_out.0."),
-    (r"\.ff\.0\.", ".ffn.net.0.proj."),
-    (r"\.ff\.2\.", ".ffn.net.2."),
-    (r"(^|\.)table$", r"\1scale_shift_table"),  # of each block, and of the head
-    (r"^patch_proj\.", "patch_embedding."),
-    (r"^text_proj\.0\.", "condition_embedder.text_embedder.linear_1."),
-    (r"^text_proj\.2\.", "condition_embedder.text_embedder.linear_2."),
-    (r"^time_embedding\.0\.", "condition_embedder.time_embedder.linear_1."),
-    (r"^time_embedding\.2\.", "condition_embedder.time_embedder.linear_2."),
-    (r"^time_proj\.", "condition_embedder.time_proj."),
-)
-WAN_ORIGINAL_NAMES = (
-    (r"^table$", "head.modulation"),
-    (r"\.table$", ".modulation"),
-    (r"^proj_out\.", "head.head."),
-    (r"^patch_proj\.", "patch_embedding."),
-    (r"^text_proj\.", "text_embedding."),
-    (r"^time_proj\.", "time_projection.1."),
-    (r"\.ff\.", ".ffn."),
-    (r"\.norm2\.", ".norm3."),  # our norm2 stands before cross-attention
-    (r"\.attn1\.", ".self_attn."),
-    (r"\.attn2\.", ".cross_attn."),
-    (r"\.to_out\.", ".o."),
-    (r"\.to_([qkv])\.", r".\1."),  # to_q -> q
-)
+COG_NAMES = {
+    r"^blocks\.": "transformer_blocks.",  # blocks.3.norm1 ...
+    r"\.to_out\.": ".to_out.0.",
+    r"\.ff\.0\.": ".ff.net.0.proj.",
+    r"\.ff\.2\.": ".ff.net.2.",
+    r"^time_embedding\.0\.": "time_embedding.linear_1.",
+    r"^time_embedding\.2\.": "time_embedding.linear_2.",
+    r"^patch_proj\.": "patch_embed.proj.",
+    r"^text_proj\.": "patch_embed.text_proj.",
+    r"^norm_out\.": "norm_out.norm.",
+    r"^modulate_out\.": "norm_out.linear.",
+}
+WAN_NAMES = {
+    r"\.to_out\.": ".to_out.0.",
+    r"\.ff\.0\.": ".ffn.net.0.proj.",
+    r"\.ff\.2\.": ".ffn.net.2.",
+    r"(^|\.)table$": r"\1scale_shift_table",  # of each block, and of the head
+    r"^patch_proj\.": "patch_embedding.",
+    r"^text_proj\.0\.": "condition_embedder.text_embedder.linear_1.",
+    r"^text_proj\.2\.": "condition_embedder.text_embedder.linear_2.",
+    r"^time_embedding\.0\.": "condition_embedder.time_embedder.linear_1.",
+    r"^time_embedding\.2\.": "condition_embedder.time_embedder.linear_2.",
+    r"^time_proj\.": "condition_embedder.time_proj.",
+}
+WAN_ORIGINAL_NAMES = {
+    r"^table$": "head.modulation",
+    r"\.table$": ".modulation",
+    r"^proj_out\.": "head.head.",
+    r"^patch_proj\.": "patch_embedding.",
+    r"^text_proj\.": "text_embedding.",
+    r"^time_proj\.": "time_projection.1.",
+    r"\.ff\.": ".ffn.",
+    r"\.norm2\.": ".norm3.",  # our norm2 stands before cross-attention
+    r"\.attn1\.": ".self_attn.",
+    r"\.attn2\.": ".cross_attn.",
+    r"\.to_out\.": ".o.",
+    r"\.to_([qkv])\.": r".\1.",  # to_q -> q
+}
 # Those of Wan's tensors that stay float32, in our names.
 WAN_IN_FLOAT32 = r"table$|^time_embedding|\.norm2\."
 
@@ -81,76 +82,68 @@ WAN_ORIGINAL_FIXED = dict(model_type="t2v", eps=1e-6)
 
 
 # --- their config -------------------------------------------------------------------------------
+# Our fields of Config, and theirs that say the same.
+COG_FIELDS = dict(
+    heads="num_attention_heads", depth="num_layers", channels="in_channels",
+    time_dim="time_embed_dim", text_dim="text_embed_dim", text_len="max_text_seq_length",
+    patch="patch_size")
+WAN_FIELDS = dict(
+    heads="num_attention_heads", depth="num_layers", channels="in_channels",
+    text_dim="text_dim", ffn="ffn_dim", freq_dim="freq_dim")
+WAN_ORIGINAL_FIELDS = dict(
+    heads="num_heads", depth="num_layers", channels="in_dim", dim="dim", ffn="ffn_dim",
+    freq_dim="freq_dim", text_len="text_len")
+
+
 def cog_fields(theirs: dict) -> dict:
-    """Our fields of a CogVideoX. Rotary positions with patches over time are those of 1.5."""
-    heads = theirs["num_attention_heads"]
-    dim = heads * theirs["attention_head_dim"]
-    patch = theirs["patch_size"]
+    """Our other fields of a CogVideoX. Rotary positions with patches over time are those of 1.5."""
+    dim = theirs["num_attention_heads"] * theirs["attention_head_dim"]
     patch_t = theirs.get("patch_size_t")
     rotary = "integer" if patch_t else "fitted"
     return dict(
         lineage="cogvideox",
         dim=dim,
-        heads=heads,
-        depth=theirs["num_layers"],
         ffn=4 * dim,
-        time_dim=theirs["time_embed_dim"],
-        text_dim=theirs["text_embed_dim"],
-        text_len=theirs["max_text_seq_length"],
-        channels=theirs["in_channels"],
         patch_t=patch_t or 1,
-        patch=patch,
         positions=rotary if theirs["use_rotary_positional_embeddings"] else "sincos",
-        fit_height=theirs["sample_height"] // patch,
-        fit_width=theirs["sample_width"] // patch)
+        fit_height=theirs["sample_height"] // theirs["patch_size"],
+        fit_width=theirs["sample_width"] // theirs["patch_size"])
 
 
 def wan_fields(theirs: dict) -> dict:
-    """Our fields of a Wan in diffusers' layout."""
+    """Our other fields of a Wan in diffusers' layout."""
     patch_t, patch, patch_width = theirs["patch_size"]
     if patch != patch_width:
         raise ValueError("patches that are not square")
-    heads = theirs["num_attention_heads"]
     return dict(
         lineage="wan",
-        dim=heads * theirs["attention_head_dim"],
-        heads=heads,
-        depth=theirs["num_layers"],
-        ffn=theirs["ffn_dim"],
-        freq_dim=theirs["freq_dim"],
-        text_dim=theirs["text_dim"],
+        dim=theirs["num_attention_heads"] * theirs["attention_head_dim"],
         text_len=512,
-        channels=theirs["in_channels"],
         patch_t=patch_t,
         patch=patch,
         positions="integer")
 
 
 def wan_original_fields(theirs: dict) -> dict:
-    """Our fields of a Wan in its original layout."""
+    """Our other fields of a Wan in its original layout."""
     return dict(
         lineage="wan",
-        dim=theirs["dim"],
-        heads=theirs["num_heads"],
-        depth=theirs["num_layers"],
-        ffn=theirs["ffn_dim"],
-        freq_dim=theirs["freq_dim"],
         text_dim=theirs.get("text_dim", 4096),
-        text_len=theirs["text_len"],
-        channels=theirs["in_dim"],
         patch_t=1,
         patch=2,
         positions="integer")
 
 
-LAYOUTS = {  # _class_name: what must be as we take it for granted, our fields, names of tensors
-    "CogVideoXTransformer3DModel": (COG_FIXED, cog_fields, COG_NAMES),
-    "WanTransformer3DModel": (WAN_FIXED, wan_fields, WAN_NAMES),
-    "WanModel": (WAN_ORIGINAL_FIXED, wan_original_fields, WAN_ORIGINAL_NAMES),
+# _class_name: what must be as we take it for granted, fields that say the same, a function that
+# gives our other fields, names of tensors.
+LAYOUTS = {
+    "CogVideoXTransformer3DModel": (COG_FIXED, COG_FIELDS, cog_fields, COG_NAMES),
+    "WanTransformer3DModel": (WAN_FIXED, WAN_FIELDS, wan_fields, WAN_NAMES),
+    "WanModel": (WAN_ORIGINAL_FIXED, WAN_ORIGINAL_FIELDS, wan_original_fields, WAN_ORIGINAL_NAMES),
 }
 
 
-def read_config(folder: Path) -> tuple[Config, tuple]:
+def read_config(folder: Path) -> tuple[Config, dict[str, str]]:
     """config.json of a transformer's folder -> our fields, and the naming of its tensors.
 
     Raises UserError for a file that is not there, or that says what model.py cannot build.
@@ -163,7 +156,7 @@ def read_config(folder: Path) -> tuple[Config, tuple]:
     kind = theirs.get("_class_name")
     if kind not in LAYOUTS:
         raise UserError(f"{path} describes a {kind}; known are {', '.join(LAYOUTS)}.")
-    fixed, fields_of, names = LAYOUTS[kind]
+    fixed, same, others, names = LAYOUTS[kind]
     for field, value in fixed.items():
         if theirs.get(field, value) != value:
             raise UserError(f"{path} has {field} = {theirs[field]!r}; only {value!r} is known "
@@ -171,7 +164,7 @@ def read_config(folder: Path) -> tuple[Config, tuple]:
 
     # Our fields, whose sizes must be possible.
     try:
-        fields = fields_of(theirs)
+        fields = {ours: theirs[name] for ours, name in same.items()} | others(theirs)
         if any(type(value) is int and not 0 <= value < 2**20 for value in fields.values()):
             raise ValueError("impossible sizes")
         if fields["dim"] % fields["heads"]:
@@ -186,30 +179,22 @@ def read_config(folder: Path) -> tuple[Config, tuple]:
 
 def their_config(cfg: Config) -> dict:
     """The config.json that diffusers reads."""
-    shared = dict(
+    kind = "WanTransformer3DModel" if cfg.lineage == "wan" else "CogVideoXTransformer3DModel"
+    fixed, same, *_ = LAYOUTS[kind]
+    # Some of `same` stand here as well: they keep their places in the file.
+    theirs = dict(
+        _class_name=kind,
         num_attention_heads=cfg.heads,
         attention_head_dim=cfg.dim // cfg.heads,
         num_layers=cfg.depth,
         in_channels=cfg.channels,
-        out_channels=cfg.channels)
+        out_channels=cfg.channels,
+        **fixed)
+    theirs |= {name: getattr(cfg, ours) for ours, name in same.items()}
     if cfg.lineage == "wan":
-        return dict(
-            _class_name="WanTransformer3DModel",
-            **shared,
-            **WAN_FIXED,
-            text_dim=cfg.text_dim,
-            ffn_dim=cfg.ffn,
-            freq_dim=cfg.freq_dim,
-            patch_size=[cfg.patch_t, cfg.patch, cfg.patch],
-            rope_max_seq_len=1024)
-    return dict(
-        _class_name="CogVideoXTransformer3DModel",
-        **shared,
-        **COG_FIXED,
-        time_embed_dim=cfg.time_dim,
-        text_embed_dim=cfg.text_dim,
-        max_text_seq_length=cfg.text_len,
-        patch_size=cfg.patch,
+        patch = [cfg.patch_t, cfg.patch, cfg.patch]
+        return theirs | dict(patch_size=patch, rope_max_seq_len=1024)
+    return theirs | dict(
         patch_size_t=cfg.patch_t if cfg.positions == "integer" else None,
         sample_frames=49,
         sample_height=cfg.fit_height * cfg.patch,
@@ -218,9 +203,9 @@ def their_config(cfg: Config) -> dict:
 
 
 # --- their tensors ------------------------------------------------------------------------------
-def renamed(name: str, rules) -> str:
+def renamed(name: str, rules: dict[str, str]) -> str:
     """Our name of a tensor in the checkpoint's naming."""
-    for ours, theirs in rules:
+    for ours, theirs in rules.items():
         name = re.sub(ours, theirs, name)
     return name
 
@@ -240,8 +225,7 @@ def from_stored(name: str, tensor: Tensor, cfg: Config) -> Tensor:
     if name == "patch_proj.weight":
         return tensor.flatten(1)
     if cfg.lineage == "wan" and name.startswith("proj_out."):
-        sizes = (cfg.patch_t, cfg.patch, cfg.patch, cfg.channels)
-        return tensor.unflatten(0, sizes).movedim(3, 0).flatten(0, 3)
+        return tensor.unflatten(0, (-1, cfg.channels)).transpose(0, 1).flatten(0, 1)
     return tensor
 
 
@@ -250,16 +234,8 @@ def to_stored(name: str, tensor: Tensor, cfg: Config) -> Tensor:
     if name == "patch_proj.weight":
         return tensor.reshape(stored_shape(name, tensor.shape, cfg))
     if cfg.lineage == "wan" and name.startswith("proj_out."):
-        sizes = (cfg.channels, cfg.patch_t, cfg.patch, cfg.patch)
-        return tensor.unflatten(0, sizes).movedim(0, 3).flatten(0, 3).contiguous()
+        return tensor.unflatten(0, (cfg.channels, -1)).transpose(0, 1).flatten(0, 1).contiguous()
     return tensor
-
-
-def check_names(folder: Path, wanted: set[str], found: set[str]) -> None:
-    """Raises UserError that names missing or extra tensors, three of each."""
-    for what, names in (("lacks", wanted - found), ("has unknown", found - wanted)):
-        if names:
-            raise UserError(f"{folder} {what} {join_some(sorted(names), 3)}.")
 
 
 # --- in -----------------------------------------------------------------------------------------
@@ -279,41 +255,52 @@ def load_pretrained(folder, device="cpu", dtype: torch.dtype | None = None) -> B
         model = MODELS[cfg.lineage](cfg)
     layout = model.state_dict()
     ours = {renamed(name, names): name for name in layout}
-    check_names(folder, set(ours), set(files))
+    for what, odd in (("lacks", ours.keys() - files), ("has unknown", files.keys() - ours)):
+        if odd:
+            raise UserError(f"{folder} {what} {join_some(sorted(odd), 3)}.")
 
-    # A tensor's shape is in the file's header; its numbers are looked at once it is read.
+    # The files are mapped: of a tensor that does not fit, its numbers are never read.
+    state = {}
     for path in sorted(set(files.values())):
-        with safe_open(path, framework="pt") as file:
+        with safe_open(path, "pt") as file:
             for theirs in file.keys():
                 name = ours[theirs]
-                shape = stored_shape(name, layout[name].shape, cfg)
-                found = file.get_slice(theirs).get_shape()
-                if found != shape:
-                    raise UserError(f"{theirs} in {path} has the shape {found}, not {shape}.")
                 tensor = file.get_tensor(theirs)
+                shape = stored_shape(name, layout[name].shape, cfg)
+                if list(tensor.shape) != shape:
+                    raise UserError(f"{theirs} in {path} has the shape {list(tensor.shape)}, not "
+                                    f"{shape}.")
                 if not tensor.isfinite().all():
                     raise UserError(f"{theirs} in {path} holds numbers that are not finite.")
 
-                # Ours, where and in which type it is wanted.
-                tensor = from_stored(name, tensor, cfg)
+                # Ours, where and in which type it is wanted; a copy has no tie to the mapped file.
                 in_float32 = cfg.lineage == "wan" and re.search(WAN_IN_FLOAT32, name)
-                tensor = tensor.to(device, torch.float32 if in_float32 and dtype else dtype)
-                if tensor.is_cpu:
-                    tensor = tensor.clone()  # no tie to the mapped file
-                owner, _, leaf = name.rpartition(".")
-                setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+                wanted = torch.float32 if in_float32 and dtype else dtype
+                state[name] = from_stored(name, tensor, cfg).to(device, wanted, copy=True)
+    model.load_state_dict(state, assign=True)
     return model.eval()
 
 
+def open_backbone(cfg: Config, device: torch.device) -> tuple[Backbone, str]:
+    """--weights: the frozen backbone that stage two stands beside, and its files' fingerprint.
+
+    Raises UserError where they are of another architecture than cfg says.
+    """
+    half = cfg.precision == "bf16" and cfg.freeze_backbone  # what trains is kept in float32
+    model = load_pretrained(cfg.weights, device, torch.bfloat16 if half else torch.float32)
+    same_architecture(f"--weights {cfg.weights}", model.cfg, cfg, config.NETWORK)
+    model.requires_grad_(False)  # it has no optimizer and no average until stage two says so
+    return model, fingerprint(network_folder(cfg.weights))
+
+
 # --- out ----------------------------------------------------------------------------------------
-def save_pretrained(model: Backbone, folder, shard_bytes: int = 5 * 2**30) -> None:
+def save_pretrained(model: Backbone, folder: Path, shard_bytes: int = 5 * 2**30) -> None:
     """Write a backbone as diffusers reads it: config.json, safetensors, an index of several ones.
 
     Raises UserError for a model with learned words, which diffusers has no place for; Stopped when
     the disk is full.
     """
     cfg = model.cfg
-    folder = Path(folder)
     if not cfg.text_dim or cfg.positions == "both":
         raise UserError("A backbone that learned its own words or positions has no place in "
                         "diffusers' layout.")

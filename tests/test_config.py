@@ -192,8 +192,8 @@ def test_their_possible_neighbours_are_not(argv):
 @dataclass(frozen=True)
 class Flags:
     """As a command has them."""
-    videos: str  # folder of videos
-    out: str = flag("clip.gif", name="to")  # file to write: 100 % of it
+    videos: str = ""  # folder of videos
+    to: str = "clip.gif"  # file to write: 100 % of it
     n: int | None = None  # clips a prompt; None = 4
     rate: float = 8.0  # frames a second
     scale: int = 0  # screen pixels a pixel; 0 = so that a clip is large
@@ -204,29 +204,24 @@ class Flags:
     prompt: list[str] = flag([])  # what the clip shows; may be given several times
 
     def check(self):
-        if self.tiled and self.out.endswith(".mp4"):
+        if self.tiled and self.to.endswith(".mp4"):
             raise UserError("--tiled and --to *.mp4 exclude each other.")
 
 
 @dataclass(frozen=True)
-class Runs:
-    run: list[str]  # run folder
-
-
-@dataclass(frozen=True)
 class Beside:
-    """Flags beside those of Config, of which one name is Config's and one field is."""
+    """Flags beside those of Config, of which one has a name of Config's."""
     seed: int = 3  # of the noise
-    frames: int = flag(49, name="frames_shown")  # frames of a video
+    frames_shown: int = 49  # frames of a video
 
 
-def flags(*argv, cls=Flags):
-    return config.parse_flags(cls, [str(a) for a in argv], "A command.")
+def flags(*argv):
+    return config.parse_flags(Flags, [str(a) for a in argv], "A command.")
 
 
-def refused_flags(*argv, cls=Flags) -> str:
+def refused_flags(*argv) -> str:
     with pytest.raises(UserError) as e:
-        flags(*argv, cls=cls)
+        flags(*argv)
     sentence = str(e.value)
     assert "\n" not in sentence and sentence.endswith("."), sentence
     return sentence
@@ -237,7 +232,6 @@ def test_a_command_has_the_flags_of_its_dataclass():
     given = flags("--videos", "v", "--to", "a.mp4", "--n", 3, "--rate", 12, "--scale", 2, "--dtype", "bf16", "--only", "laws", "--prompt", "a ball",
                   "--prompt", "smoke")
     assert given == Flags("v", "a.mp4", 3, 12.0, 2, dtype="bf16", only="laws", prompt=["a ball", "smoke"]) and type(given.rate) is float
-    assert flags("--run", "a", "--run", "b", cls=Runs) == Runs(["a", "b"])
     assert flags("--videos", "v").prompt is not flags("--videos", "v").prompt
 
 
@@ -247,15 +241,14 @@ def test_a_boolean_flag_may_say_its_value(argv, value):
 
 
 @pytest.mark.parametrize("argv, says", [
-    ([], "--videos"), (["--videos"], "--videos"), (["--out", "x"], "--out"), (["--n", "1.5"], "--n"), (["--n", "None"], "--n"), (["--rate", "fast"], "--rate"),
+    (["--videos"], "--videos"), (["--out", "x"], "--out"), (["--n", "1.5"], "--n"), (["--n", "None"], "--n"), (["--rate", "fast"], "--rate"),
     (["--rate", "0"], "--rate must be more than zero, not 0.0."), (["--rate", "nan"], "--rate must be more than zero"), (["--rate=inf"], "--rate"),
     (["--scale", "-1"], "--scale must be 0 or more, not -1."), (["--n", "-1"], "--n must be 0 or more"), (["--tiled", "maybe"], "--tiled"),
     (["--dtype", "fp8"], "--dtype must be one of auto, bf16, not 'fp8'."), (["--only", "all"], "--only must be one of laws, where, not 'all'."),
     (["--prompt"], "--prompt"), (["stray"], "stray"), (["--tiled", "--to", "a.mp4"], "exclude each other"), (["--vid", "v"], "--vid"), (["--lr", "1"], "--lr"),
 ])
 def test_a_command_refuses_with_one_sentence(argv, says):
-    assert says in refused_flags(*(["--videos", "v"] * (argv not in ([], ["--videos"]))), *argv)
-    assert "--run" in refused_flags(cls=Runs)
+    assert says in refused_flags(*argv)
 
 
 def test_help_has_one_style_in_every_command(capsys):
@@ -263,7 +256,7 @@ def test_help_has_one_style_in_every_command(capsys):
         flags("--help")
     text = " ".join(capsys.readouterr().out.split())
     assert e.value.code == 0 and text.startswith("usage: ") and "[flags] A command." in text
-    for line in ("--videos STR folder of videos [required]", "--to STR file to write: 100 % of it [clip.gif]", "--n INT clips a prompt; None = 4 [None]",
+    for line in ("--videos STR folder of videos []", "--to STR file to write: 100 % of it [clip.gif]", "--n INT clips a prompt; None = 4 [None]",
                  "--rate FLOAT frames a second [8.0]", "--tiled [true|false] in tiles [False]", "--dtype auto|bf16 auto = bf16 on cuda [auto]",
                  "--only laws|where one table; None = both [None]", "--prompt STR what the clip shows; may be given several times []"):
         assert line in text, line

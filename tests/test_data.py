@@ -239,7 +239,7 @@ def test_batch_holds_the_clip(stream):
         assert batch.caption[i] == pool.captions[row]
         assert batch.categories[i].nonzero().flatten().tolist() == pool.categories[row]
         if batch.text_length[i]:
-            ids, n = tokenizer.encode(pool.captions[row], 24)
+            (ids,), (n,) = tokenizer.encode_all([pool.captions[row]], 24)
             assert torch.equal(batch.text[i], ids) and batch.text_length[i] == n
     assert batch.video.dtype == torch.float32 and batch.video.is_contiguous()
     assert batch.text.dtype == batch.text_length.dtype == batch.index.dtype == torch.int64
@@ -273,7 +273,7 @@ def test_caption_dropout_is_decided_by_seed_and_position(stream):
 def test_held_out_is_never_trained_on_and_keeps_its_captions(stream):
     cfg, pool, tokenizer = stream
     clips = data.Clips(data.replace(cfg, caption_dropout=1.0), pool, tokenizer)
-    held = clips.held_out()
+    held = clips.batch(range(len(clips.pool.held)), train=False)
     assert held.caption == [pool.captions[row] for row in pool.held]
     assert held.index.tolist() == [0, 1, 2, 3] and (held.text_length > 0).all()
     trained = {clips.row(p) for p in range(36)}
@@ -304,7 +304,7 @@ def test_long_captions_are_cut_and_counted(stream):
     cfg, pool, tokenizer = stream
     clips = data.Clips(data.replace(cfg, text_len=6), pool, tokenizer)
     assert clips.cut == sum(len(c.replace(".", " ").replace(",", " ").split()) > 6 for c in pool.captions) > 0
-    assert clips.held_out().text.shape == (4, 6) and clips.held_out().text_length.max() == 6
+    assert clips.batch(range(len(clips.pool.held)), train=False).text.shape == (4, 6) and clips.batch(range(len(clips.pool.held)), train=False).text_length.max() == 6
     assert data.Clips(data.replace(cfg, text_len=200), pool, tokenizer).cut == 0
 
 
@@ -384,11 +384,11 @@ def test_tokenizer_rule():
 def test_tokenizer_ids_pad_unknown_and_cut():
     tokenizer = data.Tokenizer.from_captions(["the ball falls.", "A ball!"])
     assert tokenizer.words == ["a", "ball", "falls", "the"] and len(tokenizer) == 6
-    ids, n = tokenizer.encode("The green ball", 5)
-    assert ids.tolist() == [5, 1, 3, 0, 0] and ids.dtype == torch.int64 and n == 3
-    assert tokenizer.encode("the ball falls", 2)[0].tolist() == [5, 3]
-    assert tokenizer.encode("the ball falls", 2)[1] == 2
-    assert tokenizer.encode("", 3)[0].tolist() == [0, 0, 0] and tokenizer.encode("", 3)[1] == 0
+    ids, n = tokenizer.encode_all(["The green ball", ""], 5)
+    assert ids.tolist() == [[5, 1, 3, 0, 0], [0] * 5] and n.tolist() == [3, 0]
+    assert ids.dtype == n.dtype == torch.int64
+    ids, n = tokenizer.encode_all(["the ball falls"], 2)
+    assert ids.tolist() == [[5, 3]] and n.tolist() == [2]
     assert tokenizer.unknown("green ball, Green cube") == ["green", "cube"]
     assert data.Tokenizer.from_captions(["a ball!", "THE ball falls"]).ids == tokenizer.ids
 

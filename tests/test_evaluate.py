@@ -141,8 +141,8 @@ def test_generated_clips_are_judged_by_their_captions(tmp_path, monkeypatch):
         drawn[clip.caption] = clip.video
         return clip
     monkeypatch.setattr(world, "make_clip", make_clip)
-    monkeypatch.setattr(sample, "generate", lambda net, process, tokenizer, cfg, prompts, **how: (
-        np.stack([drawn[prompt] for prompt in prompts]), None))
+    monkeypatch.setattr(sample, "generate", lambda model, prompts, **how: (
+        (drawn[prompt], None) for prompt in prompts))
     rows = evaluate.law_table(loaded, 4, n=1, seed=0, steps=2, guidance=1, precision="fp32")["rows"]
     assert rows["generated"] == rows["simulator"] and rows["generated"]["found"] == 1
 

@@ -122,9 +122,10 @@ def test_dispatch_is_the_naive_loop_forward_and_backward(case, dtype, tolerance)
 @pytest.mark.parametrize("residual, renormalise, k",
                          list(itertools.product((True, False), (True, False), (1, 2, 4))))
 def test_eq_2(residual, renormalise, k):
-    block = awake(experts.RefinementExpertBlock(D, 4, k, 17, residual, renormalise))
+    block = awake(experts.RefinementExpertBlock(config.preset(
+        dim=D, refinement_experts=4, top_k=k, residual=residual, renormalise=renormalise)))
     x = torch.randn(2, 7, D)
-    y, rho, chosen = block(x)
+    y, rho, _, chosen = block(x)
     assert chosen.shape == (2, 7, k) and rho.shape == (2, 7, 4)
     for b in range(2):
         for n in range(7):
@@ -139,9 +140,15 @@ def test_eq_2(residual, renormalise, k):
 
 
 # --- Eq. 1
+def maps_on(grid, **fields) -> config.Config:
+    """A config whose clips have these video tokens."""
+    frames, height, width = grid
+    return config.preset(patch_t=1, patch=1, frames=frames, height=height, width=width, **fields)
+
+
 def test_eq_1_by_hand():
     """Two experts, two tokens of width one: X + .25 (1, 2) + .75 (10, 20)."""
-    block = experts.SemanticExpertBlock((1, 1, 2), dim=1, text_dim=4, experts=2, categories=17)
+    block = experts.SemanticExpertBlock(maps_on((1, 1, 2), dim=1, semantic_experts=2), text_dim=4)
     with torch.no_grad():
         block.basis.maps.copy_(torch.tensor([1.0, 2.0, 10.0, 20.0]).view(2, 1, 1, 1, 2))
     x = torch.tensor([[[100.0], [200.0]], [[0.0], [0.0]]])
@@ -151,7 +158,7 @@ def test_eq_1_by_hand():
 
 def semantic(count: int = 1, grid=(3, 2, 5)) -> experts.SemanticExpertBlock:
     torch.manual_seed(0)
-    return awake(experts.SemanticExpertBlock(grid, D, text_dim=D, experts=count, categories=17))
+    return awake(experts.SemanticExpertBlock(maps_on(grid, dim=D, semantic_experts=count), D))
 
 
 def test_a_map_lies_on_the_tokens_in_their_order():
@@ -185,7 +192,7 @@ def test_on_its_own_grid_a_map_is_itself():
 def test_factored_maps_are_sums_of_outer_products():
     """B_e[t, i, j, c] = sum_r time[e r, t] space[e r, i, j] width[e, r, c], mixed by rho."""
     torch.manual_seed(0)
-    maps = awake(experts.FactoredMaps((3, 2, 5), D, experts=2, rank=3))
+    maps = awake(experts.FactoredMaps(maps_on((3, 2, 5), dim=D, semantic_experts=2, map_rank=3)))
     rho = torch.tensor([[0.25, 0.75], [1.0, 0.0]])
     time, space = maps.time.view(2, 3, 3), maps.space.view(2, 3, 2, 5)
     by_hand = torch.einsum("be,ert,erij,erc->btijc", rho, time, space, maps.width).flatten(1, 3)
@@ -210,7 +217,7 @@ def test_untrained_lora_changes_nothing_and_trained_merges_into_the_weights(line
     assert len(net.branch_state()) == 2 * 4 * attentions * cfg.depth
     assert all(name.endswith((".down", ".up")) for name in net.branch_state())
     with torch.no_grad():
-        for p in net.branch_parameters():
+        for p in net.branch_state().values():
             p.add_(0.1 * torch.randn_like(p))
     layer = net.backbone.blocks[0].attn1.to_q
     close(layer(torch.eye(D)) - layer.bias, (layer.weight + 2 * layer.up @ layer.down).T)
@@ -341,7 +348,7 @@ def test_init_from_backbone_copies_exactly_and_shares_nothing():
 
 def test_branch_and_backbone_together_are_all():
     net = build()
-    branch, backbone = {id(p) for p in net.branch_parameters()}, {id(p) for p in net.backbone.parameters()}
+    branch, backbone = {id(p) for p in net.branch_state().values()}, {id(p) for p in net.backbone.parameters()}
     assert branch and not branch & backbone and branch | backbone == {id(p) for p in net.parameters()}
 
 

@@ -45,7 +45,10 @@ def loaded(run):
 def clips(loaded, prompts=PROMPTS, **settings):
     cfg, net, process, tokenizer, _ = loaded
     settings = dict(steps=4, progress=False) | settings
-    return sample.generate(settings.pop("model", net), process, tokenizer, cfg, prompts, **settings)
+    one = sample.RunModel(cfg, settings.pop("model", net), process, tokenizer,
+                          settings.pop("precision", "fp32"))
+    videos, routings = zip(*sample.generate(one, prompts, **settings))
+    return np.stack(videos), list(routings)
 
 
 def levels_apart(a, b):
@@ -77,8 +80,8 @@ def test_a_clip_depends_on_seed_index_and_prompt(loaded):
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_guidance_against_two_separate_calls(loaded, guidance):
     cfg, net, process, tokenizer, _ = loaded
-    ids, n = tokenizer.encode(PROMPTS[1], cfg.text_len)
-    text, length, noise = ids[None], torch.tensor([n]), process.draw(7, [0], (3, 4, 16, 16))[1]
+    text, length = tokenizer.encode_all(PROMPTS[1:2], cfg.text_len)
+    noise = process.draw(7, [0], (3, 4, 16, 16))[1]
     nothing = torch.zeros_like(text), torch.tensor([0])
     x = process.sample(lambda x, t: (net(x, t, text, length)[0], net(x, t, *nothing)[0]), noise, 4, guidance)
     expected = ((x[0].clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).numpy()
@@ -244,9 +247,9 @@ def test_preview_shows_the_clip_and_the_strongest_trained_map(loaded, tmp_path, 
     lift = np.zeros((*CFG.grid, 17), np.float32)
     lift[:, 1, 1, 4], lift[..., 3], lift[..., 11] = 0.9, 1.0, 0.2  # 3 peaks, but is not in the prompt
     routing = common.pictures.ClipRouting(lift, None, 0.5)
-    monkeypatch.setattr(sample, "generate", lambda *a, **k: (clip, [routing, None]))
-    sample.preview(tmp_path / "p.gif", net, process, tokenizer, cfg, ["a", "b"], seed=0, steps=4, guidance=1,
-                   precision="fp32", present=[PRESENT, PRESENT])
+    monkeypatch.setattr(sample, "generate", lambda *a, **k: zip(clip, [routing, None]))
+    sample.preview(tmp_path / "p.gif", sample.RunModel(cfg, net, process, tokenizer),
+                   {"a": PRESENT, "b": PRESENT})
     back = iio.imread(tmp_path / "p.gif")[..., :3].astype(int)
     scale = 8  # 16 pixels become the promised 128
     g, top = common.pictures.GAP, common.pictures.GAP + common.pictures.LINE + 2

@@ -78,7 +78,7 @@ def test_attached_it_predicts_as_the_run_did_to_the_bit_at_any_size(
     state = trained(lineage, weights, tmp_path / "run", **PARTS[parts])
     file = shutil.move(tmp_path / "run" / "branch.safetensors", tmp_path / "alone.safetensors")
     shutil.rmtree(tmp_path / "run")  # the file is enough
-    net = official.clips.load_official(weights[lineage], branch=file, **SIZE)[1]
+    net = official.clips.OfficialModel(weights[lineage], branch=file, **SIZE).net
     assert isinstance(net, experts.ProPhy) and not net.training and capsys.readouterr().err == ""
     for size in (SIZE, OTHER_SIZE):
         given = inputs(net, **size)
@@ -101,8 +101,8 @@ def test_a_run_in_bf16_is_stored_in_half_the_room_and_runs_in_bf16(lineage, weig
     for name, average in state.ema.items():
         exact = average.ndim == 1 or name.endswith("table")
         assert torch.equal(stored[name], average if exact else average.bfloat16()), name
-    exact, half = (official.clips.load_official(weights[lineage], dtype=dtype, branch=tmp_path / "branch.safetensors",
-                                        **SIZE)[1] for dtype in (torch.float32, torch.bfloat16))
+    exact, half = (official.clips.OfficialModel(weights[lineage], dtype=dtype, branch=tmp_path / "branch.safetensors",
+                                               **SIZE).net for dtype in (torch.float32, torch.bfloat16))
     x, t, text, length = inputs(exact, **SIZE)
     with torch.no_grad():
         a, b = exact(x, t, text, length)[0], half(x.bfloat16(), t, text.bfloat16(), length)[0]
@@ -117,7 +117,7 @@ def test_a_run_in_bf16_is_stored_in_half_the_room_and_runs_in_bf16(lineage, weig
 def test_other_weights_of_the_same_shape_are_a_warning(weights, published, tmp_path, capsys):
     other = shutil.copytree(weights["wan"], tmp_path / "other")
     official.weights.save_pretrained(shaken(model.build_backbone(settings("wan"))), other / "transformer")
-    official.clips.load_official(other, branch=published, **SIZE)
+    official.clips.OfficialModel(other, branch=published, **SIZE)
     said = capsys.readouterr().err
     assert said.startswith("Warning: ") and said.count("\n") == 1 and str(other) in said
 
@@ -195,7 +195,7 @@ def test_a_file_that_is_broken_is_one_sentence_before_weights_are_read(how, weig
 
 def test_another_architecture_is_one_sentence(weights, published):
     with pytest.raises(UserError, match="--lineage wan, not cogvideox"):
-        official.clips.load_official(weights["cogvideox"], branch=published, **SIZE)
+        official.clips.OfficialModel(weights["cogvideox"], branch=published, **SIZE)
 
 
 def test_the_flag_belongs_to_weights(weights, published):

@@ -43,9 +43,9 @@ def test_clips_are_those_of_diffusers_pipeline(weights, name, solver, steps, mor
     theirs = pipe(PROMPT, more.get("negative", ""), height=16, width=32, num_frames=9,
                   num_inference_steps=steps, guidance_scale=4.0,
                   generator=torch.Generator().manual_seed(3), output_type="np", **extra).frames[0]
-    loaded = official.clips.load_official(folder, **sizes)
-    ours = next(official.clips.generate_official(folder, loaded, [PROMPT], seed=3, steps=steps, guidance=4.0,
-                                         solver=solver, **more))
+    one = official.clips.OfficialModel(folder, solver=solver, dynamic=more.get("dynamic", False), **sizes)
+    ours, _ = next(sample.generate(one, [PROMPT], seed=3, steps=steps, guidance=4.0,
+                                   negative=more.get("negative", "")))
     assert ours.shape == theirs.shape and ours.std() > 2
     assert np.abs(ours / 255 - theirs).max() < 0.5 / 255 + 1e-3
 
@@ -84,10 +84,11 @@ def test_the_branch_trains_on_a_cache_resumes_to_the_bit_and_samples(weights, ca
 
     with pytest.raises(UserError, match="--weights"):
         sample.load_run(tmp_path / "whole")
-    loaded = official.clips.load_official(weights[name], branch=str(published[0]), frames=9, height=16, width=32)
-    bare = official.clips.load_official(weights[name], frames=9, height=16, width=32)
-    assert isinstance(loaded[1], experts.ProPhy) and loaded[1].inject[0].weight.abs().max() > 0
-    clips = [next(official.clips.generate_official(weights[name], one, [PROMPT], steps=3)) for one in (loaded, bare)]
+    size = dict(frames=9, height=16, width=32)
+    loaded = official.clips.OfficialModel(weights[name], branch=str(published[0]), **size)
+    bare = official.clips.OfficialModel(weights[name], **size)
+    assert isinstance(loaded.net, experts.ProPhy) and loaded.net.inject[0].weight.abs().max() > 0
+    clips = [next(sample.generate(one, [PROMPT], steps=3, guidance=6))[0] for one in (loaded, bare)]
     assert clips[0].shape == clips[1].shape == (9, 16, 32, 3) and not np.array_equal(*clips)
 
 

@@ -31,8 +31,8 @@ def test_an_exported_run_predicts_as_it_did(weights, caches, tmp_path, name):
     cfg = trained(name, weights, caches, tmp_path / "run", freeze_backbone=False, lora_rank=2)
     encode.main(["--export", str(tmp_path / "run"), "--out", str(tmp_path / "out")])
     before, _ = official.export.trained_model(cfg, tmp_path / "run" / "checkpoints" / "best.pt")
-    _, after, *_ = official.clips.load_official(
-        tmp_path / "out", branch=str(tmp_path / "out" / "branch.safetensors"), frames=9, height=16, width=32)
+    after = official.clips.OfficialModel(
+        tmp_path / "out", branch=str(tmp_path / "out" / "branch.safetensors"), frames=9, height=16, width=32).net
     torch.manual_seed(0)
     x = torch.randn(1, cfg.channels, 3, 2, 4)
     text = torch.randn(1, cfg.text_len, cfg.text_dim)
@@ -40,7 +40,7 @@ def test_an_exported_run_predicts_as_it_did(weights, caches, tmp_path, name):
     with torch.no_grad():
         one, two = before.eval()(*given)[0], after(*given)[0]
     assert (one - two).abs().max() < 1e-5 * one.abs().max()
-    official_one = official.clips.load_official(weights[name], frames=9, height=16, width=32)[1]
+    official_one = official.clips.OfficialModel(weights[name], frames=9, height=16, width=32).net
     assert (official_one(*given) - two).abs().max() > 1e-3 * one.abs().max(), "nothing was trained"
 
 

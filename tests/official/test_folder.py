@@ -1,5 +1,4 @@
 """Every way in which a folder of official weights can be wrong, and what its config says."""
-import dataclasses
 import json
 import math
 import shutil
@@ -22,7 +21,8 @@ from tiny_weights import fill_cache  # noqa: E402
 # -------------------------------------------------------------------------------------- as encode.py reads it
 def test_sizes_come_from_the_lineage(weights, tmp_path):
     def sizes(folder):
-        return dataclasses.astuple(official.folder.lineage_of(folder))[5:9]
+        preset = official.folder.lineage_of(folder).preset
+        return preset.frames, preset.fps, preset.height, preset.width
     assert sizes(weights["cogvideox"]) == (49, 8, 480, 720) and sizes(weights["wan"]) == (81, 16, 480, 832)
     folder = Path(shutil.copytree(weights["cogvideox"], tmp_path / "copy"))
     (folder / "transformer" / "config.json").write_text(
