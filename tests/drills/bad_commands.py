@@ -8,7 +8,7 @@ A command that cannot work ends with exit code 2 and one sentence on stderr that
 a traceback, writes no file, and takes at most 20 seconds. Progress bars, and folders that were made and hold
 nothing yet, do not count. bad_commands.txt says how its lines are read.
 
-A program needs seconds to import torch, so one process runs many commands, each through `config.entry`. It is
+A program needs seconds to import torch, so one process runs many commands, one after the other. It is
 killed when a command takes too long, and another one goes on. One command in fifteen is run once more as a user
 runs it, which also shows what a library prints when the program ends.
 
@@ -25,6 +25,7 @@ import multiprocessing
 import os
 import re
 import resource
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -81,19 +82,18 @@ def read_list(path: Path = Path(__file__).with_suffix(".txt")) -> list[Bad]:
 # --- one command -------------------------------------------------------------------------------------------------
 def here(argv: list[str]) -> tuple[int, str]:
     """Run a program in this process and folder. -> exit code, what it wrote to stderr."""
-    program = importlib.import_module(argv[0].removesuffix(".py"))
-    config = importlib.import_module("config")
-    main = getattr(program, "from_command_line", program.main)
-    said = io.StringIO()
-    code = 0
+    said, code, kept = io.StringIO(), 0, sys.argv
+    sys.argv = argv
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(said):
         try:
-            config.entry(main, argv[1:])
+            runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
         except SystemExit as e:
             code = e.code
         except BaseException as e:  # in a process of its own this would be a traceback
             code = 1
             print(f"Traceback: {type(e).__name__}: {e}", file=said)
+        finally:
+            sys.argv = kept
         gc.collect()  # destructors print too
     return code, said.getvalue()
 
