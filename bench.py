@@ -22,16 +22,18 @@ Letters: B clips, C channels, F H W grid, N tokens, L text tokens, D width, E ex
 """
 import gc
 import math
-import statistics
 import sys
 import time
+import timeit
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -44,7 +46,7 @@ from common.run import resolve, use_threads
 from common.score import table_head, table_line
 from config import Config, Stopped, UserError
 from data import Batch
-from model import build_backbone
+from model import Condition, build_backbone
 from official import cost, reference
 
 
@@ -70,16 +72,12 @@ def clock() -> float:
 def in_turns(functions: dict[str, Callable], rounds: int) -> dict[str, float]:
     """{name: median seconds} of functions called in turns, so that a busy moment of the machine
     falls on all of them."""
-    for function in functions.values():  # the first calls compile and fill caches
-        function()
-        function()
     times = {name: [] for name in functions}
-    for _ in tqdm(range(rounds), desc=" against ".join(functions), leave=False):
+    for _ in tqdm(range(2 + rounds), desc=" against ".join(functions), leave=False):
         for name, function in functions.items():
-            start = clock()
-            function()
-            times[name].append(clock() - start)
-    return {name: statistics.median(seconds) for name, seconds in times.items()}
+            times[name].append(timeit.timeit(function, timer=clock, number=1))
+    # The first two calls compile and fill caches.
+    return {name: float(np.median(seconds[2:])) for name, seconds in times.items()}
 
 
 def say(cells: Iterable[str]) -> None:
@@ -113,34 +111,29 @@ def compile_all(blocks: Iterable[nn.Module]) -> None:
 def random_batch(cfg: Config) -> Batch:
     """A batch of the right shapes: speed does not depend on what is in it."""
     B = cfg.batch_size
-    N = math.prod(cfg.grid)
-    E = cfg.categories
-    length = torch.randint(1, cfg.text_len + 1, (B,))
-    text = torch.randint(2, VOCABULARY, (B, cfg.text_len))
+    maps = B, math.prod(cfg.grid), cfg.categories  # (B, N, E_cat)
     batch = Batch(
         video=torch.rand(B, 3, cfg.frames, cfg.height, cfg.width) * 2 - 1,
-        text=text * (torch.arange(cfg.text_len) < length[:, None]),
-        text_length=length,
+        text=torch.randint(2, VOCABULARY, (B, cfg.text_len)),
+        text_length=torch.randint(1, cfg.text_len + 1, (B,)),
         caption=[""] * B,
-        categories=(torch.rand(B, E) < 0.2).float(),
-        target=(torch.rand(B, N, E) < 0.2).float(),
-        target_mask=torch.ones(B, N, E),
+        categories=(torch.rand(B, cfg.categories) < 0.2).float(),
+        target=(torch.rand(maps) < 0.2).float(),
+        target_mask=torch.ones(maps),
         index=torch.arange(B))
     return batch.to(cfg.device)
 
 
 # --- 1. the training step -------------------------------------------------------------------------
-def training_step(cfg: Config, stage: str) -> tuple[Callable, list[list[float]]]:
-    """-> a function that takes one training step of train.py, and the list to which it appends the
-    seconds of each part of the step."""
+def training_step(cfg: Config, stage: str) -> tuple[Callable, list[float]]:
+    """-> a function that takes one training step of train.py, and the list to which each step adds
+    the five times between which its four parts lie."""
     state = train.State(cfg, VOCABULARY)
     if stage == "physics":
         state.step = cfg.base_steps
         state.attach_branch()
     batch = random_batch(cfg)
-    lr = train.learning_rate(cfg, stage, 0)
-    marks = []  # times in this step
-    parts = []
+    marks = []
 
     def mark(*_) -> None:
         marks.append(clock())
@@ -150,30 +143,27 @@ def training_step(cfg: Config, stage: str) -> tuple[Callable, list[list[float]]]
     state.optimizers[0].register_step_pre_hook(mark)
 
     def step() -> None:
-        marks.clear()
         mark()
-        t, eps = state.process.draw(0, range(cfg.batch_size), batch.x.shape[1:])
-        t, eps = t.to(cfg.device), eps.to(cfg.device)
+        noise = state.process.draw(0, range(cfg.batch_size), batch.x.shape[1:])
+        t, eps = (part.to(cfg.device) for part in noise)
         mark()
-        state.training_step(batch, t, eps, lr)
+        state.training_step(batch, t, eps, lr=1e-6)  # a step that diverges would be skipped
         mark()
-        parts.append([end - start for start, end in zip(marks, marks[1:])])
-    return step, parts
+    return step, marks
 
 
 def step_table(cfg: Config, rounds: int) -> None:
     """Print the training step of both stages, and how its time is spent."""
-    steps = {stage: training_step(cfg, stage) for stage in ("base", "physics")}
-    seconds = in_turns({stage: step for stage, (step, _) in steps.items()}, rounds)
+    with_branch = "with branch, backbone frozen" if cfg.freeze_backbone else "with branch"
+    steps = {"base": training_step(cfg, "base"), with_branch: training_step(cfg, "physics")}
+    seconds = in_turns({name: step for name, (step, _) in steps.items()}, rounds)
     print(f"\n`{cfg.config}`, batch {cfg.batch_size}, {cfg.precision}, compile {cfg.compile}\n")
     print(table_head(["training step", "ms", "clips/s", "noise", "forward", "losses, backward",
                       "optimizer, average"]))
-    names = {"base": "base", "physics": "with branch"}
-    if cfg.freeze_backbone:
-        names["physics"] += ", backbone frozen"
-    for stage, (_, parts) in steps.items():
-        shares = [statistics.median(part) / seconds[stage] for part in zip(*parts)]
-        say([names[stage], ms(seconds[stage]), f"{cfg.batch_size / seconds[stage]:.0f}",
+    for name, (_, marks) in steps.items():
+        parts = np.diff(np.reshape(marks, (-1, 5)))  # (steps, 4) seconds
+        shares = np.median(parts, axis=0) / seconds[name]
+        say([name, ms(seconds[name]), f"{cfg.batch_size / seconds[name]:.0f}",
              *(f"{share:.0%}" for share in shares)])
 
 
@@ -181,8 +171,7 @@ def step_table(cfg: Config, rounds: int) -> None:
 def dense(x: Tensor, gate: Tensor, chosen: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """What experts.dispatch computes, with every expert on every token."""
     every = torch.einsum("md,edf->mef", x, weight) + bias  # (M, E, D)
-    weights = torch.zeros(len(x), len(weight), device=x.device, dtype=gate.dtype)
-    weights = weights.scatter(1, chosen, gate)  # (M, E)
+    weights = gate.new_zeros(len(x), len(weight)).scatter(1, chosen, gate)  # (M, E)
     return (weights[..., None].type_as(every) * every).sum(1)
 
 
@@ -191,8 +180,8 @@ def dispatch_table(cfg: Config, rounds: int) -> None:
     E = cfg.refinement_experts
     D = cfg.dim
     M = cfg.batch_size * math.prod(cfg.grid)
-    inputs = torch.randn(M, D), torch.randn(E, D, D), torch.randn(E, D)
-    x, weight, bias = (v.to(cfg.device).requires_grad_() for v in inputs)
+    x, weight, bias = (torch.randn(shape, device=cfg.device, requires_grad=True)
+                       for shape in ((M, D), (E, D, D), (E, D)))
     gate, chosen = torch.rand(M, E, device=cfg.device).softmax(-1).topk(cfg.top_k)
 
     def run(function) -> None:
@@ -212,7 +201,7 @@ def product_share(function: Callable) -> float:
     (eager code only)."""
     products = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear",
                 "scaled_dot_product")
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    with torch.profiler.profile() as profile:
         function()
     times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
     inside = sum(t for name, t in times.items() if any(part in name for part in products))
@@ -242,10 +231,10 @@ def reference_table(cfg: Config, rounds: int) -> None:
     if cfg.compile == "on":
         compile_all([*ours.blocks, *reference.blocks_of(theirs)])
 
-    their_call = partial(call_theirs, batch.x, t, y)
     our_call = partial(ours, batch.x, t, batch.text, batch.text_length)
-    steps = {"diffusers": plain_step(cfg, theirs, their_call, batch.x),
-             "ours": plain_step(cfg, ours, our_call, batch.x)}
+    their_call = partial(call_theirs, batch.x, t, y)
+    steps = {"ours": plain_step(cfg, ours, our_call, batch.x),
+             "diffusers": plain_step(cfg, theirs, their_call, batch.x)}
     seconds = in_turns(steps, rounds)
     print("\nTraining step of the base against diffusers' CogVideoXTransformer3DModel, "
           f"{cfg.precision}, compile {cfg.compile}: {faster(seconds)} times as fast "
@@ -256,46 +245,20 @@ def reference_table(cfg: Config, rounds: int) -> None:
               f"{share['ours']:.0%}, diffusers {share['diffusers']:.0%}.")
 
 
-# --- 4. official architectures against diffusers --------------------------------------------------
-def resized(name: str, frames: int, height: int, width: int, **fields) -> Config:
-    """An official preset at another size, as if it had been trained on it."""
-    cfg = replace(config.preset(name), frames=frames, height=height, width=width, **fields)
-    return replace(cfg, fit_height=cfg.grid[1], fit_width=cfg.grid[2])
+# --- 4 and 5. official architectures against diffusers --------------------------------------------
+class Side(NamedTuple):
+    """Ours or diffusers', of a pair with the same weights and inputs."""
+    blocks: list[nn.Module]  # what --compile compiles
+    call: Callable  # the forward pass
+    leaves: list[Tensor]  # what the backward pass finds gradients of
 
-
-def official_sizes(device: str) -> dict[str, Config]:
-    """{name: config} of table 4. "medium" has so many tokens that a CPU takes the fused attention
-    kernel."""
-    tiny = dict(frames=9, height=128, width=128, depth=4, dim=128, text_dim=128, text_len=24,
-                batch_size=4)
-    medium = dict(frames=17, height=256, width=256, depth=2, dim=384, text_dim=512, text_len=64,
-                  batch_size=1)
-    cog = dict(name="cogvideox-5b", time_dim=64, device=device)
-    wan = dict(name="wan-1.3b", freq_dim=64, device=device)
-    return {
-        "CogVideoX, tiny": resized(**cog, **tiny, heads=2),
-        "CogVideoX, medium": resized(**cog, **medium, heads=6),
-        "Wan, tiny": resized(**wan, **tiny, heads=1, ffn=512),
-        "Wan, medium": resized(**wan, **medium, heads=3, ffn=1536),
-    }
-
-
-def official_inputs(cfg: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """x (B, C, F, H, W), t (B,), text (B, L, D_text) of the config's size."""
-    x = torch.randn(cfg.batch_size, *cost.input_size(cfg), device=cfg.device, dtype=dtype)
-    text = torch.randn(cfg.batch_size, cfg.text_len, cfg.text_dim, device=cfg.device, dtype=dtype)
-    return x, torch.full((cfg.batch_size,), 500, device=cfg.device), text
-
-
-def forward_backward(call: Callable, leaves: list[Tensor]) -> Callable:
-    """-> a function that runs `call`, and goes back to the gradients of all leaves."""
-    def run() -> None:
-        outputs = call()
+    def run(self) -> None:
+        """Forward and backward."""
+        outputs = self.call()
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
-        for one in leaves:
+        for one in self.leaves:
             one.grad = None
-    return run
 
 
 @torch.no_grad()
@@ -314,19 +277,60 @@ def difference(ours: Callable, theirs: Callable) -> float:
     return share
 
 
-def compared(calls: dict[str, Callable], leaves: dict[str, list[Tensor]], blocks: list[nn.Module],
-             modes: list[str], rounds: int) -> Iterator[tuple[str, dict, dict, str]]:
+def compared(sides: dict[str, Side], modes: list[str],
+             rounds: int) -> Iterator[tuple[str, dict[str, float], str]]:
     """Time forward and backward of ours and diffusers', which must agree.
 
-    modes: of compile, "off" before "on". -> for each of them (mode, {side: seconds},
-    {side: what was timed}, how much the outputs differ).
+    modes: of compile, "off" before "on". -> for each of them (mode, {side: seconds}, how much the
+    outputs differ).
     """
-    apart = f"{difference(calls['ours'], calls['diffusers']):.0e}"
-    runs = {side: forward_backward(calls[side], leaves[side]) for side in ("diffusers", "ours")}
+    ours, theirs = sides.values()
+    apart = f"{difference(ours.call, theirs.call):.0e}"
     for mode in modes:
         if mode == "on":
-            compile_all(blocks)
-        yield mode, in_turns(runs, rounds), runs, apart
+            compile_all(ours.blocks + theirs.blocks)
+        yield mode, in_turns({name: side.run for name, side in sides.items()}, rounds), apart
+
+
+def resized(name: str, **fields) -> Config:
+    """An official preset at another size, as if it had been trained on it."""
+    cfg = replace(config.preset(name), **fields)
+    return replace(cfg, fit_height=cfg.grid[1], fit_width=cfg.grid[2])
+
+
+def official_inputs(cfg: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """x (B, C, F, H, W), t (B,), text (B, L, D_text) of the config's size."""
+    x = torch.randn(cfg.batch_size, *cost.input_size(cfg), device=cfg.device, dtype=dtype)
+    text = torch.randn(cfg.batch_size, cfg.text_len, cfg.text_dim, device=cfg.device, dtype=dtype)
+    return x, torch.full((cfg.batch_size,), 500, device=cfg.device), text
+
+
+# --- 4. whole models, narrow ----------------------------------------------------------------------
+def official_sizes(device: str) -> dict[str, Config]:
+    """{name: config} of table 4. "medium" has so many tokens that a CPU takes the fused attention
+    kernel."""
+    sizes = {
+        "tiny": dict(frames=9, height=128, width=128, depth=4, dim=128, text_dim=128, text_len=24,
+                     batch_size=4),
+        "medium": dict(frames=17, height=256, width=256, depth=2, dim=384, text_dim=512,
+                       text_len=64, batch_size=1),
+    }
+    lineages = {"CogVideoX": ("cogvideox-5b", 64), "Wan": ("wan-1.3b", 128)}  # widths of a head
+    return {f"{lineage}, {size}": resized(preset, **fields, heads=fields["dim"] // width,
+                                          ffn=4 * fields["dim"], time_dim=64, freq_dim=64,
+                                          device=device)
+            for lineage, (preset, width) in lineages.items() for size, fields in sizes.items()}
+
+
+def whole_models(cfg: Config, dtype: torch.dtype) -> dict[str, Side]:
+    """-> {side: model}."""
+    ours, theirs, call_theirs = reference.official_pair(cfg, dtype)
+    inputs = official_inputs(cfg, dtype)
+    their_blocks = reference.blocks_of(theirs)
+    return {
+        "ours": Side([*ours.blocks], partial(ours, *inputs), [*ours.parameters()]),
+        "diffusers": Side([*their_blocks], partial(call_theirs, *inputs), [*theirs.parameters()]),
+    }
 
 
 def official_table(sizes: dict[str, Config], modes: list[str], rounds: int) -> None:
@@ -338,113 +342,79 @@ def official_table(sizes: dict[str, Config], modes: list[str], rounds: int) -> N
     print(table_head(["model", "tokens", "precision", "compile", "ours, ms", "diffusers, ms",
                       "diffusers / ours", "outputs differ by"]))
     for name, cfg in sizes.items():
+        tokens = f"{cfg.batch_size} x {math.prod(cfg.grid)}"
         for dtype in (torch.float32, torch.bfloat16):
-            ours, theirs, call_theirs = reference.official_pair(cfg, dtype)
-            inputs = official_inputs(cfg, dtype)
-            calls = {"diffusers": partial(call_theirs, *inputs), "ours": partial(ours, *inputs)}
-            leaves = {"diffusers": list(theirs.parameters()), "ours": list(ours.parameters())}
-            blocks = [*ours.blocks, *reference.blocks_of(theirs)]
-            for mode, seconds, _, apart in compared(calls, leaves, blocks, modes, rounds):
-                say([name, f"{cfg.batch_size} x {math.prod(cfg.grid)}", str(dtype)[6:], mode,
-                     ms(seconds["ours"]), ms(seconds["diffusers"]), faster(seconds), apart])
+            for mode, seconds, apart in compared(whole_models(cfg, dtype), modes, rounds):
+                say([name, tokens, str(dtype)[6:], mode, *map(ms, seconds.values()),
+                     faster(seconds), apart])
 
 
 # --- 5. full-size blocks --------------------------------------------------------------------------
 def full_sizes(device: str) -> dict[str, Config]:
     """{preset: config with one block}: native token counts on a GPU, a few tokens on a CPU."""
-    one = dict(depth=1, batch_size=1, device=device)
-    names = "cogvideox-2b", "cogvideox-5b", "wan-1.3b"
-    if device == "cpu":
-        few = dict(frames=5, height=64, width=96, text_len=16)
-        return {name: resized(name, **few, **one) for name in names}
-    return {name: replace(config.preset(name), **one) for name in names}
+    few = dict(frames=5, height=64, width=96, text_len=16) if device == "cpu" else {}
+    return {name: resized(name, **few, depth=1, batch_size=1, device=device)
+            for name in ("cogvideox-2b", "cogvideox-5b", "wan-1.3b")}
 
 
-def leaf(value):
-    """A tensor of its own that a gradient ends at. What is no tensor, such as rotary tables in a
-    tuple, stays as it is."""
-    return value.clone().requires_grad_() if isinstance(value, Tensor) else value
-
-
-def one_block(cfg: Config, dtype: torch.dtype) -> dict[str, tuple]:
-    """-> {side: (block, its call, what it has gradients for)} of ours and diffusers' block, with
-    the same weights and inputs. Inputs have gradients too, as in the middle of a network."""
-    ours, theirs, call_theirs = reference.official_pair(cfg, dtype)
-    our_block = ours.blocks[0]
-    their_block = reference.blocks_of(theirs)[0]
-    x, t, text = official_inputs(cfg, dtype)
-    seen = []  # the arguments that diffusers' model gives to its block: none is written here
-
-    def note(block, args, kwargs) -> None:
-        seen.extend([args, kwargs])
-
+def first_block(model: Side) -> Side:
+    """The first block of a model, called with what the model gives to it. These inputs have
+    gradients too, as in the middle of a network."""
+    block = model.blocks[0]
+    leaves = [*block.parameters()]
+    seen = []  # the block, its arguments, and its keyword arguments
+    hook = block.register_forward_pre_hook(lambda *given: seen.extend(given), with_kwargs=True)
     with torch.no_grad():
-        tokens, condition = ours.embed(x, t, text)
-        hook = their_block.register_forward_pre_hook(note, with_kwargs=True)
-        call_theirs(x, t, text)
-        hook.remove()
+        model.call()
+    hook.remove()
 
-    tokens = leaf(tokens)
-    condition = replace(condition, time=leaf(condition.time), context=leaf(condition.context))
-    args = [leaf(value) for value in seen[0]]
-    kwargs = {name: leaf(value) for name, value in seen[1].items()}
-    sides = {
-        "ours": (our_block, partial(our_block, tokens, condition),
-                 [tokens, condition.time, condition.context]),
-        "diffusers": (their_block, partial(their_block, *args, **kwargs),
-                      [*args, *kwargs.values()]),
-    }
-    return {side: (block, call, [*block.parameters(), *filter(torch.is_tensor, inputs)])
-            for side, (block, call, inputs) in sides.items()}
+    def own(value):
+        if isinstance(value, Condition):  # of ours
+            return replace(value, time=own(value.time), context=own(value.context))
+        if not isinstance(value, Tensor):  # such as rotary tables in a tuple
+            return value
+        leaves.append(value.clone().requires_grad_())
+        return leaves[-1]
+
+    _, args, kwargs = seen
+    inputs = {name: own(value) for name, value in kwargs.items()}
+    return Side([block], partial(block, *map(own, args), **inputs), leaves)
+
+
+def one_block(cfg: Config, dtype: torch.dtype) -> dict[str, Side]:
+    """-> {side: its first block}."""
+    return {name: first_block(model) for name, model in whole_models(cfg, dtype).items()}
 
 
 def matmul_peak(device: str) -> float:
     """FLOPs a second of a large square bf16 matrix product, best of 30."""
     n = 8192 if device == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
-    times = []
-    for _ in range(30):
-        start = clock()
-        a @ b
-        times.append(clock() - start)
-    return 2 * n**3 / min(times)
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
+    return 2 * n**3 / min(timeit.repeat(lambda: a @ b, timer=clock, number=1, repeat=30))
 
 
 def added_memory(run: Callable) -> float:
     """GiB of the GPU that a call needs beyond what lay there before: what autograd keeps, and
     gradients."""
+    gc.collect()  # models of earlier rows, which compiled code and hooks tie into circles
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     run()
     return (torch.cuda.max_memory_allocated() - before) / cost.GIB
 
 
-def block_rows(name: str, cfg: Config, modes: list[str], peak: float, rounds: int) -> None:
-    """Print the rows of one model. Its tensors are freed when this function ends, before the next
-    model is laid out."""
-    sides = one_block(cfg, torch.bfloat16)
-    flops = cost.block_flops(cfg)
-    calls = {side: call for side, (_, call, _) in sides.items()}
-    leaves = {side: tensors for side, (_, _, tensors) in sides.items()}
-    blocks = [block for block, _, _ in sides.values()]
-    for mode, seconds, runs, apart in compared(calls, leaves, blocks, modes, rounds):
-        speed = {side: flops / seconds[side] for side in sides}  # FLOPs a second, ours first
-        pairs = [[f"{value / peak:.0%}" for value in speed.values()]]
-        if cfg.device == "cuda":  # on a CPU a few tokens try the code: only ratios say anything
-            pairs += [[f"{seconds[side] * 1e3:.2f}" for side in sides],
-                      [f"{value / 1e12:.0f}" for value in speed.values()],
-                      [f"{added_memory(runs[side]):.2f}" for side in sides]]
-        say([name, f"{math.prod(cfg.grid):,} + {cfg.text_len}", mode, faster(seconds),
-             *map(" / ".join, pairs), apart])
+def pair(ours_and_theirs: Iterable[float], form: str) -> str:
+    """Ours / diffusers', for a table."""
+    return " / ".join(format(value, form) for value in ours_and_theirs)
 
 
-def block_table(sizes: dict[str, Config], modes: list[str], rounds: int) -> None:
+def block_table(sizes: dict[str, Config], modes: list[str], rounds: int, device: str) -> None:
     """Print one block of each model, forward and backward, bf16, batch 1, ours and diffusers'."""
-    device = next(iter(sizes.values())).device
+    on_gpu = device == "cuda"  # on a CPU a few tokens try the code: only ratios say anything
     peak = matmul_peak(device)
     where = "a few tokens on a CPU"
     columns = []
-    if device == "cuda":
+    if on_gpu:
         where = f"{torch.cuda.get_device_name()}, {peak / 1e12:.0f} TFLOP/s in a large matmul"
         columns = ["ms", "TFLOP/s", "GiB added"]
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
@@ -452,11 +422,19 @@ def block_table(sizes: dict[str, Config], modes: list[str], rounds: int) -> None
           "batch 1, bf16, forward + backward; pairs are ours / diffusers'.\n")
     print(table_head(["block of", "video + text tokens", "compile", "diffusers' time / ours",
                       "share of a large matmul", *columns, "outputs differ by"]))
+
     for name, cfg in sizes.items():
-        block_rows(name, cfg, modes, peak, rounds)
-        torch.compiler.reset()
-        gc.collect()  # compiled code and hooks make circles
-        torch.cuda.empty_cache()
+        tokens = f"{math.prod(cfg.grid):,} + {cfg.text_len}"
+        flops = cost.block_flops(cfg)
+        sides = one_block(cfg, torch.bfloat16)
+        for mode, seconds, apart in compared(sides, modes, rounds):
+            taken = np.array([*seconds.values()])  # (2,), as speed is
+            speed = flops / taken  # FLOPs a second
+            cells = [pair(speed / peak, ".0%")]
+            if on_gpu:
+                added = [added_memory(side.run) for side in sides.values()]
+                cells += [pair(taken * 1e3, ".2f"), pair(speed / 1e12, ".0f"), pair(added, ".2f")]
+            say([name, tokens, mode, faster(seconds), *cells, apart])
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -468,11 +446,12 @@ def main(cfg: Config, blocks: bool = False, rounds: int = 30) -> None:
                         "it on a few tokens.")
     cfg, why = resolve(use_threads(cfg))
     modes = ["off"] if cfg.compile == "off" else ["off", "on"]
-    reference = find_spec("diffusers") is not None
+    installed = find_spec("diffusers") is not None
     if blocks:
-        if not reference:
+        if not installed:
             raise UserError(NEEDS_DIFFUSERS)
-        return block_table(full_sizes(cfg.device), modes, rounds if cfg.device == "cuda" else 3)
+        rounds = rounds if cfg.device == "cuda" else 3
+        return block_table(full_sizes(cfg.device), modes, rounds, cfg.device)
 
     print(f"torch {torch.__version__}, {cfg.device}, {cfg.threads} threads")
     for sentence in why.values():
@@ -480,9 +459,9 @@ def main(cfg: Config, blocks: bool = False, rounds: int = 30) -> None:
     dispatch_table(cfg, rounds)
     for mode in modes:
         step_table(replace(cfg, compile=mode), rounds)
-        for precision in ("fp32", "bf16") if reference else ():
+        for precision in ("fp32", "bf16") if installed else ():
             reference_table(replace(cfg, compile=mode, precision=precision), rounds)
-    if reference:
+    if installed:
         official_table(official_sizes(cfg.device), modes, rounds // 5)
     else:
         print("\n" + NEEDS_DIFFUSERS)

@@ -20,8 +20,9 @@ Letters: F frames, B clips, N video tokens, L text tokens.
 import hashlib
 import json
 import math
+import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,9 +33,10 @@ import config
 import data
 import sample
 import world
-from common.files import write_text
+from common.files import read_json, write_text
 from common.run import pick_device
-from common.score import auc, location_prior, markdown, over_runs
+from common.score import auc, markdown, over_runs
+from common.video import pixels
 from config import Stopped, UserError, flag, stream
 from experts import ProPhy
 from physics import PHENOMENA, laws
@@ -48,14 +50,14 @@ LEVELS = (.7, .5, .2)  # noise at which the maps are scored
 
 
 # --- the table of laws --------------------------------------------------------------------------
-def law_table(loaded, batch, n, seed, steps, guidance, precision) -> dict:
-    """{"rows": {row: law_errors}} over n clips a law: first what bounds the figures, then what the
-    model makes. loaded: as sample.load_run returns it."""
+def law_table(loaded, flags) -> dict:
+    """{"rows": {row: law_errors}} over flags.n clips a law: first what bounds the figures, then
+    what the model makes. loaded: as sample.load_run returns it."""
     cfg, model, process, tokenizer, _ = loaded
-    rng = stream(seed, "scored scenes")
+    rng = stream(flags.seed, "scored scenes")
     drawing = world.drawing(cfg, two=0, ood="")
     clips = [world.make_clip(JUDGED_SEED, 1000 * i + j, phenomenon=name, **drawing)
-             for i, name in enumerate(laws.LAWS) for j in range(n)]
+             for i, name in enumerate(laws.LAWS) for j in range(flags.n)]
     actors = [clip.actors[0] for clip in clips]
 
     # Clips that obey, and clips that cannot.
@@ -72,8 +74,9 @@ def law_table(loaded, batch, n, seed, steps, guidance, precision) -> dict:
         models["backbone alone"] = model.backbone
     prompts = [clip.caption for clip in clips]
     for name, one in models.items():
-        one = sample.RunModel(cfg, one, process, tokenizer, precision)
-        made = sample.generate(one, prompts, seed=seed, steps=steps, guidance=guidance, batch=batch)
+        one = sample.RunModel(cfg, one, process, tokenizer, flags.precision)
+        made = sample.generate(one, prompts, seed=flags.seed, steps=flags.steps,
+                               guidance=flags.guidance, batch=flags.batch)
         rows[name] = laws.law_errors(np.stack([clip for clip, _ in made]), actors)
     return {"rows": rows}
 
@@ -97,15 +100,11 @@ def occurrences(clip, cfg) -> list[Occurrence]:
     world.py made the caption: noun, verb and colour."""
     found = []
     for actor in clip.actors:
-        cover = data.resample(torch.from_numpy(actor.mask).float(), cfg.grid).flatten().numpy()
-        positive = cover >= data.POSITIVE - 1e-6  # sizes that do not divide leave rounding
-
+        positive = data.covered(torch.from_numpy(actor.mask), cfg.grid).numpy()
         # Where in the caption does the phrase begin, and how many words has it?
-        phrases = [phrase.format(c=actor.colour, d=actor.colour2, s=size)
-                   for phrase in PHENOMENA[actor.phenomenon].phrases
-                   for size in ("", "small ", "large ")]
-        phrase = next(phrase for phrase in phrases if phrase in clip.caption)
-        before = clip.caption[:clip.caption.index(phrase)]
+        phrases = "|".join(PHENOMENA[actor.phenomenon].phrases)
+        phrases = phrases.format(c=actor.colour, d=actor.colour2, s="(?:small |large )?")
+        before, phrase, _ = re.split(f"({phrases})", clip.caption, maxsplit=1)
         first = len(data.Tokenizer.split(before))
         last = min(first + len(data.Tokenizer.split(phrase)), cfg.text_len)
         found.append(Occurrence(actor.category, actor.side, positive, list(range(first, last))))
@@ -121,7 +120,7 @@ def location_priors(cfg) -> dict:
         for one in occurrences(world.make_clip(cfg.world_seed, i, **drawing), cfg):
             for key in (one.category, (one.category, one.side)):
                 masks.setdefault(key, []).append(one.positive)
-    return {key: location_prior(some) for key, some in masks.items()}
+    return {key: np.mean(some, 0) for key, some in masks.items()}
 
 
 def attention_maps(backbone, x_t, time, text, length) -> torch.Tensor:
@@ -129,49 +128,44 @@ def attention_maps(backbone, x_t, time, text, length) -> torch.Tensor:
     share of its attention to the caption's real words."""
     tokens, condition = backbone.embed(x_t, time, text, length)
     real = torch.arange(text.shape[1], device=text.device) < length[:, None]  # (B, L)
-    maps = []
+    maps = []  # (B, 2, heads, N, L) each
     for block in backbone.blocks:
-        plain = block.attention_map(tokens, condition).float()  # (B, heads, N, L)
-        plain = plain * real[:, None, None]
+        plain = block.attention_map(tokens, condition).float() * real[:, None, None]
         share = plain / plain.sum(-1, keepdim=True).clamp(min=1e-9)
         maps.append(torch.stack([plain, share], 1))
         tokens = block(tokens, condition)
     return torch.stack(maps, 1)
 
 
-@dataclass
-class Observation:
-    """What the network shows of one occurrence, in a noised clip."""
-    occurrence: Occurrence
-    refinement: np.ndarray | None  # (N,) its map P'_r; None where there is no branch
-    attention: np.ndarray  # (layers, 2, heads, N) of each video token to the phenomenon's words
-
-
 @torch.no_grad()
-def observe(loaded, first, clips, t, seed, ood, precision, batch):
-    """Yield an Observation of each phenomenon in `clips` clips of the world from index `first` on,
-    all with a decoy, noised to t."""
+def observe(loaded, flags, indices, t):
+    """What the network shows of the phenomena in the world's clips of these indices (a range), all
+    with a decoy, noised to t.
+
+    Yields for each phenomenon its Occurrence; its map P'_r (N,), None where there is no branch; and
+    the attention (layers, 2, heads, N) of each video token to its words.
+    """
     cfg, model, process, tokenizer, _ = loaded
     device = next(model.parameters()).device
     branch = isinstance(model, ProPhy)
-    drawing = world.drawing(cfg, decoys=1., ood=ood)
-    for start in range(first, first + clips, batch):
-        indices = range(start, min(start + batch, first + clips))
-        made = [world.make_clip(cfg.world_seed, i, **drawing) for i in indices]
+    drawing = world.drawing(cfg, decoys=1., ood=flags.ood)
+    for start in range(0, len(indices), flags.batch):
+        some = indices[start:start + flags.batch]
+        made = [world.make_clip(cfg.world_seed, i, **drawing) for i in some]
 
         # Captions and noised clips as tensors.
         text, length = tokenizer.encode_all([clip.caption for clip in made], cfg.text_len)
-        text, length = text.to(device), length.to(device)  # (B, L), (B,)
-        x = torch.from_numpy(np.stack([clip.video for clip in made]))  # (B, F, H, W, 3)
-        x = x.permute(0, 4, 1, 2, 3) / 127.5 - 1
-        eps = process.draw(seed, indices, x.shape[1:])[1]
+        text = text.to(device)  # (B, L)
+        length = length.to(device)
+        x = pixels(np.stack([clip.video for clip in made]))  # (B, 3, F, H, W)
+        eps = process.draw(flags.seed, some, x.shape[1:])[1]
         now = torch.full((len(made),), t)
         x_t = process.noise(x, now, eps).to(device)
         time = process.model_time(now).to(device)
 
         # One pass through the network, and one through the backbone alone for its attention.
         backbone = model
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast(device.type, torch.bfloat16, enabled=flags.precision == "bf16"):
             if branch:
                 backbone = model.backbone
                 lift = model(x_t, time, text, length)[1].refinement_lift  # (B, N, E_cat)
@@ -179,17 +173,17 @@ def observe(loaded, first, clips, t, seed, ood, precision, batch):
         for b, clip in enumerate(made):
             for one in occurrences(clip, cfg):
                 refinement = lift[b, :, one.category].float().cpu().numpy() if branch else None
-                yield Observation(one, refinement, attention[b][..., one.words].sum(-1))
+                yield one, refinement, attention[b][..., one.words].sum(-1)
 
 
 def best_head(observations) -> tuple | None:
     """(layer, reading, head) of the attention with the best mean AUC; None if none is scorable."""
-    aucs = [np.apply_along_axis(auc, -1, seen.attention, seen.occurrence.positive)
-            for seen in observations if seen.occurrence.scorable]  # (layers, 2, heads) each
+    aucs = [np.apply_along_axis(auc, -1, attention, one.positive)
+            for one, _, attention in observations if one.scorable]  # (layers, 2, heads) each
     return np.unravel_index(np.mean(aucs, 0).argmax(), aucs[0].shape) if aucs else None
 
 
-def localisation_table(loaded, batch, clips, seed, ood, precision) -> dict:
+def localisation_table(loaded, flags) -> dict:
     """{"rows": {row: {noise level: mean AUC over phenomena}}, and how many were scored and skipped,
     which heads}.
 
@@ -206,24 +200,23 @@ def localisation_table(loaded, batch, clips, seed, ood, precision) -> dict:
     rows = {}
     heads = {}
     for t in tqdm(LEVELS, desc="localisation", unit="noise level", leave=False):
-        how = t, seed, ood, precision, batch
-        head = best_head(observe(loaded, SELECTED, max(clips // 2, 1), *how))
-        seen = list(observe(loaded, SCORED, clips, *how))
-        scored = [one for one in seen if one.occurrence.scorable]
+        others = range(SELECTED, SELECTED + max(flags.clips // 2, 1))
+        head = best_head(observe(loaded, flags, others, t))
+        seen = list(observe(loaded, flags, range(SCORED, SCORED + flags.clips), t))
+        scored = [shown for shown in seen if shown[0].scorable]
         if head is None or not scored:
-            raise UserError(f"No phenomenon of {clips} clips can be scored on {cfg.grid} tokens: "
-                            "raise --clips.")
+            raise UserError(f"No phenomenon of {flags.clips} clips can be scored on {cfg.grid} "
+                            "tokens: raise --clips.")
 
         aucs = {}
-        for one in scored:
-            category, side = one.occurrence.category, one.occurrence.side
-            maps = {"refinement maps": one.refinement,
-                    "location prior": priors.get(category, never),
-                    "prior given the side": priors.get((category, side), never),
-                    "backbone's best attention": one.attention[head]}
+        for one, refinement, attention in scored:
+            maps = {"refinement maps": refinement,
+                    "location prior": priors.get(one.category, never),
+                    "prior given the side": priors.get((one.category, one.side), never),
+                    "backbone's best attention": attention[head]}
             for name, scores in maps.items():
                 if scores is not None:
-                    aucs.setdefault(name, []).append(auc(scores, one.occurrence.positive))
+                    aucs.setdefault(name, []).append(auc(scores, one.positive))
 
         level = f"{t:.0%} noise"
         layer, reading, number = head
@@ -235,6 +228,10 @@ def localisation_table(loaded, batch, clips, seed, ood, precision) -> dict:
 
 
 PARTS = {"laws": law_table, "localisation": localisation_table}
+SETTINGS = {  # the flags that a table depends on
+    "laws": ("n", "seed", "steps", "guidance", "precision"),
+    "localisation": ("clips", "seed", "ood", "precision"),
+}
 
 
 # --- one run ------------------------------------------------------------------------------------
@@ -280,16 +277,14 @@ def check_run(run, cfg, process, parts, steps) -> None:
         raise UserError(f"--steps {steps}: {e}") from None
 
 
-def settings_of(flags, cfg, device, steps) -> dict:
-    """{part: the arguments of its table}, with what a flag leaves open taken from the run."""
+def with_defaults(flags, cfg, device):
+    """The flags, with what they leave open taken from the run."""
     precision = flags.precision
     if precision == "auto":
         as_trained = device == cfg.device and cfg.precision == "bf16"
         precision = "bf16" if device == "cuda" or as_trained else "fp32"
-    return {"laws": dict(n=flags.n, seed=flags.seed, steps=steps,
-                         guidance=flags.guidance or cfg.guidance, precision=precision),
-            "localisation": dict(clips=flags.clips, seed=flags.seed, ood=flags.ood or cfg.ood,
-                                 precision=precision)}
+    return replace(flags, steps=flags.steps or cfg.preview_steps, ood=flags.ood or cfg.ood,
+                   guidance=flags.guidance or cfg.guidance, precision=precision)
 
 
 def version_of(run, checkpoint, step) -> dict:
@@ -303,11 +298,10 @@ def version_of(run, checkpoint, step) -> dict:
 def read_stored(path) -> dict:
     """The tables of an evaluation.json; none where it is missing or damaged."""
     try:
-        stored = json.loads(path.read_text())
-    except (OSError, ValueError):
+        stored = read_json(path)
+    except UserError:
         return {}
-    whole = isinstance(stored, dict) and all(isinstance(part, dict) for part in stored.values())
-    return stored if whole else {}
+    return stored if all(isinstance(part, dict) for part in stored.values()) else {}
 
 
 def evaluate_run(run, flags) -> dict:
@@ -316,20 +310,18 @@ def evaluate_run(run, flags) -> dict:
     device = pick_device(flags.device)
     loaded = cfg, _, process, _, info = sample.load_run(run, flags.checkpoint, device)
     parts = [flags.only] if flags.only else list(PARTS)
-    steps = flags.steps or cfg.preview_steps
-    check_run(run, cfg, process, parts, steps)
-    settings = settings_of(flags, cfg, device, steps)
+    flags = with_defaults(flags, cfg, device)
+    check_run(run, cfg, process, parts, flags.steps)
     version = version_of(run, flags.checkpoint, info["step"])
 
     path = Path(run) / "evaluation.json"
     stored = read_stored(path)
     for part in parts:
-        made_with = settings[part] | version
+        made_with = {name: getattr(flags, name) for name in SETTINGS[part]} | version
         if stored.get(part, {}).get("settings") == made_with:
             print(f"{run}: {part} as {path.name} has them.")
             continue
-        table = PARTS[part](loaded, flags.batch, **settings[part])
-        stored[part] = {"settings": made_with, **table}
+        stored[part] = {"settings": made_with, **PARTS[part](loaded, flags)}
         try:
             write_text(path, json.dumps(stored, indent=2))
         except OSError as e:

@@ -23,10 +23,12 @@ Left out on purpose: attention rollout (it needs all matrices), several GPUs for
 videos in a prompt.
 """
 import dataclasses
+import itertools
 import math
 import re
 import sys
-from collections.abc import Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,9 +39,9 @@ from tqdm import tqdm
 import config
 import data
 from common.files import cores, join_some, shard_of
-from common.run import pick_device
+from common.run import pick_device, pick_precision
 from common.store import Store, clip_file
-from common.video import Folder, reason_of
+from common.video import Folder, Video, reason_of
 from config import Config, Stopped, UserError, flag, stream
 from physics import CATEGORIES
 from vlm import maps, qwen, report, speed, tiny
@@ -134,65 +136,84 @@ def parse(argv: list[str]) -> tuple[Flags, Config]:
 class Work:
     """Map files that are being made, and what a summary will say of them."""
     store: Store
+    have: set[str]  # files that were there
+    skipped: list[str]  # "name (reason)"
     bar: tqdm
-    tally: maps.Tally = field(default_factory=maps.Tally)
-    skipped: list[str] = field(default_factory=list)  # "name (reason)"
+    made: int = 0
+    tally: Counter = field(default_factory=Counter)  # of vlm/maps.py
+    index: dict = field(default_factory=dict)  # index.json, at the end
 
-    def write(self, file: str, clip: maps.VLMClip, answers: list[maps.Answer]) -> None:
+    def write(self, file: str, tensors: dict[str, torch.Tensor], about: dict) -> None:
         """One map file. Raises OSError."""
-        maps.write_map(self.store, file, clip, answers)
-        self.tally.made += 1
+        self.store.write(self.store.clips / file, tensors, about)
+        self.made += 1
+
+
+def make_maps(folder, asked: dict, shard: str, items: list[tuple[list, str, object]],
+              skipped: list[str], desc: str, make: Callable) -> Work:
+    """Make the map files that a folder lacks, and list all of them.
+
+    asked: the settings. items: of each video what tells it from all others, its name, and what
+    `make` needs of it. make(work, {NAME in the store: item}) makes the files of these videos.
+    Raises UserError and Stopped.
+    """
+    first, shards = shard_of(shard)
+    store = Store.create(folder, maps.MAPS, asked, (first, shards))
+    named = {store.name(identity): (video, item) for identity, video, item in items}
+    missing, have = store.missing(list(named)[first::shards])
+    try:
+        with tqdm(total=len(missing), desc=desc, unit="clip") as bar:
+            work = Work(store, have, skipped, bar)
+            make(work, {name: named[name][1] for name in missing})
+        work.index = store.write_index(
+            named, lambda file, item: maps.map_row(store, file, item[0]))
+    except OSError as e:
+        raise Stopped(f"{e.filename or store.folder} cannot be read or written any more: "
+                      f"{e.strerror or e}.") from None
+    return work
 
 
 def annotate(work: Work, vlm: qwen.VLM, settings: qwen.Settings, groups, batch: int) -> None:
-    """Make the map files of groups of clips, all of one shape in a group: [(file, VLMClip)]. A clip
-    that the VLM cannot do is skipped."""
-    for group in groups:
-        clips = [clip for _, clip in group]
+    """Make the map files of groups of clips [VLMClip], all of one shape in a group. A clip that the
+    VLM cannot do is skipped."""
+    for clips in groups:
         try:
             found = vlm.ask_about([clip.frames for clip in clips], clips[0].fps,
                                   [clip.names for clip in clips], settings, batch=batch)
         except qwen.VLMError as e:
             work.skipped += [f"{clip.source} ({e})" for clip in clips]
             found = []
-        for (file, clip), answers in zip(group, found):
+        for clip, looks in zip(clips, found):
             try:
-                work.write(file, clip, maps.map_answers(clip, answers, settings, work.tally))
+                answers = maps.map_answers(clip, looks, settings, work.tally)
+                work.write(clip.file, *maps.map_file(clip, answers))
             except qwen.VLMError as e:
                 work.skipped.append(f"{clip.source} ({e})")
-        work.bar.update(len(group))
+        work.bar.update(len(clips))
 
 
 # --- videos -------------------------------------------------------------------------------------
 def annotate_videos(flags: Flags, folder: Folder, vlm: qwen.VLM, settings: qwen.Settings) -> None:
     """--videos: maps of a folder's videos. Raises UserError and Stopped."""
-    shard = shard_of(flags.shard)
     asked = vlm.identity(settings, frames=flags.frames_shown, fps=flags.rate,
                          windows=flags.windows_taken, sample=flags.sample, pixels=flags.pixels,
                          all=flags.all)
-    store = Store.create(flags.out, maps.MAPS, asked, shard)
-    videos = {store.name(video.identity()): video for video in folder.videos.values()}
-    missing, have = store.missing(list(videos)[shard[0]::shard[1]])
-    try:
-        with tqdm(total=len(missing), desc="looking", unit="clip") as bar:
-            work = Work(store, bar, skipped=folder.skipped)
-            todo = {name: videos[name] for name in missing}
-            windows = windows_of_videos(flags, work, todo, have, vlm)
-            annotate(work, vlm, settings, windows, flags.batch)
-        index = store.write_index(videos, lambda file, video: maps.map_row(store, file, video.name))
-    except OSError as e:
-        raise disk_error(store, e) from None
+    videos = [(video.identity(), video.name, video) for video in folder.videos.values()]
+    work = make_maps(
+        flags.out, asked, flags.shard, videos, folder.skipped, "looking", lambda work, todo:
+        annotate(work, vlm, settings, windows_of_videos(flags, work, todo, vlm), flags.batch))
     skipped = folder.skipped_sentence()
+    index = work.index
     if not index["clips"]:
         reason = skipped or "; the annotations name no video"
         raise UserError(f"No map could be made from {flags.videos}{reason}.")
-    print(f"{work.tally.made} maps made, {len(have)} were there; {store.folder} holds "
-          f"{len(index['clips'])} of {index['done']} of {index['videos']} videos{work.tally}"
-          f"{skipped}{folder.unknown_labels()}")
+    print(f"{work.made} maps made, {len(work.have)} were there; {work.store.folder} holds "
+          f"{len(index['clips'])} of {index['done']} of {index['videos']} videos"
+          f"{maps.counted(work.tally)}{skipped}{folder.unknown_labels()}")
 
 
-def windows_of_videos(flags: Flags, work: Work, todo: dict, have: set[str], vlm: qwen.VLM
-                      ) -> Iterator[list[tuple[str, maps.VLMClip]]]:
+def windows_of_videos(flags: Flags, work: Work, todo: dict[str, Video], vlm: qwen.VLM
+                      ) -> Iterator[list[maps.VLMClip]]:
     """Each window without a map as a group of its own. todo: {NAME in the store: video}."""
     for name, video in todo.items():
         names = [CATEGORIES[c] for c in video.categories if c < len(CATEGORIES)]
@@ -203,20 +224,13 @@ def windows_of_videos(flags: Flags, work: Work, todo: dict, have: set[str], vlm:
                                            flags.windows_taken, flags.pixels)
         except Exception as e:  # whatever decoders make of a damaged file concerns that file alone
             work.skipped.append(f"{video.name} ({reason_of(e)})")
-            windows = []
+            continue
+        work.bar.total += len(windows) - 1
         for window in windows:
             file = clip_file(name, window.number, window.taken)
-            if file not in have:
-                clip = maps.clip_for_vlm(window, video.name, names, flags.rate,
-                                         vlm.pictures.temporal_patch, flags.sample)
-                yield [(file, clip)]
-        work.bar.total += max(len(windows) - 1, 0)
-
-
-def disk_error(store: Store, error: OSError) -> Stopped:
-    """The sentence for a disk that fails during the work."""
-    return Stopped(f"{error.filename or store.folder} cannot be read or written any more: "
-                   f"{error.strerror or error}.")
+            if file not in work.have:
+                yield [maps.clip_for_vlm(window, video.name, names, flags.rate,
+                                         vlm.pictures.temporal_patch, flags.sample, file)]
 
 
 # --- synthetic clips ----------------------------------------------------------------------------
@@ -232,80 +246,75 @@ def annotate_world(flags: Flags, cfg: Config, vlm: qwen.VLM | None = None,
     if flags.kind == "shuffled":
         other = maps.Maps(maps.world_maps(cfg, pool, flags.maps))
         asked["of"] = other.key
-    shard = shard_of(flags.shard)
-    store = Store.create(maps.world_maps(cfg, pool, flags.annotate), maps.MAPS, asked, shard)
-    rows = {store.name([name, categories]): row
-            for row, (name, categories) in enumerate(zip(pool.names, pool.categories))}
-    missing, have = store.missing(list(rows)[shard[0]::shard[1]])
-    todo = {rows[name]: clip_file(name, 0, 1) for name in missing}
-    try:
-        with tqdm(total=len(todo), desc=f"maps by {flags.kind}", unit="clip") as bar:
-            work = Work(store, bar)
-            if flags.kind == "vlm":
-                groups = groups_of_clips(pool, todo, vlm.pictures.temporal_patch)
-                annotate(work, vlm, settings, groups, flags.batch)
-            elif flags.kind == "saliency":
-                annotate_by_saliency(work, groups_of_clips(pool, todo, 2))
-            else:
-                annotate_by_shuffling(work, pool, todo, other)
-        names = pool.names
-        index = store.write_index(rows, lambda file, row: maps.map_row(store, file, names[row]))
-    except OSError as e:
-        raise disk_error(store, e) from None
+
+    def make(work: Work, todo: dict[str, int]) -> None:
+        if flags.kind == "vlm":
+            groups = groups_of_clips(pool, todo, vlm.pictures.temporal_patch)
+            annotate(work, vlm, settings, groups, flags.batch)
+        elif flags.kind == "saliency":
+            annotate_by_saliency(work, groups_of_clips(pool, todo, 2))
+        else:
+            annotate_by_shuffling(work, pool, todo, other)
+
+    rows = [([name, categories], name, row)
+            for row, (name, categories) in enumerate(zip(pool.names, pool.categories))]
+    work = make_maps(maps.world_maps(cfg, pool, flags.annotate), asked, flags.shard, rows, [],
+                     f"maps by {flags.kind}", make)
     skipped = join_some(work.skipped)
-    if not index["clips"]:
+    if not work.index["clips"]:
         raise UserError(f"No map could be made{': ' + skipped if skipped else ''}.")
     skipped = f"; skipped {len(work.skipped)}: {skipped}" if skipped else ""
-    print(f"{work.tally.made} maps made, {len(have)} were there; {store.folder} holds "
-          f"{index['done']} of {len(rows)}{work.tally}{skipped}")
+    print(f"{work.made} maps made, {len(work.have)} were there; {work.store.folder} holds "
+          f"{work.index['done']} of {len(rows)}{maps.counted(work.tally)}{skipped}")
 
 
-def groups_of_clips(pool: data.Pool, todo: dict[int, str], merged: int
-                    ) -> Iterator[list[tuple[str, maps.VLMClip]]]:
-    """Whole clips of the pool, GROUP at a time. todo: {row: its file}; merged: frames a token."""
+def groups_of_clips(pool: data.Pool, todo: dict[str, int], merged: int
+                    ) -> Iterator[list[maps.VLMClip]]:
+    """Whole clips of the pool, GROUP at a time. todo: {NAME in the store: row}; merged: frames a
+    token."""
     n = pool.video.shape[1]
     times = (maps.row_middles(np.arange(n), merged) / n).tolist()  # a clip lasts one second
-    rows = list(todo)
-    for at in range(0, len(rows), GROUP):
-        group = []
-        for row in rows[at:at + GROUP]:
-            source, _, size, crop = pool.sources[row]
-            names = [CATEGORIES[c] for c in pool.categories[row]]
-            video = np.asarray(pool.video[row])
-            clip = maps.VLMClip(source, video, n, times, tuple(size), tuple(crop), names)
-            group.append((todo[row], clip))
+    group = []
+    for name, row in todo.items():
+        source, _, size, crop = pool.sources[row]
+        names = [CATEGORIES[c] for c in pool.categories[row]]
+        video = np.asarray(pool.video[row])
+        file = clip_file(name, 0, 1)
+        group.append(maps.VLMClip(source, video, n, times, size, crop, names, file))
+        if len(group) == GROUP:
+            yield group
+            group = []
+    if group:
         yield group
 
 
 def annotate_by_saliency(work: Work, groups) -> None:
     """Frame differences stand in for attention, before an even background."""
-    for group in groups:
-        for file, clip in group:
-            change = report.saliency(clip.frames, len(clip.times)).contiguous()
-            density = qwen.density_of(change)
-            answers = [maps.Answer(name, "", density) for name in clip.names]
-            background = maps.Answer("background", "", torch.ones_like(density))
-            work.write(file, clip, [*answers, background])
-        work.bar.update(len(group))
+    for clip in itertools.chain.from_iterable(groups):
+        grid = (len(clip.times), *clip.frames.shape[1:3])
+        density = qwen.density_of(report.saliency(clip.frames, grid).contiguous())
+        answers = [maps.Answer(name, "", density) for name in clip.names]
+        background = maps.Answer("background", "", torch.ones_like(density))
+        work.write(clip.file, *maps.map_file(clip, [*answers, background]))
+        work.bar.update()
 
 
-def annotate_by_shuffling(work: Work, pool: data.Pool, todo: dict[int, str], other: maps.Maps
+def annotate_by_shuffling(work: Work, pool: data.Pool, todo: dict[str, int], other: maps.Maps
                           ) -> None:
     """Copy maps from clip to clip of the same phenomena: right for the kind, wrong for the clip."""
-    alike = {}  # {categories: rows}
+    alike = defaultdict(list)  # {categories: rows}
     for row, categories in enumerate(pool.categories):
-        alike.setdefault(tuple(categories), []).append(row)
+        alike[tuple(categories)].append(row)
     swap = {}  # {row: whose maps it gets}
     for rows in alike.values():
-        order = stream(len(rows), "shuffle").permutation(len(rows))
-        swap |= {rows[to]: rows[of] for to, of in zip(order, np.roll(order, 1))}
-    for row, file in todo.items():
+        order = stream(len(rows), "shuffle").permutation(rows)
+        swap |= zip(order, np.roll(order, 1))
+    for name, row in todo.items():
         found = other.of.get(pool.names[swap[row]])
         read = other.store.read(found[0][2]) if found else None
         if read:
             tensors, about = read
-            work.store.write(work.store.clips / file, tensors, {**about, "file": pool.names[row]})
-            work.tally.made += 1
+            work.write(clip_file(name, 0, 1), tensors, {**about, "file": pool.names[row]})
         work.bar.update()
 
 
@@ -317,15 +326,8 @@ def train_tiny(flags: Flags, cfg: Config) -> Flags:
     if old.exists():
         raise UserError(f"{old} holds maps of another VLM: delete it, or give --annotate another "
                         "name.")
-    tiny.make_tiny(Path(flags.vlm), cfg, cfg.seed, flags.minutes, flags.steps)
+    tiny.make_tiny(Path(flags.vlm), cfg, flags.minutes, flags.steps)
     return dataclasses.replace(flags, annotate=name)
-
-
-def time_a_large_vlm(device: str) -> None:
-    """--benchmark. Raises UserError."""
-    if device == "cpu":
-        raise UserError("--benchmark times a VLM of seven billion parameters: it needs a GPU.")
-    speed.benchmark(device, torch.bfloat16)
 
 
 def main(argv: list[str]) -> None:
@@ -336,7 +338,7 @@ def main(argv: list[str]) -> None:
 
     # What needs no VLM.
     if flags.benchmark:
-        return time_a_large_vlm(device)
+        return speed.benchmark(device)
     if flags.train_tiny:
         flags = train_tiny(flags, cfg)
     if flags.annotate and flags.kind != "vlm":
@@ -347,17 +349,16 @@ def main(argv: list[str]) -> None:
         raise UserError(f"There is no VLM in {flags.vlm}: give --vlm DIR, or make a tiny one with "
                         "--train_tiny.")
     folder = Folder(flags.videos, flags.annotations) if flags.videos else None
-    bf16 = flags.dtype == "bf16" or (flags.dtype == "auto" and device == "cuda")
-    vlm = qwen.VLM.from_folder(flags.vlm, device, torch.bfloat16 if bf16 else torch.float32)
-    asked = [f.name for f in dataclasses.fields(qwen.Settings)]
-    settings = vlm.settings(**{name: getattr(flags, name) for name in asked})
+    dtype = torch.bfloat16 if pick_precision(flags.dtype, device) == "bf16" else torch.float32
+    vlm = qwen.VLM.from_folder(flags.vlm, device, dtype)
+    settings = vlm.settings(**vars(flags))
 
     # What needs one.
     if flags.videos:
         annotate_videos(flags, folder, vlm, settings)
     if flags.annotate:
         annotate_world(flags, cfg, vlm, settings)
-    clips = report.held_out_truths(cfg, flags.clips) if flags.report or flags.preview else []
+    clips = report.held_out_clips(cfg, flags.clips) if flags.report or flags.preview else []
     if flags.report:
         report.print_report(vlm, settings, clips, flags.batch)
     if flags.preview:

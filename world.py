@@ -20,10 +20,12 @@ Left out on purpose: depth, texture, light and a moving camera.
     python world.py --preview world.gif    every phenomenon with its mask and caption
     python world.py --benchmark            how fast clips are drawn
 """
+import math
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 
@@ -34,8 +36,8 @@ from physics import CATEGORIES, PHENOMENA, canvas
 
 
 # The files that draw: clips on disk go by their content, because another line draws another world.
-SOURCES = [Path(__file__), *(Path(__file__).parent / "physics" / name
-                             for name in ("canvas.py", "phenomena.py"))]
+SOURCES = [Path(__file__).parent / name
+           for name in ("world.py", "physics/canvas.py", "physics/phenomena.py")]
 
 
 # --- clips --------------------------------------------------------------------------------------
@@ -68,8 +70,8 @@ class Clip:
 
 def drawing(cfg: Config, **changed) -> dict:
     """The arguments of make_clip that draw a run's clips, with some of them changed."""
-    return dict(frames=cfg.frames, height=cfg.height, width=cfg.width, decoys=cfg.decoys, two=cfg.two,
-                colour_cues=cfg.colour_cues, ood=cfg.ood) | changed
+    names = ("frames", "height", "width", "decoys", "two", "colour_cues", "ood")
+    return {name: getattr(cfg, name) for name in names} | changed
 
 
 def make_clip(seed, index, *, frames=12, height=32, width=32, decoys=.6, two=.4, colour_cues=False,
@@ -93,15 +95,14 @@ def make_clip(seed, index, *, frames=12, height=32, width=32, decoys=.6, two=.4,
     two = 0. if phenomenon else two
     names = [phenomenon] if phenomenon else _phenomena_with(ood)
     n_actors = 2 if rng.random() < two else 1
-    chosen = [names[i] for i in rng.permutation(len(names))[:n_actors]]
+    chosen = rng.permutation(names)[:n_actors].tolist()
     has_decoy = rng.random() < _decoy_chance(n_actors, decoys, two)
     sides = ("left", "right") if rng.random() < .5 else ("right", "left")
     # Two of the actors, then their second ones.
-    colours = [str(colour) for colour in rng.permutation(list(canvas.COLOURS))]
+    colours = rng.permutation(list(canvas.COLOURS)).tolist()
 
     # The actors, each in its cell.
-    empty = empty_room(height, width)
-    video = np.broadcast_to(empty, (frames, *empty.shape)).copy()
+    video = np.repeat(empty_room(height, width)[None], frames, 0)  # (F, H, W, 3)
     actors, phrases = [], []
     for i, name in enumerate(chosen):
         one = PHENOMENA[name]
@@ -115,7 +116,7 @@ def make_clip(seed, index, *, frames=12, height=32, width=32, decoys=.6, two=.4,
     if has_decoy:
         taken = [actor.colour for actor in actors] if colour_cues else []
         colour = rng.choice([c for c in canvas.COLOURS if c not in taken])
-        decoy = _add_decoy(video, rng, chosen, sides[1], colour)
+        decoy = _add_decoy(video, rng, "middle" if n_actors == 2 else sides[1], colour, chosen[0])
     return Clip(video, _caption(rng, phrases, sides, decoy), actors)
 
 
@@ -126,10 +127,10 @@ def empty_room(height, width):
 
 def _check(seed, index, frames, height, width, decoys, two, ood, phenomenon):
     whole = {"frames": (frames, 2, 256), "height": (height, 16, 128), "width": (width, 16, 128),
-             "seed": (seed, 0, None), "index": (index, 0, None)}
+             "seed": (seed, 0, math.inf), "index": (index, 0, math.inf)}
     for name, (value, low, high) in whole.items():
-        if value != int(value) or value < low or (high and value > high):
-            wanted = f"from {low} to {high}" if high else f"of at least {low}"
+        if value != int(value) or not low <= value <= high:
+            wanted = f"from {low} to {high}" if high < math.inf else f"of at least {low}"
             raise ValueError(f"{name} is a whole number {wanted}, not {value}")
     for name, value in (("decoys", decoys), ("two", two)):
         if not 0 <= value <= 1:
@@ -137,8 +138,7 @@ def _check(seed, index, frames, height, width, decoys, two, ood, phenomenon):
     if ood not in ("", "speed", "radius", "gravity"):
         raise ValueError(f"ood is speed, radius, gravity or empty, not {ood!r}")
     if phenomenon is not None and phenomenon not in PHENOMENA:
-        known = ", ".join(PHENOMENA)
-        raise ValueError(f"the world has no phenomenon {phenomenon!r}, only {known}")
+        raise ValueError(f"the world has no phenomenon {phenomenon!r}, only {', '.join(PHENOMENA)}")
     if phenomenon and phenomenon not in _phenomena_with(ood):
         raise ValueError(f"{phenomenon} has no {ood} to be drawn outside its range")
 
@@ -165,9 +165,10 @@ def _to_bytes(rgb):
 
 
 def _cell_box(side, height, width):
-    """The cell in the middle of a half of the canvas: x0, y0, x1, y1 in canvas units."""
+    """The cell in the middle of a half of the canvas, or of the whole: x0, y0, x1, y1 in canvas
+    units. side: "left" | "middle" | "right"."""
     scale = min(height, width)
-    centre = (.25 if side == "left" else .75) * width / scale
+    centre = {"left": .25, "middle": .5, "right": .75}[side] * width / scale
     top = (height / scale - 1) / 2
     return centre - .25, top, centre + .25, top + 1
 
@@ -175,13 +176,15 @@ def _cell_box(side, height, width):
 def _parameters(one, rng, ood):
     """Draw a phenomenon's parameters, and a size word with a blank, which is empty for many."""
     u = dict(zip(one.spans, rng.random(len(one.spans))))
-    p = {name: span.draw(u[name], ood) for name, span in one.spans.items()}
+    p = SimpleNamespace(**{name: span.draw(u[name], ood) for name, span in one.spans.items()})
     one.derive(p, rng)
     # Only clearly small and clearly large actors are called so, and not all of them.
     place = next(u[name] for name, span in one.spans.items() if span.role == "radius")
     said = rng.random() < .7 and ood != "radius" and abs(place - .5) > 1 / 6
     size = "small " if place < .5 else "large "
-    return {name: float(value) for name, value in p.items()}, size if said else ""
+    for name, value in vars(p).items():
+        setattr(p, name, float(value))
+    return p, size if said else ""
 
 
 def _add_actor(video, rng, name, side, pair, ood):
@@ -193,40 +196,42 @@ def _add_actor(video, rng, name, side, pair, ood):
     frames, height, width, _ = video.shape
     p, size = _parameters(one, rng, ood)
     box = _cell_box(side, height, width)
-    cell = canvas.Cell(box, height, width)
-    states = one.states(p, np.arange(frames) / frames)
-    one.paint(cell, p, states, [canvas.CUE_COLOURS[colour] for colour in pair])
-    video[:, cell.rows, cell.columns] = _to_bytes(cell.rgb)
+    cell = canvas.Cell(box, height, width, *(canvas.CUE_COLOURS[colour] for colour in pair))
+    one.furniture(cell)
+    s = one.states(p, np.arange(frames) / frames)
+    one.paint(cell, p, s)
+    video[cell.place] = _to_bytes(cell.rgb)
     mask = np.zeros((frames, height, width), bool)
-    mask[:, cell.rows, cell.columns] = cell.mask
-    for key, values in states.items():
-        if key.startswith("position"):  # counted from the cell until here
-            states[key] = values + (cell.x0, cell.y0)
+    mask[cell.place] = cell.mask
+    # Places, counted from the cell until here, are counted from the canvas's corner.
+    states = {key: values + (cell.x0, cell.y0) if key.startswith("position") else values
+              for key, values in vars(s).items()}
     colour2 = pair[1] if "{d}" in one.phrases[0] else ""
     category = CATEGORIES.index(name)
-    return Actor(name, category, side, pair[0], colour2, box, mask, p, states), size
+    return Actor(name, category, side, pair[0], colour2, box, mask, vars(p), states), size
 
 
-def _add_decoy(video, rng, chosen, free_side, colour):
-    """Draw a still look-alike into every frame of video (F, H, W, 3); return its words."""
+def _add_decoy(video, rng, side, colour, like):
+    """Draw a still look-alike into every frame of video (F, H, W, 3); return its words.
+
+    In a free cell half of the decoys are of the kind of the actor, `like`. In the middle, between
+    two actors, the decoy is a small ball in front of them.
+    """
     height, width = video.shape[1:3]
-    if len(chosen) == 2:  # no cell is free: a small ball in front, below everything that moves
-        left, top, _, bottom = _cell_box("left", height, width)
-        right = _cell_box("right", height, width)[2]
-        cell = canvas.Cell((left, top, right, bottom), height, width)
-        coverage = cell.disc(0, .95, .045)[0, ..., None]
-        rgb = np.array(canvas.COLOURS[colour]) * 255
-        part = video[:, cell.rows, cell.columns]
+    cell = canvas.Cell(_cell_box(side, height, width), height, width, canvas.COLOURS[colour])
+    if side == "middle":
+        coverage = cell.disc(0, .95, .045)[0, ..., None]  # below everything that moves
+        rgb = np.array(cell.colour) * 255
+        part = video[cell.place]
         part[:] = part + coverage * (rgb - part) + .5
         return f"a still {colour} ball"
 
-    # Half of the decoys in a free cell are of the actor's own kind.
-    name = chosen[0] if rng.random() < .5 else rng.choice(list(PHENOMENA))
+    name = like if rng.random() < .5 else rng.choice(list(PHENOMENA))
     one = PHENOMENA[name]
     variant = int(rng.integers(len(one.decoy_phrases)))
-    cell = canvas.Cell(_cell_box(free_side, height, width), height, width)
-    one.decoy(cell, _parameters(one, rng, "")[0], canvas.COLOURS[colour], variant)
-    video[:, cell.rows, cell.columns] = _to_bytes(cell.rgb)
+    one.furniture(cell)
+    one.decoy(cell, _parameters(one, rng, "")[0], variant)
+    video[cell.place] = _to_bytes(cell.rgb)
     return one.decoy_phrases[variant].format(c=colour)
 
 
@@ -252,14 +257,15 @@ def _caption(rng, phrases, sides, decoy):
 
 
 # --- the command --------------------------------------------------------------------------------
-def preview(seed=0, size=64, frames=24, colour_cues=False, ood="", columns=3):
+def preview(flags):
     """Every phenomenon: its clip, the clip with the mask tinted over it, and its caption.
     uint8 (F, H', W', 3)."""
     tiles = []
-    scale = max(128 // max(size, 1), 1)
-    for i, name in enumerate(_phenomena_with(ood) or PHENOMENA):
-        clip = make_clip(seed, i, frames=frames, height=size, width=size, decoys=1,
-                         colour_cues=colour_cues, ood=ood, phenomenon=name)
+    columns = 3
+    scale = max(128 // max(flags.size, 1), 1)
+    for i, name in enumerate(_phenomena_with(flags.ood) or PHENOMENA):
+        clip = make_clip(flags.seed, i, frames=flags.frames, height=flags.size, width=flags.size,
+                         decoys=1, colour_cues=flags.colour_cues, ood=flags.ood, phenomenon=name)
         pair = [clip.video, tint(clip.video, clip.actors[0].mask)]
         gap = ((0, 0), (4, 0), (4, 0), (0, 0))
         tile = np.concatenate([np.pad(enlarge(video, scale), gap) for video in pair], 2)
@@ -296,8 +302,8 @@ def main(argv) -> None:
     flags = config.parse_flags(Flags, argv, "The physics world: look at it, or time its drawing.")
     try:
         if flags.preview:
-            pictures = preview(flags.seed, flags.size, flags.frames, flags.colour_cues, flags.ood)
-            save_gif(flags.preview, pictures, fps=flags.frames / 2)  # half as fast as it happens
+            # Half as fast as it happens.
+            save_gif(flags.preview, preview(flags), fps=flags.frames / 2)
             print(f"wrote {flags.preview}")
         if flags.benchmark:
             start = time.process_time()

@@ -6,7 +6,6 @@ where this project gives a file or a folder its final name. What cannot be read 
 
 Many items are worked on by threads or by other processes, in order and a few at a time.
 """
-import collections
 import concurrent.futures
 import contextlib
 import hashlib
@@ -152,13 +151,13 @@ def bounded_map(executor: concurrent.futures.Executor, function: Callable, items
     executor.map alone would start on all items at once, and clips that wait to be taken would fill
     the memory.
     """
-    waiting = collections.deque()
-    for start in range(0, len(items), group):
-        waiting.append(executor.map(function, items[start:start + group], chunksize=chunksize))
-        if len(waiting) == 2:
-            yield from waiting.popleft()
-    for results in waiting:
+    groups = (executor.map(function, items[start:start + group], chunksize=chunksize)
+              for start in range(0, len(items), group))
+    results = next(groups, ())
+    for following in groups:  # these are under way before the results of those before are taken
         yield from results
+        results = following
+    yield from results
 
 
 def map_in_processes(function: Callable, items: list, workers: int, chunk: int) -> Iterator:

@@ -57,12 +57,6 @@ def tint(frames, mask, colour=(255, 255, 255), alpha=.5):
     return (frames + weight * distance + .5).astype(np.uint8)
 
 
-def paste(onto, x, y, frames) -> None:
-    """Lay frames (F, h, w, 3) over a part of others, with their upper left corner at (x, y)."""
-    h, w = frames.shape[1:3]
-    onto[:, y:y + h, x:x + w] = frames
-
-
 def overlay(clip, heat, scale: int) -> np.ndarray:
     """A map (T', h, w) glows over the darkened grey clip (F, H, W, 3) -> (F, H scale, W scale, 3).
 
@@ -70,8 +64,7 @@ def overlay(clip, heat, scale: int) -> np.ndarray:
     Values come in tenths and greys in sixteenths: a GIF has 256 colours a frame, and the clip needs
     most of them.
     """
-    grey = enlarge(clip, scale).mean(-1, keepdims=True) // 16 * 16
-    grey = 0.6 * grey  # (F, H scale, W scale, 1)
+    grey = 0.6 * (enlarge(clip, scale).mean(-1, keepdims=True) // 16 * 16)  # (F, H', W', 1)
     value = (heat.clip(0, 1) * 10).round() / 10
     for axis in range(3):
         value = value.repeat(grey.shape[axis] // heat.shape[axis], axis)
@@ -105,25 +98,21 @@ def annotate(frames, text, lines=1):
 
     (F, H, W, 3) -> (F, H + strip, W, 3).
     """
-    from PIL import Image, ImageDraw
     letters = font()
-    count, _, width, _ = frames.shape
+    width = frames.shape[2]
     wrapped = wrap(text, width - 8, letters)
-    height = 13 * max(len(wrapped), lines) + 6
-    strip = Image.new("RGB", (width, height), STRIP)
-    draw = ImageDraw.Draw(strip)
-    draw.multiline_text((4, 2), "\n".join(wrapped), fill=STRIP_INK, font=letters, spacing=2)
-    strip = np.broadcast_to(np.asarray(strip), (count, height, width, 3))
-    return np.concatenate([frames, strip], 1)
+    strip = Panel(width, 13 * max(len(wrapped), lines) + 6, STRIP)
+    strip.draw.multiline_text((4, 2), "\n".join(wrapped), fill=STRIP_INK, font=letters, spacing=2)
+    return np.concatenate([frames, strip.frames(len(frames))], 1)
 
 
 # --- cells and sheets ---------------------------------------------------------------------------
 class Panel:
     """A still picture with moving tiles on it."""
 
-    def __init__(self, width: int, height: int):
+    def __init__(self, width: int, height: int, ground=PAPER):
         from PIL import Image, ImageDraw
-        self.image = Image.new("RGB", (width, height), PAPER)
+        self.image = Image.new("RGB", (width, height), ground)
         self.draw = ImageDraw.Draw(self.image)
         self.tiles = []
 
@@ -142,12 +131,12 @@ class Panel:
         """Put frames (F, h, w, 3), with their upper left corner at (x, y)."""
         self.tiles.append((x, y, frames))
 
-    def frames(self) -> np.ndarray:
-        """The moving picture (F, H, W, 3)."""
-        longest = max(len(tile) for _, _, tile in self.tiles)
-        out = np.repeat(np.asarray(self.image)[None], longest, axis=0)
+    def frames(self, count: int) -> np.ndarray:
+        """The moving picture (F, H, W, 3) of `count` frames."""
+        out = np.repeat(np.asarray(self.image)[None], count, axis=0)
         for x, y, tile in self.tiles:
-            paste(out, x, y, tile)
+            h, w = tile.shape[1:3]
+            out[:, y:y + h, x:x + w] = tile
         return out
 
 
@@ -184,9 +173,7 @@ def legend(panel: Panel, y, width, t) -> None:
 def plain_cell(clip, text: str, label: str, scale: int, beside=None) -> np.ndarray:
     """A clip (F, H, W, 3), beside it one heat map (name, frames) if there is any, below it the
     caption."""
-    shown = [(label, enlarge(clip, scale))]
-    if beside:
-        shown.append(beside)
+    shown = [(label, enlarge(clip, scale)), *([beside] if beside else [])]
     h, w = shown[0][1].shape[1:3]
     top = LINE + 2 if label or beside else 0
     width = len(shown) * (w + GAP) - GAP
@@ -197,7 +184,7 @@ def plain_cell(clip, text: str, label: str, scale: int, beside=None) -> np.ndarr
         panel.write(x, 0, name, FAINT, room=w)
         panel.place(x, top, frames)
     panel.write_lines(top + h + 4, lines)
-    return panel.frames()
+    return panel.frames(len(clip))
 
 
 def routing_cell(clip, text: str, label: str, scale: int, routing: ClipRouting,
@@ -233,7 +220,7 @@ def routing_cell(clip, text: str, label: str, scale: int, routing: ClipRouting,
         y = y_maps + i // COLUMNS * row_pitch
         panel.write(x, y, name, FAINT, 12, map_pitch - GAP)
         panel.place(x, y + LINE, overlay(clip, routing.lift[..., category], small))
-    return panel.frames()
+    return panel.frames(len(clip))
 
 
 def sheet(cells: list[np.ndarray], pair: int = 1, group: int = 1) -> np.ndarray:
@@ -246,19 +233,19 @@ def sheet(cells: list[np.ndarray], pair: int = 1, group: int = 1) -> np.ndarray:
     h = max(cell.shape[1] for cell in cells) + 2 * GAP
     w = max(cell.shape[2] for cell in cells) + 2 * GAP
 
-    def distance(columns):
-        """How far a sheet of so many columns is from the shape of a screen."""
-        rows = math.ceil(n / columns)
+    def distance(shape):
+        """How far a sheet of so many columns and rows is from the shape of a screen."""
+        columns, rows = shape
         return abs(math.log(columns * w / (rows * h) / 1.6))
 
-    options = range(pair, n + 1, pair)
-    columns = min((c for c in options if group % c == 0 or c % group == 0), key=distance)
-    rows = math.ceil(n / columns)
-    out = np.full((len(cells[0]), rows * h, columns * w, 3), PAPER, np.uint8)
+    shapes = [(columns, math.ceil(n / columns)) for columns in range(pair, n + 1, pair)
+              if group % columns == 0 or columns % group == 0]
+    columns, rows = min(shapes, key=distance)
+    panel = Panel(columns * w, rows * h)
     for i, cell in enumerate(cells):
         row, column = divmod(i, columns)
-        paste(out, GAP + column * w, GAP + row * h, cell)
-    return out
+        panel.place(GAP + column * w, GAP + row * h, cell)
+    return panel.frames(len(cells[0]))
 
 
 # --- files --------------------------------------------------------------------------------------

@@ -77,14 +77,13 @@ class Pool:
 
 def is_consistent(meta: dict) -> bool:
     """Do the lists of a meta.json fit each other? Raises KeyError or TypeError if they are none."""
-    n = len(meta["captions"])
-    lists = [*meta["categories"], *meta["mask_category"]]
-    labels = {category for categories in lists for category in categories}
-    texts = [*meta["captions"], meta["summary"]]
-    return bool(len(meta["categories"]) == len(meta["sources"]) == n
+    rows = set(range(len(meta["captions"])))
+    labels = {category for field in ("categories", "mask_category")
+              for clip in meta[field] for category in clip}
+    return bool(len(meta["categories"]) == len(meta["sources"]) == len(rows)
                 and meta["train"] and meta["held"]
-                and set(range(n)) >= {*meta["train"], *meta["held"]}
-                and all(isinstance(text, str) for text in texts)
+                and rows.issuperset(meta["train"] + meta["held"])
+                and all(isinstance(text, str) for text in [*meta["captions"], meta["summary"]])
                 and labels <= set(range(-1, CATEGORIES)))
 
 
@@ -95,29 +94,24 @@ def open_or_build(path: Path, size: tuple[int, int, int], source, settings: dict
     source: `clips(progress)` yields every PoolClip, `split(names)` says which rows are held out.
     Raises UserError without a place or without clips, Stopped when building had to stop.
     """
-    pool = Pool.open(path, size)
-    if pool is None:
-        make_writable(path.parent)
-        with lock(path.parent) as locked:
-            for leftover in path.parent.glob(f"{path.name}.*") if locked else ():
-                shutil.rmtree(leftover, ignore_errors=True)  # of builds that were killed
-            pool = Pool.open(path, size)  # another run may have built it while we waited
-            if pool is None:
-                build(path, source, settings, progress)
-                pool = Pool.open(path, size)
-    if pool is None:
-        raise Stopped(f"The clips written to {path} cannot be read back; is the disk sound?")
-    return pool
-
-
-def make_writable(folder: Path) -> None:
-    """Make the folder of all pools. Raises UserError where it cannot hold any."""
+    if pool := Pool.open(path, size):
+        return pool
+    place = path.parent
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK):
+        place.mkdir(parents=True, exist_ok=True)
+        if not os.access(place, os.W_OK):
             raise PermissionError(0, "it is not writable")
     except OSError as e:
-        raise UserError(f"--pool_dir {folder} cannot hold clips: {e.strerror}.") from None
+        raise UserError(f"--pool_dir {place} cannot hold clips: {e.strerror}.") from None
+
+    with lock(place) as locked:
+        for leftover in place.glob(f"{path.name}.*") if locked else ():
+            shutil.rmtree(leftover, ignore_errors=True)  # of builds that were killed
+        if not Pool.open(path, size):  # another run may have built it while we waited
+            build(path, source, settings, progress)
+    if pool := Pool.open(path, size):
+        return pool
+    raise Stopped(f"The clips written to {path} cannot be read back; is the disk sound?")
 
 
 def build(path: Path, source, settings: dict, progress: bool) -> None:
@@ -138,24 +132,24 @@ def write(folder: Path, source, settings: dict, progress: bool) -> None:
 
     Plain files: writing to one that is mapped into memory kills the process when the disk is full.
     """
-    meta = {"captions": [], "categories": [], "mask_category": [], "sources": [], "masks": False}
+    rows = []  # of each clip: caption, categories, those of its masks, and where it is from
     with open(folder / "video.u8", "wb") as video, open(folder / "masks.u8", "wb") as masks:
         for clip in source.clips(progress):
-            video.write(np.ascontiguousarray(clip.video).data)
+            video.write(clip.video.tobytes())
             if clip.masks is not None:
                 nothing = np.zeros(clip.video.shape[:3], bool)
                 for mask in [*clip.masks.values(), *[nothing] * MASKS][:MASKS]:
-                    masks.write(np.packbits(mask).data)
-                meta["masks"] = True
-            meta["captions"].append(clip.caption)
-            meta["categories"].append(sorted(set(clip.categories)))
-            meta["mask_category"].append([*(clip.masks or ()), *[-1] * MASKS][:MASKS])
-            meta["sources"].append(clip.source)
+                    masks.write(np.packbits(mask))
+            mask_category = [*(clip.masks or ()), *[-1] * MASKS][:MASKS]
+            rows.append((clip.caption, sorted(set(clip.categories)), mask_category, clip.source))
+        has_masks = masks.tell() > 0
 
         # The folder's final name must not survive a power cut that its bytes do not.
         for file in (video, masks):
             file.flush()
             os.fsync(file.fileno())
-    train, held, summary = source.split([name for name, *_ in meta["sources"]])
-    meta |= {"train": train, "held": held, "summary": summary, "settings": settings}
+    train, held, summary = source.split([name for *_, (name, *_) in rows])
+    columns = "captions", "categories", "mask_category", "sources"
+    meta = {**dict(zip(columns, zip(*rows))), "masks": has_masks, "train": train, "held": held,
+            "summary": summary, "settings": settings}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")

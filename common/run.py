@@ -9,14 +9,13 @@ import dataclasses
 import errno
 import importlib.metadata
 import json
-import math
 import os
 import platform
 import shutil
 import signal
 import subprocess
 import sys
-import time
+import timeit
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,9 +39,11 @@ def pick_device(name: str) -> str:
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
-    if not there.get(name, name == "auto"):
+    if name == "auto":
+        return max(there, key=there.get)  # the first that is there
+    if not there.get(name):
         raise UserError(f"--device {name} is not available here.")
-    return next(d for d in there if there[d]) if name == "auto" else name
+    return name
 
 
 def pick_precision(name: str, device: str) -> str:
@@ -95,12 +96,8 @@ def matmul_gain(device: str) -> float:
     def best_time(dtype):
         a = torch.ones(1920, 128, device=device, dtype=dtype)
         b = torch.ones(128, 512, device=device, dtype=dtype)
-        times = []
-        for _ in range(20):
-            start = time.perf_counter()
-            (a @ b).sum().item()  # .item() waits for a GPU
-            times.append(time.perf_counter() - start)
-        return min(times)
+        # .item() waits for a GPU
+        return min(timeit.repeat(lambda: (a @ b).sum().item(), number=1, repeat=20))
     try:
         return best_time(torch.float32) / best_time(torch.bfloat16)
     except RuntimeError:  # a device without bf16
@@ -248,10 +245,11 @@ def same_architecture(source: str, theirs: Config, ours: Config, *marks: str) ->
             return None  # a Wan has no such layer
         return getattr(cfg, name)
 
-    for name in (name for mark in marks for name in config.marked(mark)):
-        if as_built(theirs, name) != as_built(ours, name):
-            raise UserError(f"{source} has --{name} {getattr(theirs, name)}, this run "
-                            f"{getattr(ours, name)}.")
+    for mark in marks:
+        for name in config.marked(mark):
+            if as_built(theirs, name) != as_built(ours, name):
+                raise UserError(f"{source} has --{name} {getattr(theirs, name)}, this run "
+                                f"{getattr(ours, name)}.")
 
 
 def averaged_base(cfg: Config, device: torch.device) -> dict[str, Tensor]:
@@ -293,8 +291,10 @@ class Log:
             write_text(path, "".join(line + "\n" for line in lines))
 
     def write(self, **values) -> None:
+        # What is not finite becomes null, because JSON has no NaN.
+        finite = json.loads(json.dumps(values), parse_constant=lambda name: None)
         with self.path.open("a") as f:
-            f.write(json.dumps(_tidy(values)) + "\n")
+            f.write(json.dumps(finite) + "\n")
 
 
 def by_noise(per_clip: Tensor, t: Tensor) -> list[float | None]:
@@ -312,15 +312,6 @@ def _before(line: str, step: int) -> bool:
         return entry["step"] < step or (entry["step"] == step > 0 and "held_out" in entry)
     except (ValueError, KeyError):  # the last line of a killed run may be half-written
         return False
-
-
-def _tidy(value):
-    """What is not finite becomes null, because JSON has no NaN."""
-    if isinstance(value, dict):
-        return {k: _tidy(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_tidy(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @contextlib.contextmanager

@@ -13,14 +13,6 @@ def auc(scores, positive) -> float:
     return float((rank[which][positive].sum() - n * (n + 1) / 2) / (n * (len(scores) - n)))
 
 
-def location_prior(masks) -> np.ndarray:
-    """bool (clips, N) of one phenomenon -> (N,): the share of clips in which a token is positive.
-
-    It is the score of a rival that knows where such things usually are, and sees no clip.
-    """
-    return np.mean(masks, 0)
-
-
 def mean_and_deviation(values):
     """(mean, standard deviation) over runs; of a single run, its value."""
     mean = float(np.mean(values))
@@ -36,13 +28,13 @@ def over_runs(tables) -> dict:
 
 
 # --- Markdown -----------------------------------------------------------------------------------
-def markdown(rows, corner: str = "") -> str:
+def markdown(rows) -> str:
     """{row: {column: value}} as a Markdown table that is also straight in a terminal.
 
-    value: a number, (mean, deviation), text, or None for an empty cell. corner: heads the rows.
+    value: a number, (mean, deviation), text, or None for an empty cell.
     """
     columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    lines = [[corner, *columns]]
+    lines = [["", *columns]]
     for name, row in rows.items():
         lines.append([name, *(_cell(row.get(column)) for column in columns)])
     widths = [max(map(len, texts)) for texts in zip(*lines)]

@@ -11,6 +11,7 @@ killed is started again and makes what is missing, and several processes can sha
 Every file is written whole or not at all, and holds the key and a checksum. A reader leaves a
 damaged file out, which is said once, and refuses a *stale* one, whose key is another.
 """
+import collections
 import json
 import os
 import re
@@ -27,6 +28,8 @@ from tqdm import tqdm
 
 from common.files import digest, read_json, whole_file, write_text
 from config import UserError
+
+CLIP_FILE = re.compile(r"([0-9a-f]{24})-(\d+)of(\d+)\.safetensors")  # NAME, N and M
 
 
 # --- one file -----------------------------------------------------------------------------------
@@ -63,8 +66,7 @@ def read_about(path: Path) -> dict:
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
     """What write_tensors wrote: the tensors, checked, and `about`. Raises as read_about."""
     about = read_about(path)
-    with safetensors.safe_open(path, "pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}
+    tensors = safetensors.torch.load_file(path)
     if checksum(tensors) != about.get("checksum"):
         raise ValueError("its checksum is another")
     return tensors, about
@@ -76,7 +78,6 @@ class Kind:
     """What tells one kind of store from another."""
     manifest: str  # name of the file with the settings
     command: str  # who writes it
-    holds: str  # what a file holds, in a word
     row: type  # NamedTuple of what index.json says of a file, which is its first field
 
 
@@ -103,24 +104,20 @@ class Store:
         manifest = store.folder / kind.manifest
         try:
             store.clips.mkdir(parents=True, exist_ok=True)
-            for place in (store.folder, store.clips):
-                for leftover in place.glob(f"*.{store.tag}.part"):  # of this shard's killed run
-                    leftover.unlink()
+            for leftover in store.folder.rglob(f"*.{store.tag}.part"):  # of this shard's killed run
+                leftover.unlink()
             if manifest.exists() and any(store.clips.iterdir()):
-                store.compare(read_json(manifest).get("settings") or {})
+                old = read_json(manifest).get("settings") or {}
+                changed = [f"{field} {old.get(field)!r}, now {value!r}"
+                           for field, value in settings.items() if old.get(field) != value]
+                if changed:
+                    raise UserError(f"{store.folder} holds clips of other settings "
+                                    f"({'; '.join(changed)}): give another --out.")
             else:
                 store.write_json(kind.manifest, {"key": store.key, "settings": settings})
         except OSError as e:
             raise UserError(f"--out {folder} cannot hold a cache: {e.strerror or e}.") from None
         return store
-
-    def compare(self, old: dict) -> None:
-        """Raises UserError with every setting that is not as it was."""
-        changed = [f"{field} {old.get(field)!r}, now {value!r}"
-                   for field, value in self.settings.items() if old.get(field) != value]
-        if changed:
-            raise UserError(f"{self.folder} holds clips of other settings ({'; '.join(changed)}): "
-                            "give another --out.")
 
     def write_json(self, name: str, value) -> None:
         write_text(self.folder / name, json.dumps(value), self.tag)
@@ -135,12 +132,11 @@ class Store:
 
     def files_there(self) -> dict[str, list[str]]:
         """{NAME: its files, in order}, from the names of the files alone."""
-        found: dict[str, list] = {}
-        for file in os.listdir(self.clips):
-            match = re.fullmatch(r"([0-9a-f]{24})-(\d+)of\d+\.safetensors", file)
-            if match:
-                found.setdefault(match[1], []).append((int(match[2]), file))
-        return {name: [file for _, file in sorted(files)] for name, files in found.items()}
+        matches = (CLIP_FILE.fullmatch(file) for file in os.listdir(self.clips))
+        found = collections.defaultdict(list)
+        for match in sorted(filter(None, matches), key=lambda match: (int(match[2]), match[0])):
+            found[match[1]].append(match[0])
+        return found
 
     def is_sound(self, path: Path) -> bool:
         """Is there a whole file of these settings? Its tensors are not read."""
@@ -152,10 +148,14 @@ class Store:
     def missing(self, names: list[str]) -> tuple[list[str], set[str]]:
         """Which of these NAMEs lack a file, and which of their files are there and sound."""
         there = self.files_there()
-        sound = {name: [file for file in there.get(name, ()) if self.is_sound(self.clips / file)]
-                 for name in names}
-        lacking = [name for name, files in sound.items() if not is_complete(files)]
-        return lacking, {file for files in sound.values() for file in files}
+        lacking = []
+        sound = set()
+        for name in names:
+            files = [file for file in there[name] if self.is_sound(self.clips / file)]
+            sound.update(files)
+            if not files or len(files) != int(CLIP_FILE.fullmatch(files[0])[3]):
+                lacking.append(name)
+        return lacking, sound
 
     def write_index(self, items: dict[str, object], row: Callable) -> dict:
         """Write index.json over the clips of all shards that are there, and return it.
@@ -184,8 +184,8 @@ class Store:
         """
         folder = Path(folder)
         try:
-            stored = json.loads((folder / kind.manifest).read_text(encoding="utf-8"))
-            index = json.loads((folder / "index.json").read_text(encoding="utf-8"))
+            stored, index = (json.loads((folder / name).read_text(encoding="utf-8"))
+                             for name in (kind.manifest, "index.json"))
             store = cls(folder, kind, stored["settings"])
             store.rows = [kind.row(*row) for row in index["clips"]]
             store.total = index.get("videos", 0)
@@ -233,11 +233,6 @@ class Store:
 def clip_file(name: str, number: int, taken: int) -> str:
     """The name of the file of an item's clip `number` of `taken`."""
     return f"{name}-{number}of{taken}.safetensors"
-
-
-def is_complete(files: list[str]) -> bool:
-    """Do the names of an item's files say that none is missing?"""
-    return bool(files) and len(files) == int(re.search(r"of(\d+)\.", files[0])[1])
 
 
 def fits(row) -> bool:

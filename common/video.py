@@ -14,6 +14,7 @@ a list of WISA's records. Left out on purpose: sound, mirroring, non-square pixe
 import collections
 import concurrent.futures
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -138,13 +139,14 @@ def split_by_video(names: list[str], val_clips: int) -> tuple[list[int], list[in
         rows.setdefault(name, []).append(row)
     hashed = lambda name: hashlib.sha256(name.encode("utf-8", "replace")).digest()
     by_hash = sorted(rows, key=hashed)
-    chosen = set(by_hash[:max(1, round(HELD_SHARE * len(rows)))])
-    held = [row for name in by_hash if name in chosen for row in rows[name]][:val_clips]
     summary = f"{len(names)} clips from {len(rows)} videos"
-    if len(rows) == 1:
+    chosen = by_hash[:max(1, round(HELD_SHARE * len(rows)))]
+    held = [row for name in chosen for row in rows.pop(name)]
+    train = [row for left in rows.values() for row in left]
+    if not train:
         alone = "(a single one, so it is validated on its own training clips)"
-        return rows[by_hash[0]], held, f"{summary} {alone}"
-    train = [row for name in rows if name not in chosen for row in rows[name]]
+        return held, held[:val_clips], f"{summary} {alone}"
+    held = held[:val_clips]
     return train, held, f"{summary}, {len(held)} of {len(names)} held out"
 
 
@@ -201,43 +203,33 @@ class Folder:
         if isinstance(inner, dict):
             record = {**inner, **record}
 
-        # Several fields may name the file; the first that is there counts.
+        # Several fields may name the file; the first that is there counts. A bare id may lack its
+        # suffix, and a path may not leave the folder.
         ids = (record.get(field) for field in ("file", "video_path", "video_id"))
         names = [str(name) for name in ids if isinstance(name, str | int) and name != ""]
-        found = next(filter(None, map(self.find, names)), None)
+        inside = list(filter(stays_inside, names))
+        paths = (self.dir / os.path.normpath(name + ending)
+                 for name in inside for ending in ENDINGS)
+        found = next(filter(os.path.isfile, paths), None)
         caption = first_text(record, self.caption_fields)
         if caption and self.phys_law:
             caption = f"{caption} {first_text(record, ['phys_law'])}".strip()
 
-        problem = self.problem(names, caption, found)
-        if problem:
-            self.skipped.append(f"{names[0] if names else label} ({problem})")
-            return
+        # Why the record cannot be used: the first reason that holds.
+        reasons = [
+            (not names, "names no file"),
+            (not caption, "no caption"),
+            (not inside, "outside the folder"),
+            (not found, "missing"),
+            (found in self.videos, "named twice"),
+        ]
+        for holds, reason in reasons:
+            if holds:
+                self.skipped.append(f"{names[0] if names else label} ({reason})")
+                return
         categories, unknown = parse_labels(record)
         self.unknown.update(unknown)
         self.videos[found] = Video(names[0], found, caption, categories)
-
-    def problem(self, names: list[str], caption: str, found: Path | None) -> str:
-        """Why a record cannot be used; "" if it can."""
-        if not names:
-            return "names no file"
-        if not caption:
-            return "no caption"
-        if not found:
-            return "missing" if any(map(self.is_inside, names)) else "outside the folder"
-        return "named twice" if found in self.videos else ""
-
-    def is_inside(self, name: str) -> bool:
-        """Does a name, as a path, stay in the folder?"""
-        path = os.path.normpath(name)
-        return not os.path.isabs(path) and path.split(os.sep)[0] != ".."
-
-    def find(self, name: str) -> Path | None:
-        """The file of that name in the folder; a bare id may lack its suffix."""
-        if not self.is_inside(name):
-            return None
-        paths = (self.dir / os.path.normpath(name + ending) for ending in ENDINGS)
-        return next((path for path in paths if os.path.isfile(path)), None)
 
     def read(self, cut: Cut, threads: int, videos: list[Video] | None = None
              ) -> Iterator[tuple[Video, list[Window]]]:
@@ -268,6 +260,12 @@ class Folder:
         """What a summary says of category names that match none."""
         names = join_some(f"{name!r} ({count})" for name, count in self.unknown.most_common())
         return f"; {len(self.unknown)} unknown category names: {names}" if self.unknown else ""
+
+
+def stays_inside(name: str) -> bool:
+    """Does a name, as a path, stay in the folder that it is looked for in?"""
+    path = os.path.normpath(name)
+    return not os.path.isabs(path) and path.split(os.sep)[0] != ".."
 
 
 def reason_of(error: Exception) -> str:
@@ -324,12 +322,13 @@ def timeline(path: Path) -> tuple[np.ndarray, float]:
                     shown.append((float(start * unit), float((packet.duration or 0) * unit)))
     if not shown:
         raise ValueError("no frames with time stamps")
-    shown.sort()
-    times = np.array([start for start, _ in shown])
-    last = shown[-1][1]
-    if not last:
-        last = np.median(np.diff(times)) if len(times) > 1 else 0
-    return times, times[-1] + last
+    times, durations = np.array(sorted(shown)).T
+    return times, times[-1] + (durations[-1] or usual_gap(times))
+
+
+def usual_gap(times: np.ndarray) -> float:
+    """Seconds from a frame to the next."""
+    return float(np.median(np.diff(times))) if len(times) > 1 else 0.0
 
 
 class Player:
@@ -342,9 +341,10 @@ class Player:
         self.stream.codec_context.thread_count = 2
         self.times = times
         self.end = end
-        self.gap = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+        self.gap = usual_gap(times)
         # GIF and its like draw changes onto the picture before: one cannot enter in the middle.
         self.seeks = self.stream.codec_context.name not in ("gif", "apng", "webp")
+        self.fit = functools.lru_cache(1)(fit_frame)  # a frame may be on show several times
         self.asked = times[0]
         self.start()
 
@@ -352,9 +352,8 @@ class Player:
         """Decode from where the container stands."""
         self.frames = self.container.decode(self.stream)
         self.now = None  # the frame on show
-        self.next = None  # the one after it
-        self.ended = False
-        self.fitted = None, None  # a frame and its picture
+        self.next = None  # the one after it; None at the end
+        self.advance()
 
     def time(self, frame) -> float:
         """When a frame is shown, in seconds."""
@@ -364,11 +363,8 @@ class Player:
         """One frame on."""
         self.now = self.next or self.now
         self.next = None
-        try:
+        with contextlib.suppress(av.FFmpegError):  # what follows the damage is lost
             self.next = next(self.frames, None)
-        except av.FFmpegError:
-            pass  # what follows the damage is lost
-        self.ended = self.next is None
 
     def picture(self, t: float, height: int, width: int) -> np.ndarray | None:
         """The picture (height, width, 3) uint8 on show at t seconds, None where the file does not
@@ -378,20 +374,18 @@ class Player:
                 self.container.seek(int(t / self.stream.time_base), stream=self.stream)
                 self.start()
         self.asked = t
-        while not self.ended and (self.next is None or self.time(self.next) <= t + TOLERANCE):
+        while self.next and self.time(self.next) <= t + TOLERANCE:
             self.advance()
         if self.now is None:
             return None
-        if self.ended:
+        if not self.next:
             # The last picture stays until the end. One before damage does not stay for what is
             # lost.
             last = self.time(self.now)
             whole = self.times[-1] - last < 2 * self.gap
             if t >= (self.end if whole else last + self.gap) + TOLERANCE:
                 return None
-        if self.fitted[0] is not self.now:
-            self.fitted = self.now, fit_frame(self.now, height, width)
-        return self.fitted[1]
+        return self.fit(self.now, height, width)
 
 
 def upright_size(frame) -> tuple[int, int]:
@@ -412,18 +406,16 @@ def central_crop(h: int, w: int, height: int, width: int) -> tuple[float, float,
 
 def fit_frame(frame, height: int, width: int) -> np.ndarray:
     """A decoded frame, turned upright, its central crop resized to (height, width, 3) uint8."""
-    quarters = round(frame.rotation / 90)  # anticlockwise, as numpy counts them
-    rgb = np.rot90(frame.to_ndarray(format="rgb24"), quarters)
-    picture = Image.fromarray(np.ascontiguousarray(rgb))
-    box = central_crop(*upright_size(frame), height, width)
+    quarters = round(frame.rotation / 90)  # anticlockwise, as Pillow counts them
+    picture = frame.to_image().rotate(90 * quarters, expand=True)
+    box = central_crop(picture.height, picture.width, height, width)
     return np.asarray(picture.resize((width, height), Image.Resampling.BILINEAR, box=box))
 
 
 def pixels(video: np.ndarray | Tensor) -> Tensor:
     """(..., F, H, W, 3) uint8 -> (..., 3, F, H, W) float32 in [-1, 1]."""
-    video = torch.as_tensor(np.asarray(video)).movedim(-1, -4)
-    video = video.to(torch.float32, memory_format=torch.contiguous_format)
-    return video.div_(127.5).sub_(1)
+    video = torch.as_tensor(np.asarray(video)).movedim(-1, -4).contiguous()
+    return video.float().div_(127.5).sub_(1)
 
 
 def to_bytes(video: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class CacheRow(NamedTuple):
     categories: list  # of all 29
 
 
-CACHE = Kind("cache.json", "encode.py", "clip", CacheRow)
+CACHE = Kind("cache.json", "encode.py", CacheRow)
 
 
 # --- writing ------------------------------------------------------------------------------------

@@ -62,15 +62,11 @@ def backdrop(height, width):
     """The empty room: float32 (3, H, W) in 0..1, a dark wall and a floor."""
     scale = min(height, width)
     y = (np.arange(height) + .5 - (height - scale) / 2) / scale
-    floor = np.clip(.5 + (y - FLOOR) * scale, 0, 1)[:, None]
-    columns = [wall + floor * (ground - wall) for wall, ground in zip(NIGHT, GROUND)]  # (H, 1) each
-    return np.stack([np.broadcast_to(one, (height, width)) for one in columns]).astype(np.float32)
-
-
-@functools.lru_cache(maxsize=64)
-def _pixel_centres(first, last, origin, scale):
-    """Centres of the pixels first .. last - 1, in canvas units from `origin`."""
-    return ((np.arange(first, last) + .5) / scale - origin).astype(np.float32)
+    floor = np.clip(.5 + (y - FLOOR) * scale, 0, 1)[:, None]  # (H, 1)
+    wall = np.reshape(NIGHT, (3, 1, 1))
+    ground = np.reshape(GROUND, (3, 1, 1))
+    rgb = (wall + floor * (ground - wall)).astype(np.float32)  # (3, H, 1)
+    return np.broadcast_to(rgb, (3, height, width))
 
 
 class Cell:
@@ -80,24 +76,32 @@ class Cell:
     frame. `actor=True` adds a shape to the mask of where the phenomenon happens.
     """
 
-    def __init__(self, box, height, width):
-        """box: x0, y0, x1, y1 in canvas units, in a picture of height x width pixels."""
+    def __init__(self, box, height, width, colour=WHITE, colour2=WHITE):
+        """box: x0, y0, x1, y1 in canvas units, in a picture of height x width pixels.
+        colour, colour2: rgb of the actor and of a second body."""
+        self.colour = colour
+        self.colour2 = colour2
         self.scale = min(height, width)  # pixels per canvas unit
         self.x0 = (box[0] + box[2]) / 2  # canvas place of the cell's origin
         self.y0 = box[1]
         # In odd sizes two cells would share a column without the rounding up of the small number.
         x0, y0, x1, y1 = [int(v * self.scale + .5 + 1e-6) for v in box]
-        self.columns = slice(x0, x1)
-        self.rows = slice(y0, y1)
-        self.x = _pixel_centres(x0, x1, self.x0, self.scale)[None, None, :]  # (1, 1, w)
-        self.y = _pixel_centres(y0, y1, self.y0, self.scale)[None, :, None]  # (1, h, 1)
-        self.rgb = backdrop(height, width)[:, None, self.rows, self.columns]  # (3, F or 1, h, w)
+        self.place = np.s_[:, y0:y1, x0:x1]  # the cell's pixels in (F, H, W, ...)
+        # Centres of the cell's pixels, in canvas units from the cell's origin.
+        pixels = (np.arange(max(height, width)) + .5) / self.scale
+        self.x = (pixels[x0:x1] - self.x0).astype(np.float32)[None, None, :]  # (1, 1, w)
+        self.y = (pixels[y0:y1] - self.y0).astype(np.float32)[None, :, None]  # (1, h, 1)
+        self.rgb = backdrop(height, width)[self.place][:, None]  # (3, F or 1, h, w)
         self.mask = np.zeros((1, self.y.size, self.x.size), bool)  # (F or 1, h, w)
 
     # --- painting
-    def paint(self, coverage, colour, actor=False):
-        """Lay a colour over the cell. coverage: (F or 1, h, w) in 0..1."""
-        colour = np.asarray(colour, np.float32).reshape(3, 1, 1, 1)
+    def paint(self, coverage, colour=None, actor=False):
+        """Lay a colour over the cell. Without one the shape is the actor, in the actor's colour.
+        coverage: (F or 1, h, w) in 0..1."""
+        if colour is None:
+            colour = self.colour
+            actor = True
+        colour = np.reshape(colour, (3, 1, 1, 1)).astype(np.float32)
         self.rgb = self.rgb + coverage * (colour - self.rgb)
         if actor:
             self.mark(coverage)
@@ -106,51 +110,59 @@ class Cell:
         """Add what is visible of a shape to the mask, without painting it."""
         self.mask = self.mask | (coverage > VISIBLE)
 
-    def ball(self, x, y, radius, colour, actor=False):
-        """A disc with a small highlight."""
-        self.paint(self.disc(x, y, radius), colour, actor)
+    def block(self, width, top, bottom, colour=None, actor=False, x=0):
+        """An upright box around x."""
+        self.paint(self.box(width, top, bottom, x), colour, actor)
+
+    def ball(self, x, y, radius, colour=None):
+        """A disc with a small highlight. It is an actor."""
+        self.paint(self.disc(x, y, radius), colour, actor=True)
         self.paint(.45 * self.disc(x - .35 * radius, y - .35 * radius, .3 * radius), WHITE)
 
-    def laser(self, x0, y0, x1, y1, thickness, colour):
+    def laser(self, start, end, thickness):
         """A beam with a bright heart. It is an actor."""
-        self.paint(self.beam(x0, y0, x1, y1, thickness), colour, actor=True)
-        self.paint(.4 * self.beam(x0, y0, x1, y1, thickness * .3), WHITE)
+        self.paint(self.beam(start, end, thickness))
+        self.paint(.4 * self.beam(start, end, thickness * .3), WHITE)
 
-    def vessel(self, half, wall, top, bottom, colour):
-        """An open vessel on the floor, 2 half wide inside."""
-        self.paint(self.box(-half - wall, top, half + wall, FLOOR), colour)
-        self.paint(self.box(-half, top, half, bottom), NIGHT)
+    def vessel(self, width, wall, top, bottom, colour):
+        """An open vessel on the floor, of this width inside."""
+        self.block(width + 2 * wall, top, FLOOR, colour)
+        self.block(width, top, bottom, NIGHT)
 
     # --- shapes: each returns a coverage (F or 1, h, w)
     def disc(self, x, y, radius):
-        dx = self.x - per_frame(x)
-        dy = self.y - per_frame(y)
-        return self._inside(dx, dy, per_frame(radius))
+        return self._inside(*self._from(x, y), radius)
 
-    def box(self, left, top, right, bottom):
-        """The exact coverage of an upright box: areas in the picture are the true areas."""
+    def box(self, width, top, bottom, x=0):
+        """The exact coverage of an upright box around x: areas in the picture are true areas."""
+        half = np.float32(.5 / self.scale)
+
         def overlap(pixels, low, high):
             """The share of each pixel's side that lies between low and high."""
-            first = np.maximum(pixels - half, per_frame(low))
-            last = np.minimum(pixels + half, per_frame(high))
-            return np.maximum((last - first) * self.scale, 0)
-        half = np.float32(.5 / self.scale)
-        return overlap(self.x, left, right) * overlap(self.y, top, bottom)
+            edges = pixels - half, pixels + half
+            inside = np.clip(per_frame(high), *edges) - np.clip(per_frame(low), *edges)
+            return inside * self.scale
 
-    def beam(self, x0, y0, x1, y1, thickness):
-        """A straight bar with round ends."""
-        x0, y0, x1, y1 = map(per_frame, (x0, y0, x1, y1))
-        px, py = self.x - x0, self.y - y0  # from the beam's start to the pixel
-        dx, dy = x1 - x0, y1 - y0  # from its start to its end
+        return overlap(self.x, x - width / 2, x + width / 2) * overlap(self.y, top, bottom)
+
+    def beam(self, start, end, thickness):
+        """A straight bar with round ends, from x, y to x, y."""
+        px, py = self._from(*start)  # from the beam's start to the pixel
+        dx, dy = (per_frame(b) - per_frame(a) for a, b in zip(start, end))  # to its end
         # The nearest point of the beam's axis: 0 is the start, 1 the end.
         nearest = np.clip((px * dx + py * dy) / (dx * dx + dy * dy), 0, 1)
-        return self._inside(px - nearest * dx, py - nearest * dy, per_frame(thickness) / 2)
+        return self._inside(px - nearest * dx, py - nearest * dy, thickness / 2)
 
     def blob(self, x, y, sigma):
         """A Gaussian of peak 1."""
+        dx, dy = self._from(x, y)
         k = .5 / per_frame(sigma) ** 2
-        return np.exp(-(self.x - per_frame(x)) ** 2 * k) * np.exp(-(self.y - per_frame(y)) ** 2 * k)
+        return np.exp(-dx ** 2 * k) * np.exp(-dy ** 2 * k)
+
+    def _from(self, x, y):
+        """How far each pixel lies from (x, y), to the right and down."""
+        return self.x - per_frame(x), self.y - per_frame(y)
 
     def _inside(self, dx, dy, reach):
         """1 where (dx, dy) is shorter than `reach`, 0 where it is longer, with a soft edge."""
-        return np.clip(.5 - (np.sqrt(dx * dx + dy * dy) - reach) * self.scale, 0, 1)
+        return np.clip(.5 - (np.sqrt(dx * dx + dy * dy) - per_frame(reach)) * self.scale, 0, 1)

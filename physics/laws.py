@@ -18,7 +18,7 @@ import math
 import numpy as np
 
 from physics.canvas import CUE_COLOURS, FLOOR, Cell
-from physics.phenomena import PHENOMENA, LiquidMotion, Reflection, Vaporization
+from physics.phenomena import PHENOMENA
 
 
 FEWEST_FRAMES = 8  # a law needs that many to be measured
@@ -42,26 +42,35 @@ class CellView:
 
     def __init__(self, frames, actor):
         """frames: uint8 (F, H, W, 3). actor: a world.Actor, or whatever has these four fields."""
-        self.colour = actor.colour
-        self.colour2 = actor.colour2
-        self.spans = PHENOMENA[actor.phenomenon].spans
+        self.actor = actor
+        self.phenomenon = PHENOMENA[actor.phenomenon]
         self.room = Cell(actor.box, *frames.shape[1:3])  # as it is without the actor
-        PHENOMENA[actor.phenomenon].furniture(self.room)
+        self.phenomenon.furniture(self.room)
         self.t = np.arange(len(frames)) / len(frames)
         self.x = self.room.x[0]  # (1, w)
         self.y = self.room.y[0]  # (h, 1)
         self.pixel = 1 / self.room.scale  # its side
-        rgb = frames[:, self.room.rows, self.room.columns] / np.float32(255)
+        rgb = frames[self.room.place] / np.float32(255)
         self.rgb = np.moveaxis(rgb, -1, 0)  # (3, F, h, w)
 
-    def constant(self, name):
-        """The value of a constant of nature: its range holds nothing else."""
-        return self.spans[name].low
-
+    # --- what the world knows
     def smallest(self, name):
         """The smallest value of a parameter."""
-        return self.spans[name].low
+        return self.phenomenon.spans[name].low
 
+    constant = smallest  # a constant of nature has no other value
+
+    def relative_error(self, value, name):
+        """|value / truth - 1| for the constant of this name."""
+        return abs(value / self.constant(name) - 1)
+
+    def beyond(self, value, name):
+        """How far a value lies outside the parameter's range, relative to its smaller end: 1 for a
+        value of 0."""
+        span = self.phenomenon.spans[name]
+        return max(span.low - value, value - span.high, 0) / span.low
+
+    # --- what the pixels show
     def colour_share(self, rgb, colour):
         """How far rgb (3, F, h, w) lies on the way from the room's colour to the actor's, and how
         far beside it.
@@ -73,6 +82,7 @@ class CellView:
         """
         def hue(rgb):
             return rgb - rgb.mean(0)
+
         room = hue(self.room.rgb)
         d = hue(rgb_of(colour)) - room
         q = hue(rgb) - room
@@ -82,7 +92,7 @@ class CellView:
 
     def weights(self, colour=""):
         """(F, h, w): how much of a pixel has the actor's colour, or this one."""
-        share, beside = self.colour_share(self.rgb, colour or self.colour)
+        share, beside = self.colour_share(self.rgb, colour or self.actor.colour)
         # A hue that is 22 degrees off counts fully, one that is 39 degrees off not at all.
         trusted = np.clip(2 - beside / (.4 * np.abs(share) + .04), 0, 1)
         return np.where(share > FAINT, np.clip(share, 0, 1), 0) * trusted
@@ -91,11 +101,17 @@ class CellView:
         """(F,) canvas heights^2."""
         return w.sum((1, 2)) * self.pixel ** 2
 
-    def centre(self, w):
-        """x and y of the actor's centre, (F,) each. The weights are squared, because faint noise
-        all over the cell would pull a plain mean."""
-        total = (w ** 2).sum((1, 2)) + 1e-9
-        return (w ** 2 * self.x).sum((1, 2)) / total, (w ** 2 * self.y).sum((1, 2)) / total
+    def height(self, w):
+        """(F,) y of the actor's centre. The weights are squared, because faint noise all over the
+        cell would pull a plain mean."""
+        return (w ** 2 * self.y).sum((1, 2)) / ((w ** 2).sum((1, 2)) + 1e-9)
+
+    def find(self, area, where=True):
+        """Times (F',) and weights (F', h, w) of the frames in which an actor of this area is found,
+        with the weights counted `where` this (h, w) is true. Raises NotFound."""
+        w = self.weights() * where
+        ok = usable_frames(self.is_found(w, area))
+        return self.t[ok], w[ok]
 
     def is_found(self, w, area):
         """(F,) bool: frames that show EVIDENCE of an actor of this area, and as one body: its
@@ -131,46 +147,42 @@ def fit(columns, y):
     return coefficients, 1.
 
 
-def fit_contact(t, ys, columns):
-    """Fit columns(before, after) to all ys, with before <= 0 <= after the times until and since a
-    contact, at the contact time that fits best.
+def line(t, y):
+    """The slope of y over t, and 1 - R^2 of a straight line."""
+    (_, slope), rest = fit((1, t), y)
+    return slope, rest
 
-    Returns the coefficients of each y, and 1 - R^2 of all together.
+
+def fit_contact(t, ys, terms):
+    """Fit two curves that meet at a contact to each of the ys, at the time of contact that fits all
+    of them best: y = a + v s before and a + v' s after it, with s the time since the contact, and
+    with four terms + g s^2 / 2 on both sides.
+
+    Returns the coefficients (a, v, v', g) of each y, and 1 - R^2 of all together.
     """
     variance = np.array([y.var() + 1e-12 for y in ys])
-    best, smallest = None, math.inf
-    for contact in np.linspace(t[1], t[-2], 101):
-        terms = columns(np.minimum(t - contact, 0), np.maximum(t - contact, 0))
-        coefficients, rests = zip(*(fit(terms, y) for y in ys))
-        rest = np.array(rests) @ variance / variance.sum()
-        if rest < smallest:
-            best, smallest = coefficients, rest
-    return best, smallest
 
+    def fit_at(contact):
+        s = t - contact
+        columns = [1, np.minimum(s, 0), np.maximum(s, 0), s ** 2 / 2]
+        coefficients, rests = zip(*(fit(columns[:terms], y) for y in ys))
+        return coefficients, np.array(rests) @ variance / variance.sum()
 
-def relative_error(value, truth):
-    """|value / truth - 1|."""
-    return abs(value / truth - 1)
-
-
-def beyond(value, span):
-    """How far a value lies outside the world's range, relative to the smaller end: 1 for 0."""
-    return max(span.low - value, value - span.high, 0) / span.low
+    return min(map(fit_at, np.linspace(t[1], t[-2], 101)), key=lambda fitted: fitted[1])
 
 
 # --- detectors: each takes a CellView and returns an error --------------------------------------
 def _ball_heights(view):
     """Times and heights of the centre of a ball, where it is found."""
-    w = view.weights()
-    ok = usable_frames(view.is_found(w, np.pi * view.smallest("radius") ** 2))
-    return view.t[ok], view.centre(w)[1][ok]
+    t, w = view.find(np.pi * view.smallest("radius") ** 2)
+    return t, view.height(w)
 
 
 def gravity(view):
     """Thrown ball: y = a + b t + g t^2 / 2 fitted to the centre's height; k = g."""
     t, y = _ball_heights(view)
     (_, _, g), rest = fit((1, t, t ** 2 / 2), y)
-    return max(relative_error(g, view.constant("gravity")), rest)
+    return max(view.relative_error(g, "gravity"), rest)
 
 
 def bounce(view):
@@ -178,14 +190,11 @@ def bounce(view):
     the time since the contact, and v' for v after it. The error is the larger one of the errors of
     g and of the restitution e = -v' / v."""
     t, y = _ball_heights(view)
-
-    def arcs(before, after):
-        return 1, before, after, (before + after) ** 2 / 2
-    [(_, v, v_after, g)], rest = fit_contact(t, [y], arcs)
+    [(_, v, v_after, g)], rest = fit_contact(t, [y], terms=4)
     if v < .1:  # the ball must come down before it can bounce
         return 1.
-    return max(relative_error(-v_after / v, view.constant("restitution")),
-               relative_error(g, view.constant("gravity")), rest)
+    return max(view.relative_error(-v_after / v, "restitution"),
+               view.relative_error(g, "gravity"), rest)
 
 
 def collision(view):
@@ -195,15 +204,12 @@ def collision(view):
     (1 + u' / u) / 2 with u = v - v2 before and u' after: 0 when they part as fast as they met, as
     elastic bodies do, 1/2 when they stick, 1 when they pass through each other.
     """
-    pucks = [view.weights(), view.weights(view.colour2)]
+    pucks = [view.weights(), view.weights(view.actor.colour2)]
     area = np.pi * view.smallest("radius") ** 2
     ok = usable_frames(*(view.is_found(w, area) for w in pucks))
-    m, m2 = (np.median(view.area(w)[ok]) for w in pucks)
-    ys = [view.centre(w)[1][ok] for w in pucks]
-
-    def kinked_lines(before, after):
-        return 1, before, after
-    [(_, v, v_after), (_, v2, v2_after)], rest = fit_contact(view.t[ok], ys, kinked_lines)
+    m, m2 = (np.median(view.area(w[ok])) for w in pucks)
+    ys = [view.height(w[ok]) for w in pucks]
+    [(_, v, v_after), (_, v2, v2_after)], rest = fit_contact(view.t[ok], ys, terms=3)
     if abs(v - v2) < .5 * view.smallest("speed"):  # the pucks do not come together
         return 1.
     lost = abs(m * (v_after - v) + m2 * (v2_after - v2)) / (m * abs(v) + m2 * abs(v2))
@@ -213,21 +219,19 @@ def collision(view):
 def liquid(view):
     """Filling glass: the coloured area right of the middle, where no stream falls, grows by
     flux / 2; k = flux."""
-    w = view.weights() * (view.x > 0) * (view.y > LiquidMotion.top)
-    ok = usable_frames(view.is_found(w, view.smallest("level0") * view.smallest("width") / 2))
-    (_, slope), rest = fit((1, view.t[ok]), view.area(w)[ok])
-    return max(relative_error(2 * slope, view.constant("flux")), rest)
+    t, w = view.find(view.smallest("level0") * view.smallest("width") / 2,
+                     (view.x > 0) & (view.y > view.phenomenon.top))
+    slope, rest = line(t, view.area(w))
+    return max(view.relative_error(2 * slope, "flux"), rest)
 
 
 def smoke(view):
     """Spreading puff: of a Gaussian, S = (sum w^3)^2 / sum w^6 = 4 pi sigma^2 / 3, so that
     dS/dt = 8 pi D / 3; k = D. The powers are high because the puff's faint rim drowns in the noise
     of a generated clip."""
-    w = view.weights()
-    ok = usable_frames(view.is_found(w, 2 * np.pi * view.smallest("sigma0") ** 2))
-    size = view.area(w ** 3)[ok] ** 2 / view.area(w ** 6)[ok]
-    (_, slope), rest = fit((1, view.t[ok]), size)
-    return max(relative_error(3 * slope / (8 * np.pi), view.constant("diffusivity")), rest)
+    t, w = view.find(2 * np.pi * view.smallest("sigma0") ** 2)
+    slope, rest = line(t, view.area(w ** 3) ** 2 / view.area(w ** 6))
+    return max(view.relative_error(3 * slope / (8 * np.pi), "diffusivity"), rest)
 
 
 def candle(view):
@@ -238,8 +242,8 @@ def candle(view):
     # Asked of the foot, because a flame alone, a little red and yellow, is no candle.
     ok = usable_frames(view.is_found(w * foot, view.smallest("width") * .16))
     width = np.median(w[ok][:, foot[:, 0]].sum(2)) * view.pixel
-    (_, slope), rest = fit((1, view.t[ok]), view.area(w)[ok])
-    return max(relative_error(-slope / width, view.constant("burn_rate")), rest)
+    slope, rest = line(view.t[ok], view.area(w[ok]))
+    return max(view.relative_error(-slope / width, "burn_rate"), rest)
 
 
 def melting(view):
@@ -249,111 +253,112 @@ def melting(view):
     P = level x (tray - side), with the level from the outer columns and the side from the middle
     ones. B is the rest of the coloured area, in which the darker water weighs less.
     """
-    block = PHENOMENA["melting"]
+    block = view.phenomenon
     rate = view.constant("melt_rate")
-    w = view.weights() * (np.abs(view.x) < block.half) * (view.y < FLOOR)
-    ok = usable_frames(view.is_found(w, view.smallest("side0") ** 2 - rate))
-    dark = view.colour_share(block.water(rgb_of(view.colour)), view.colour)[0].mean()
+    across = np.abs(view.x)  # (1, w)
+    t, w = view.find(view.smallest("side0") ** 2 - rate,
+                     (across < block.tray / 2) & (view.y < FLOOR))
+    colour = view.actor.colour
+    dark = view.colour_share(block.water(rgb_of(colour)), colour)[0].mean()
 
     def height_in(columns):
-        return w[ok][:, :, columns].mean(2).sum(1) * view.pixel
-    across = np.abs(view.x[0])
+        return w[:, :, columns[0]].mean(2).sum(1) * view.pixel
+
     side = height_in(across < .08)
     level = height_in((across > .18) & (across < .22))
-    P = level / dark * (2 * block.half - side)
-    B = view.area(w)[ok] - dark * P
-    (_, slope), rest = fit((1, view.t[ok]), B)
-    (_, gained), _ = fit((1, view.t[ok]), B + P)
-    return max(relative_error(-slope, rate), abs(gained) / rate, rest)
+    P = level / dark * (block.tray - side)
+    B = view.area(w) - dark * P
+    slope, rest = line(t, B)
+    gained, _ = line(t, B + P)
+    return max(view.relative_error(-slope, "melt_rate"), abs(gained) / rate, rest)
 
 
 def boiling(view):
     """Evaporating drop: diameter^2 = 4 area / pi falls by K (the d^2 law); k = K."""
-    w = view.weights() * (view.y < Vaporization.plate) * (view.y > .5)
     smallest = view.smallest("diameter0") ** 2 - view.constant("rate")  # diameter^2 at the end
-    ok = usable_frames(view.is_found(w, np.pi / 4 * smallest))
-    (_, slope), rest = fit((1, view.t[ok]), 4 / np.pi * view.area(w)[ok])
-    return max(relative_error(-slope, view.constant("rate")), rest)
+    t, w = view.find(np.pi / 4 * smallest, (view.y < view.phenomenon.plate) & (view.y > .5))
+    slope, rest = line(t, 4 / np.pi * view.area(w))
+    return max(view.relative_error(-slope, "rate"), rest)
 
 
 def pressing(view):
     """Pressed block: ln width = c - p ln height, where p = 1 keeps the area and p = 0 keeps the
     width. The error is the larger one of |p - 1| and how far the speed of the height lies outside
     the world's range. The width is the median of the fuller rows."""
-    w = view.weights()
-    ok = usable_frames(view.is_found(w, view.smallest("width0") * view.smallest("height0")))
-    rows = w[ok].sum(2) * view.pixel  # (F, h)
+    t, w = view.find(view.smallest("width0") * view.smallest("height0"))
+    rows = w.sum(2) * view.pixel  # (F, h)
     width = np.array([np.median(row[row > row.max() / 2]) for row in rows])
-    height = view.area(w)[ok] / width
-    (_, speed), rest = fit((1, view.t[ok]), height)
-    (_, minus_p), _ = fit((1, np.log(height)), np.log(width))
-    return max(abs(minus_p + 1), beyond(-speed, view.spans["press_speed"]), rest)
+    height = view.area(w) / width
+    speed, rest = line(t, height)
+    minus_p, _ = line(np.log(height), np.log(width))
+    return max(abs(minus_p + 1), view.beyond(-speed, "press_speed"), rest)
 
 
-def _beam_directions(view, hit):
-    """Times, and the directions of the two halves of a beam that meet in `hit`: sums (F,) of |dx|
-    and |dy| of the half above, then of the half below."""
+def _beam_angles(view, upright):
+    """Times, and the angles (F,) of a beam before and after the point where it is turned: counted
+    from the upright direction, or else from the level one."""
     w = view.weights()
-    dx = view.x - hit[0]
-    dy = view.y - hit[1]
+    x, y = view.phenomenon.hit
+    dx = view.x - x
+    dy = view.y - y
     r = np.hypot(dx, dy)
+    beside, along = (dx, dy) if upright else (dy, dx)
     found = [view.is_found(w, .1 * .3)]
-    sums = []
+    angles = []
     for there in (dy < 0, dy > 0):
         # Nearer to the middle the halves overlap, and farther away is the lamp.
         half = w ** 2 * there * (r > .2) * (r < .36)
         found.append(view.area(half) > EVIDENCE * .1 * .1)
-        sums += [np.abs((half * d / r).sum((1, 2))) for d in (dx, dy)]
+        sums = [np.abs((half * d / r).sum((1, 2))) for d in (beside, along)]
+        angles.append(np.arctan2(*sums))
     ok = usable_frames(*found)
-    return view.t[ok], *(one[ok] for one in sums)
+    return view.t[ok], *(angle[ok] for angle in angles)
+
+
+def _sweep_error(view, t, angle):
+    """How far an angle is from an even sweep, at a speed in the world's range."""
+    omega, rest = line(t, angle)
+    return max(view.beyond(abs(omega), "omega"), rest)
 
 
 def mirror(view):
     """Reflected beam: the error is mean |out - in| / mean in, and both angles sweep evenly at a
     speed in the world's range."""
-    t, in_x, in_y, out_x, out_y = _beam_directions(view, Reflection.hit)
-    angle_in = np.arctan2(in_y, in_x)
-    angle_out = np.arctan2(out_y, out_x)
-    errors = [np.abs(angle_out - angle_in).mean() / angle_in.mean()]
-    for angle in (angle_in, angle_out):
-        (_, omega), rest = fit((1, t), angle)
-        errors += [beyond(abs(omega), view.spans["omega"]), rest]
-    return max(errors)
+    t, angle_in, angle_out = _beam_angles(view, upright=False)
+    error = np.abs(angle_out - angle_in).mean() / angle_in.mean()
+    return max(error, _sweep_error(view, t, angle_in), _sweep_error(view, t, angle_out))
 
 
 def refraction(view):
     """Refracted beam: n = slope of sin(in) over sin(out) through zero. The error is |n^ - n| /
     (n - 1), and the angle in sweeps evenly at a speed in the world's range."""
     n = view.constant("refractive_index")
-    t, in_x, in_y, out_x, out_y = _beam_directions(view, PHENOMENA["refraction"].hit)
-    angle_in = np.arctan2(in_x, in_y)
-    angle_out = np.arctan2(out_x, out_y)
+    t, angle_in, angle_out = _beam_angles(view, upright=True)
     (slope,), rest = fit((np.sin(angle_out),), np.sin(angle_in))
-    (_, omega), uneven = fit((1, t), angle_in)
-    return max(abs(slope - n) / (n - 1), beyond(abs(omega), view.spans["omega"]), rest, uneven)
+    return max(abs(slope - n) / (n - 1), rest, _sweep_error(view, t, angle_in))
 
 
 def blast(view):
     """Blast wave: radius^2 = a + c t; k = c. The radius is where the mean colour over a circle
     falls for the last time through half of its maximum, so that the wave may fade."""
-    w = view.weights()
-    ok = usable_frames(view.is_found(w, np.pi * view.smallest("radius0") ** 2))
+    t, w = view.find(np.pi * view.smallest("radius0") ** 2)
     # The mean colour over each ring of one pixel's width around the centre.
-    _, y = view.centre(w[ok].sum(0, keepdims=True))
+    y = view.height(w.sum(0, keepdims=True))
     r = np.hypot(view.x, view.y - y) / view.pixel  # (h, w)
     rings = np.arange(1, int(.32 / view.pixel))
     near = np.clip(1 - np.abs(r[..., None] - rings), 0, 1)  # (h, w, rings)
-    profile = np.einsum("fyx,yxr->fr", w[ok], near) / near.sum((0, 1))
+    profile = (np.einsum("fyx,yxr->fr", w, near) / near.sum((0, 1))).T  # (rings, F)
 
     # Between the last ring above half of the maximum and the next one, the profile is a line.
-    half = profile.max(1, keepdims=True) / 2
-    last = profile.shape[1] - 2 - (profile > half)[:, -2::-1].argmax(1)
-    frame = np.arange(len(profile))
-    above, below = profile[frame, last], profile[frame, last + 1]
-    step = np.clip((above - half[:, 0]) / (above - below + 1e-9), 0, 1)
+    half = profile.max(0) / 2
+    last = len(rings) - 2 - (profile > half)[-2::-1].argmax(0)
+    frame = np.arange(len(t))
+    above = profile[last, frame]
+    below = profile[last + 1, frame]
+    step = np.clip((above - half) / (above - below + 1e-9), 0, 1)
     radius = (rings[last] + step) * view.pixel
-    (_, slope), rest = fit((1, view.t[ok]), radius ** 2)
-    return max(relative_error(slope, view.constant("blast")), rest)
+    slope, rest = line(t, radius ** 2)
+    return max(view.relative_error(slope, "blast"), rest)
 
 
 LAWS = {  # in the order in which tables show them
@@ -391,13 +396,14 @@ def law_errors(videos, actors) -> dict:
 
     A law goes by its detector's name. Laws without a clip are left out.
     """
-    errors = {}
+    errors = {name: [] for name in LAWS}
     found = []
     for frames, actor in zip(videos, actors, strict=True):
         error, there = law_error(frames, actor)
-        errors.setdefault(actor.phenomenon, []).append(error)
+        errors[actor.phenomenon].append(error)
         found.append(there)
-    means = {LAWS[name].__name__: float(np.mean(errors[name])) for name in LAWS if name in errors}
+    errors = {LAWS[name].__name__: some for name, some in errors.items() if some}
+    means = {law: float(np.mean(some)) for law, some in errors.items()}
     se = math.sqrt(sum(np.var(e) / len(e) for e in errors.values())) / len(errors)
     mean = float(np.mean(list(means.values())))
     return {"found": float(np.mean(found)), "all": mean, **means, "se": se}

@@ -33,17 +33,17 @@ def test_flops_of_a_block(name):
     """Against the closed form, and a count of a real forward and of a real backward,
     which is exactly twice as much."""
     cfg = small(name)
-    _, call, leaves = bench.one_block(cfg, torch.float32)["ours"]
+    side = bench.one_block(cfg, torch.float32)["ours"]
     D, F, L, N = cfg.dim, cfg.ffn or 4 * cfg.dim, cfg.text_len, 2 * 4 * 6
     if cfg.lineage == "wan":
         forward = 2 * N * (6 * D**2 + 2 * D * F) + 2 * L * 2 * D**2 + 4 * N**2 * D + 4 * N * L * D
     else:
         forward = 2 * (L + N) * (4 * D**2 + 2 * D * F) + 4 * (L + N) ** 2 * D + 2 * 12 * D * cfg.time_dim
     with FlopCounterMode(display=False) as counter:
-        call()
+        side.call()
     assert counter.get_total_flops() == forward
     with FlopCounterMode(display=False) as counter:
-        bench.forward_backward(call, leaves)()
+        side.run()
     assert counter.get_total_flops() == cost.block_flops(cfg) == 3 * forward
 
 

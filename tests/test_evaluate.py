@@ -143,7 +143,8 @@ def test_generated_clips_are_judged_by_their_captions(tmp_path, monkeypatch):
     monkeypatch.setattr(world, "make_clip", make_clip)
     monkeypatch.setattr(sample, "generate", lambda model, prompts, **how: (
         (drawn[prompt], None) for prompt in prompts))
-    rows = evaluate.law_table(loaded, 4, n=1, seed=0, steps=2, guidance=1, precision="fp32")["rows"]
+    flags = evaluate.Flags(n=1, steps=2, guidance=1, batch=4, precision="fp32")
+    rows = evaluate.law_table(loaded, flags)["rows"]
     assert rows["generated"] == rows["simulator"] and rows["generated"]["found"] == 1
 
 
@@ -179,7 +180,8 @@ def test_exact_maps_score_one(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "occurrences", sights)
     for knows, hidden, expected in ((True, "", 1), (False, "", .5), (True, "liquid motion", 1)):
         indices[:] = again
-        table = evaluate.localisation_table(loaded, batch, clips, seed=0, ood="", precision="fp32")
+        flags = evaluate.Flags(clips=clips, batch=batch, precision="fp32")
+        table = evaluate.localisation_table(loaded, flags)
         assert set(table["rows"]["refinement maps"].values()) == {expected} and not indices
         assert set(table["rows"]["backbone's best attention"].values()) == {1}
         assert set(table["attention"].values()) == {"layer 1, head 0, share"}

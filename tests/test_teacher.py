@@ -105,9 +105,8 @@ def test_one_bad_clip_of_a_group_costs_itself_alone(tmp_path):
     def look(empty):
         return vlm_qwen.AnswerAttention("" if empty else "words", torch.rand(1, 1, 2, 2, 2), empty)
     store = common.store.Store.create(tmp_path / "out", vlm_maps.MAPS, {})
-    group = [(f"{i}.safetensors",
-              vlm_maps.VLMClip(f"clip {i}", None, 4.0, [0.0, 0.5], (8, 8), (0, 0, 8, 8), ["melting"]))
-             for i in range(4)]
+    group = [vlm_maps.VLMClip(f"clip {i}", None, 4.0, [0.0, 0.5], (8, 8), (0, 0, 8, 8), ["melting"],
+                              f"{i}.safetensors") for i in range(4)]
     asked = []
 
     class Fake(vlm_qwen.VLM):
@@ -126,10 +125,10 @@ def test_one_bad_clip_of_a_group_costs_itself_alone(tmp_path):
         def update(self, n):
             self.n += n
 
-    work, settings = teacher.Work(store, Bar()), vlm_qwen.Settings()
+    work, settings = teacher.Work(store, set(), [], Bar()), vlm_qwen.Settings()
     teacher.annotate(work, Fake(), settings, [group, group], 0)
     assert sorted(os.listdir(store.clips)) == ["0.safetensors", "2.safetensors", "3.safetensors"]
-    assert (work.tally.made, work.tally.empty, work.bar.n) == (3, 1, 8)
+    assert (work.made, work.tally["empty"], work.bar.n) == (3, 1, 8)
     skipped = [name.split(" (")[0] for name in work.skipped]
     assert skipped == ["clip 1", "clip 0", "clip 1", "clip 2", "clip 3"]
     assert asked[0] == [[settings.question_for("melting"), settings.background]] * 4
@@ -311,7 +310,7 @@ def test_benchmark_times_real_shapes_made_small(capsys):
                  vision_config=dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2,
                                     out_hidden_size=64))
     assert small["text_config"].keys() == vlm_speed.SEVEN_B["text_config"].keys()
-    vlm_speed.benchmark("cpu", torch.bfloat16, small, (4, 56, 84), words=3)
+    vlm_speed.print_times(vlm_speed.random_vlm("cpu", small), (4, 56, 84), words=3)
     said = capsys.readouterr().out
     rows = re.findall(r"\| (all at once|one by one) \| ([\d.]+) \| - \| ([\d.]+) \|", said)
     assert [name for name, *_ in rows] == ["all at once", "one by one"]

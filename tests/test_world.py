@@ -175,8 +175,9 @@ def test_preview_is_a_gif_of_everything(tmp_path, capsys):
     path = tmp_path / "preview.gif"
     world.main(["--preview", str(path), "--frames", "4", "--size", "16"])
     frames = iio.imread(path)
-    assert frames.shape == world.preview(0, 16, 4).shape and len(list(tmp_path.iterdir())) == 1
-    assert np.abs(frames.astype(int) - world.preview(0, 16, 4)).mean() < 4  # 256 colours a frame
+    shown = world.preview(world.Flags(size=16, frames=4))
+    assert frames.shape == shown.shape and len(list(tmp_path.iterdir())) == 1
+    assert np.abs(frames.astype(int) - shown).mean() < 4  # 256 colours a frame
     info = iio.immeta(path, plugin="pillow")
     assert (info["duration"], info["loop"]) == (500, 0)  # one second takes two, again and again
 

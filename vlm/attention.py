@@ -10,6 +10,7 @@ Letters: Q questions, R tokens of question and answer, P of the prefix before th
 d width of a head.
 """
 import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -60,23 +61,15 @@ def library_changed(what: str) -> UserError:
                      "those that were tested.")
 
 
+@dataclass
 class RowMaps:
     """Watches one pass over question and answer, and keeps where some of its rows look."""
-
-    def __init__(self, rows: list[list[list[int]]], video_at: Tensor, prefix: int,
-                 layers: list[int], heads: list[int] | None = None):
-        """rows: of each question, of each kind of rows, counted from the end of the prefix.
-
-        video_at (N,): places of the video's tokens in the prefix, which is `prefix` tokens long.
-        heads: these heads of every layer instead of all of them, for tests and experiments.
-        """
-        self.rows = rows
-        self.video_at = video_at
-        self.prefix = prefix
-        self.layers = layers
-        self.heads = heads
-        self.layer = 0  # the library calls once a layer, the first layer first
-        self.maps: dict[int, Tensor] = {}  # {layer: (Q, kinds, N)}
+    rows: list[list[list[int]]]  # of each question, of each kind, counted from the prefix's end
+    video_at: Tensor  # (N,) places of the video's tokens in the prefix
+    prefix: int  # tokens of the prefix
+    layers: list[int]  # to watch
+    layer: int = 0  # that comes next: the library calls once a layer, the first layer first
+    maps: list[Tensor] = field(default_factory=list)  # (Q, kinds, N) of each watched layer
 
     def __call__(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float,
                  output: Tensor) -> Tensor:
@@ -87,7 +80,7 @@ class RowMaps:
             raise library_changed("drops the attention mask of a registered attention function")
         if self.layer in self.layers:
             maps = [self.maps_of(*question, scaling) for question in zip(self.rows, query, key)]
-            self.maps[self.layer] = torch.stack(maps)
+            self.maps.append(torch.stack(maps))
         self.layer += 1
         return output
 
@@ -99,8 +92,6 @@ class RowMaps:
         wanted = sorted({row for kind in rows for row in kind})
         q = query[:, wanted].float().unflatten(0, (len(key), -1))  # (groups, heads of one, rows, d)
         score = torch.einsum("ghrd,gsd->ghrs", q, key.float()).flatten(0, 1)  # (heads, rows, P + R)
-        if self.heads is not None:
-            score = score[self.heads]
         score = score * scaling
 
         # Causal: row r of the question stands at place P + r.

@@ -1,6 +1,6 @@
 """Map files: where a VLM looked, as it is stored, and how a clip finds its own tokens in it.
 
-    video --clip_for_vlm--> VLMClip --VLM--> answers and attention --write_map--> MapFolder on disk
+    video --clip_for_vlm--> VLMClip --VLM--> answers and attention --map_file--> a file on disk
     clip of any size --Maps.on_tokens--> attention maps on the tokens of that clip
 
 A file holds maps (R, t, h, w) of R phenomena and background (t, h, w), float16 densities (uniform
@@ -12,6 +12,7 @@ Letters: R phenomena with a map, t h w a VLM's grid, s y x a clip's own grid, N 
 """
 import math
 import re
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -47,6 +48,7 @@ class VLMClip:
     size: tuple[int, int]  # height and width of the upright file
     crop: tuple[float, float, float, float]  # left, top, right, bottom in its pixels
     names: list[str]  # phenomena to ask for
+    file: str = ""  # of its maps
 
 
 def aligned_frames(n: int) -> np.ndarray:
@@ -73,48 +75,41 @@ def row_middles(frames: np.ndarray, merged: int) -> np.ndarray:
     return padded.reshape(-1, merged).mean(1)
 
 
-def frames_for_vlm(n: int, fps: float, merged: int, uniform: int = 0) -> tuple[np.ndarray, float]:
-    """Which of n frames the VLM is shown, and how many a second these are.
-
-    Those that latents stand for, or, with `uniform`, that many, evenly spread. Raises VLMError.
-    """
+def clip_for_vlm(window: Window, source: str, names: list[str], fps: float, merged: int,
+                 uniform: int = 0, file: str = "") -> VLMClip:
+    """What of a window the VLM is shown: the frames that latents stand for, or, with `uniform`,
+    that many, evenly spread. Raises VLMError."""
+    n = len(window.video)
     if uniform:
-        return uniform_frames(n, uniform), uniform * fps / n
-    frames = aligned_frames(n)
-    if merged != 2:
+        frames = uniform_frames(n, uniform)
+        rate = uniform * fps / n
+    elif merged == 2:
+        frames = aligned_frames(n)
+        rate = fps / 2  # pairs, four frames apart
+    else:
         raise VLMError(f"Time axes do not fit: this VLM merges {merged} frames, aligned sampling "
                        "makes pairs; give --sample N.")
-    return frames, fps / 2  # pairs, four frames apart
-
-
-def clip_for_vlm(window: Window, source: str, names: list[str], fps: float, merged: int,
-                 uniform: int = 0) -> VLMClip:
-    """What of a window the VLM is shown. Raises VLMError."""
-    frames, rate = frames_for_vlm(len(window.video), fps, merged, uniform)
     times = window.start + row_middles(frames, merged) / fps
     return VLMClip(source, window.video[frames], rate, times.tolist(), window.size, window.crop,
-                   names)
-
-
-def full_frame(path: Path, vlm: VLM, most: int) -> tuple[int, int]:
-    """Height and width at which the VLM sees a video, uncropped but for the rest of a patch."""
-    with av.open(str(path)) as container:
-        return vlm.size_for(*upright_size(next(container.decode(video=0))), most)
+                   names, file)
 
 
 def windows_for_vlm(path: Path, vlm: VLM, frames: int, fps: float, most_windows: int,
                     most_pixels: int) -> list[Window]:
     """The windows of a video at the VLM's size; of a short one the most frames 1 + 4 m that it has.
 
-    Raises ValueError with the reason when there are none, or what the decoder raises.
+    A frame is not cropped, but for the rest of a patch. Raises ValueError with the reason when
+    there are no windows, or what the decoder raises.
     """
     times, end = timeline(path)
     has = math.ceil((end - times[0] - TOLERANCE) * fps)
     frames = min(frames, 1 + 4 * ((has - 1) // 4))
     if frames < 5:
         raise ValueError(f"too short, {end - times[0]:.2g} s")
-    height, width = full_frame(path, vlm, most_pixels)
-    return windows_of(path, Cut(frames, fps, most_windows, height, width))
+    with av.open(str(path)) as container:
+        size = upright_size(next(container.decode(video=0)))
+    return windows_of(path, Cut(frames, fps, most_windows,
+                                *vlm.pictures.size_for(*size, most_pixels)))
 
 
 # --- writing ------------------------------------------------------------------------------------
@@ -126,7 +121,7 @@ class MapRow(NamedTuple):
     end: float
 
 
-MAPS = Kind("maps.json", "teacher.py", "map", MapRow)
+MAPS = Kind("maps.json", "teacher.py", MapRow)
 
 
 def map_row(store: Store, file: str, video: str) -> MapRow:
@@ -138,24 +133,16 @@ def map_row(store: Store, file: str, video: str) -> MapRow:
     return MapRow(file, video, times[0], times[-1])
 
 
-@dataclass
-class Tally:
-    """What a summary says at the end."""
-    made: int = 0
-    denied: int = 0  # answers that say it is not there
-    empty: int = 0
-    little: int = 0  # maps with hardly any attention on the video
-    alike: int = 0  # maps that are nearly the background's
+COUNTED = {  # by map_answers, for the summary
+    "denied": "answers deny the phenomenon, so that their maps are left out",
+    "empty": "answers hold nothing but special tokens, likewise",
+    "little": f"maps have under {LITTLE:.0%} of the attention on the video (a broken prompt?)",
+    "alike": f"maps are nearly the background's (cosine above {ALIKE})"}
 
-    def __str__(self) -> str:
-        said = {
-            "denied": "answers deny the phenomenon, so that their maps are left out",
-            "empty": "answers hold nothing but special tokens, likewise",
-            "little": f"maps have under {LITTLE:.0%} of the attention on the video "
-                      "(a broken prompt?)",
-            "alike": f"maps are nearly the background's (cosine above {ALIKE})"}
-        counts = {name: getattr(self, name) for name in said}
-        return "".join(f"; {counts[name]} {what}" for name, what in said.items() if counts[name])
+
+def counted(tally: Counter) -> str:
+    """What a summary says of the answers that were read."""
+    return "".join(f"; {tally[name]} {what}" for name, what in COUNTED.items() if tally[name])
 
 
 class Answer(NamedTuple):
@@ -166,10 +153,11 @@ class Answer(NamedTuple):
 
 
 def map_answers(clip: VLMClip, looks: list[AnswerAttention], settings: Settings,
-                tally: Tally) -> list[Answer]:
+                tally: Counter) -> list[Answer]:
     """The answers that found their phenomenon, and behind them the one to the background question.
 
-    looks: of each of clip.names, then of the background. Raises VLMError where that one is empty.
+    looks: of each of clip.names, then of the background. tally: counts the names of COUNTED. Raises
+    VLMError where the background's answer is empty.
     """
     *looks, background = looks
     if background.empty:
@@ -178,61 +166,63 @@ def map_answers(clip: VLMClip, looks: list[AnswerAttention], settings: Settings,
     kept = []
     for name, look in zip(clip.names, looks):
         denied = bool(DENIAL.search(look.answer))
-        tally.empty += look.empty
-        tally.denied += denied
+        tally["empty"] += look.empty
+        tally["denied"] += denied
         if look.empty or denied:
             continue
         density = look.density(sinks=settings.sinks)
         cosine = F.cosine_similarity(density.flatten(), behind.flatten(), dim=0).item()
-        tally.little += bool((look.mass() < LITTLE).all())
-        tally.alike += cosine > ALIKE
+        tally["little"] += bool((look.mass() < LITTLE).all())
+        tally["alike"] += cosine > ALIKE
         kept.append(Answer(name, look.answer, density))
     return [*kept, Answer("background", background.answer, behind)]
 
 
-def write_map(store: Store, file: str, clip: VLMClip, answers: list[Answer]) -> None:
-    """One clip's maps, the background's last. Raises OSError."""
+def map_file(clip: VLMClip, answers: list[Answer]) -> tuple[dict[str, Tensor], dict]:
+    """What the file of a clip holds: tensors, and what is said of them. answers: the background's
+    last."""
     *found, background = answers
-    maps = torch.zeros(0, *background.density.shape)
-    if found:
-        maps = torch.stack([answer.density for answer in found])  # (R, t, h, w)
-    tensors = {"maps": maps.half(), "background": background.density.half()}
+    maps = torch.stack([answer.density for answer in answers]).half()  # (R + 1, t, h, w)
+    tensors = {"maps": maps[:-1], "background": maps[-1]}
     about = {"file": clip.source, "times": clip.times, "size": clip.size, "crop": clip.crop,
              "categories": [CATEGORIES.index(answer.name) for answer in found],
              "answers": {answer.name: answer.text for answer in found},
              "background": background.text}
-    store.write(store.clips / file, tensors, about)
+    return tensors, about
 
 
 # --- reading: onto the tokens of a clip ---------------------------------------------------------
-def axis_weights(have: np.ndarray, want: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def axis_weights(have: np.ndarray, want: np.ndarray) -> np.ndarray:
     """How values of n cells, whose n + 1 edges are `have`, come to m cells with the edges `want`.
 
     -> weights (m, n): the average over a wanted cell's area, or, where the wanted cells are finer,
-    linear interpolation between middles; and seen (m,) bool: lies a wanted cell's middle inside?
+    linear interpolation between middles; NaN for a wanted cell whose middle lies outside.
     """
     middles = (have[1:] + have[:-1]) / 2
     wanted_middles = (want[1:] + want[:-1]) / 2
-    seen = (wanted_middles >= have[0]) & (wanted_middles <= have[-1])
     if want[1] - want[0] < have[1] - have[0]:
-        return interpolation(middles, wanted_middles), seen
-    right = np.minimum(want[1:, None], have[None, 1:])
-    left = np.maximum(want[:-1, None], have[None, :-1])
-    overlap = (right - left).clip(min=0)  # (m, n)
-    return overlap / overlap.sum(1, keepdims=True).clip(min=1e-9), seen
+        weights = interpolation(middles, wanted_middles)
+    else:
+        right = np.minimum(want[1:, None], have[1:])
+        left = np.maximum(want[:-1, None], have[:-1])
+        overlap = (right - left).clip(min=0)  # (m, n)
+        weights = overlap / overlap.sum(1, keepdims=True).clip(min=1e-9)
+    weights[(wanted_middles < have[0]) | (wanted_middles > have[-1])] = math.nan
+    return weights
 
 
-def time_weights(have: np.ndarray, want: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def time_weights(have: np.ndarray, want: np.ndarray) -> np.ndarray:
     """How values at the n rising times of a map come to the m times of tokens.
 
-    -> weights (m, n) of linear interpolation; and seen (m,) bool: lies a token at most half a step
-    of the map outside?
+    -> weights (m, n) of linear interpolation; NaN for a token that is more than half a step of the
+    map outside.
     """
-    before = after = math.inf  # a map of one moment stands for all of the video
-    if len(have) > 1:
+    weights = interpolation(have, want)
+    if len(have) > 1:  # a map of one moment stands for all of the video
         before, after = (np.diff(have) / 2)[[0, -1]]
-    seen = (want >= have[0] - before - TOLERANCE) & (want <= have[-1] + after + TOLERANCE)
-    return interpolation(have, want), seen
+        outside = (want < have[0] - before - TOLERANCE) | (want > have[-1] + after + TOLERANCE)
+        weights[outside] = math.nan
+    return weights
 
 
 def interpolation(have: np.ndarray, want: np.ndarray) -> np.ndarray:
@@ -240,12 +230,23 @@ def interpolation(have: np.ndarray, want: np.ndarray) -> np.ndarray:
     return np.stack([np.interp(want, have, one) for one in np.eye(len(have))], axis=1)
 
 
-def weigh(maps: Tensor, time: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Maps (R, t, h, w) -> (R, s, y, x), one axis after the other, by weights (s, t), (y, h) and
-    (x, w)."""
-    maps = torch.einsum("rthw,st->rshw", maps, time)
-    maps = torch.einsum("rshw,yh->rsyw", maps, rows)
-    return torch.einsum("rsyw,xw->rsyx", maps, columns)
+def regrid(maps: Tensor, times: np.ndarray, box: tuple, new_times: np.ndarray, new_box: tuple,
+           size: tuple[int, int]) -> Tensor:
+    """Maps (R, t, h, w), at these times on the rectangle `box` (left, top, right, bottom), ->
+    (R, s, y, x) at the new times on the new box, whose size is (y, x). NaN where the old ones do
+    not reach."""
+    h, w = maps.shape[2:]
+    y, x = size
+    x0, y0, x1, y1 = box
+    left, top, right, bottom = new_box
+    weights = {"rthw,st->rshw": time_weights(times, new_times),
+               "rshw,yh->rsyw": axis_weights(np.linspace(y0, y1, h + 1),
+                                             np.linspace(top, bottom, y + 1)),
+               "rsyw,xw->rsyx": axis_weights(np.linspace(x0, x1, w + 1),
+                                             np.linspace(left, right, x + 1))}
+    for letters, one in weights.items():  # one axis after the other
+        maps = torch.einsum(letters, maps, torch.from_numpy(one).to(maps))
+    return maps
 
 
 class Maps:
@@ -257,9 +258,9 @@ class Maps:
         self.folder = self.store.folder
         if not self.store.rows:
             raise UserError(f"There is no map in {folder}: teacher.py made none.")
-        self.of: dict[str, list] = {}  # {video: (start, end, file) of each of its maps}
-        for row in self.store.rows:
-            self.of.setdefault(row.video, []).append((row.start, row.end, row.file))
+        self.of = defaultdict(list)  # {video: (start, end, file) of each of its maps}
+        for file, video, start, end in self.store.rows:
+            self.of[video].append((start, end, file))
         # The key is of the settings and of what is there.
         self.key = digest([self.store.key, sorted(self.of.items())])
 
@@ -283,36 +284,21 @@ class Maps:
         seconds from its start. NaN outside of what the teacher saw, and for categories that it was
         not asked for. Raises UserError for a stale map.
         """
-        video, start, _, (left, top, right, bottom) = source
+        video, start, _, crop = source
         when = start + times
         overlaps = self.overlaps(video, when)
         found = self.store.read(max(overlaps)[1]) if overlaps else None  # most seconds in common
         if found is None:
             return None
         tensors, about = found
-        maps = torch.cat([tensors["maps"], tensors["background"][None]])
-        maps = maps.double()  # (R + 1, t, h, w)
+        maps = torch.cat([tensors["maps"], tensors["background"][None]])  # (R + 1, t, h, w)
+        maps = regrid(maps.double(), np.asarray(about["times"]), about["crop"], when, crop,
+                      grid[1:])
+        maps = maps.flatten(1).T.float()  # (N, R + 1)
 
-        # Weights from the map's cells to the clip's tokens, along time, height and width.
-        _, _, h, w = maps.shape
-        _, y, x = grid
-        x0, y0, x1, y1 = about["crop"]
-        axes = [time_weights(np.asarray(about["times"]), when),
-                axis_weights(np.linspace(y0, y1, h + 1), np.linspace(top, bottom, y + 1)),
-                axis_weights(np.linspace(x0, x1, w + 1), np.linspace(left, right, x + 1))]
-        maps = weigh(maps, *(torch.from_numpy(weights) for weights, _ in axes))  # (R + 1, s, y, x)
-
-        # A token is seen when it is along all three axes.
-        in_time, in_height, in_width = (torch.from_numpy(seen) for _, seen in axes)
-        seen = in_time[:, None, None] & in_height[:, None] & in_width  # (s, y, x)
-        maps[:, ~seen] = math.nan
-        *maps, background = maps.flatten(1).float()  # R + 1 times (N,)
-
-        on_tokens = torch.full((len(background), n_categories), math.nan)
-        for category, values in zip(about["categories"], maps):
-            if category < n_categories:
-                on_tokens[:, category] = values
-        return on_tokens, background
+        on_tokens = torch.full((len(maps), n_categories), math.nan)
+        on_tokens[:, about["categories"]] = maps[:, :-1]
+        return on_tokens, maps[:, -1]
 
 
 def world_maps(cfg: Config, pool: Pool, name: str) -> Path:

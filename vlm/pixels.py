@@ -18,23 +18,17 @@ CLIP_MEAN = [.48145466, .4578275, .40821073]  # what a folder that says nothing 
 CLIP_STD = [.26862954, .26130258, .27577711]
 
 
-def check_video(video, least_frames: int) -> np.ndarray:
-    """A video as uint8 (F, H, W, 3); floats must lie in [0, 1]. Raises VLMError."""
-    video = np.asarray(video)
+def check_videos(videos: np.ndarray, least_frames: int) -> None:
+    """Raises VLMError unless these are videos (B, F, H, W, 3) uint8 of enough frames."""
+    video = videos[0]
     if video.ndim != 4 or video.shape[-1] != 3:
         raise VLMError("A video must be 4-dimensional, (frames, height, width, 3); got shape "
                        f"{video.shape}.")
     if len(video) < least_frames:
         raise VLMError(f"This video has {len(video)} frame(s) but the model merges {least_frames} "
                        f"frames into one token: give at least {least_frames}.")
-    if video.dtype == np.uint8:
-        return video
-    low = float(video.min())
-    high = float(video.max())
-    if not (0 <= low and high <= 1):
-        raise VLMError(f"Float frames must lie in [0, 1]; got [{low:.2f}, {high:.2f}] (a VAE input "
-                       "in [-1, 1]? use (x + 1) / 2).")
-    return (video * 255).round().astype(np.uint8)
+    if video.dtype != np.uint8:
+        raise VLMError(f"Frames must be bytes (uint8), from 0 to 255; got {video.dtype}.")
 
 
 @dataclass(frozen=True)
@@ -81,13 +75,14 @@ class Pictures:
             h, w = (math.ceil(side * grow / unit) * unit for side in (height, width))
         return h, w
 
-    def patches(self, videos, device) -> tuple[Tensor, tuple[int, int, int]]:
-        """videos (B, F, H, W, 3) of one shape -> pixel values (B t h w, 3 m p p) in the order in
-        which the model wants them, and the grid (t, h, w) of patches of one video.
+    def patches(self, videos, device="cpu") -> tuple[Tensor, tuple[int, int, int]]:
+        """videos (B, F, H, W, 3) uint8 of one shape -> pixel values (B t h w, 3 m p p) in the order
+        in which the model wants them, and the grid (t, h, w) of patches of one video.
 
         An odd last frame is repeated. Raises VLMError.
         """
-        videos = np.stack([check_video(video, self.temporal_patch) for video in videos])
+        videos = np.stack(videos)
+        check_videos(videos, self.temporal_patch)
         B, frames, H, W = videos.shape[:4]
         x = torch.from_numpy(videos).to(device).permute(0, 1, 4, 2, 3)  # (B, F, 3, H, W)
 
@@ -106,8 +101,7 @@ class Pictures:
 
         # Cut. The s x s patches of a token follow each other, and so do the tokens of a row.
         m, s, p = self.temporal_patch, self.merge, self.patch
-        t = x.shape[1] // m
-        h, w = height // (p * s), width // (p * s)
-        x = x.reshape(B, t, m, 3, h, s, p, w, s, p)
+        x = x.reshape(B, -1, m, 3, height // (p * s), s, p, width // (p * s), s, p)
         x = x.permute(0, 1, 4, 7, 5, 8, 3, 2, 6, 9)  # (B, t, h, w, s, s, 3, m, p, p)
-        return x.reshape(B * t * h * s * w * s, 3 * m * p * p), (t, h * s, w * s)
+        _, t, h, w = x.shape[:4]  # of whole tokens
+        return x.flatten(6).flatten(0, 5), (t, h * s, w * s)

@@ -17,8 +17,8 @@ import contextlib
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from common.files import read_json
 from common.libraries import fingerprint, library, library_error_as_sentence, load
@@ -45,7 +46,7 @@ class PrefilledVideos:
     ids: list[int]  # tokens of these prompts, the same for all
     grid: tuple[int, int, int]  # t h w of the video's tokens, after merging
     video_at: Tensor  # (N,) their places among `ids`: Qwen3-VL has time stamps between frames
-    fps: float  # of the frames
+    positions: Tensor  # (3, 1, P) of these tokens, along time, height and width
 
 
 @dataclass
@@ -92,19 +93,19 @@ class VLM:
         self.core = model.base_model  # without the logits of every token over 150,000 words
         self.tokenizer = tokenizer
         self.device = model.device
-        self.config = model.config
-        text = model.config.get_text_config()
+        self.config = config = model.config
+        text = config.get_text_config()
         self.n_layers = text.num_hidden_layers
         kinds = set(getattr(text, "layer_types", None) or [FULL])
         if kinds != {FULL} or not hasattr(self.core, "get_rope_index"):
-            raise VLMError(f"{folder} is of {model.config.model_type!r}, whose layers are "
+            raise VLMError(f"{folder} is of {config.model_type!r}, whose layers are "
                            f"{', '.join(sorted(kinds))} or whose positions are not along time, "
                            "height and width: its maps would be wrong.")
         register_attention()
         model.set_attn_implementation({"text_config": ATTENTION})
 
         # Tokens with a meaning of their own.
-        self.video_id = model.config.video_token_id  # stands for one token of the video
+        self.video_id = config.video_token_id  # stands for one token of the video
         theirs = tokenizer.convert_tokens_to_ids("<|video_pad|>")
         if theirs != self.video_id:
             raise VLMError("Tokenizer and model disagree on the ids of <|video_pad|> "
@@ -115,9 +116,9 @@ class VLM:
         self.end_ids = {*ends, tokenizer.eos_token_id} - {None}  # any of them ends an answer
 
         # How videos and questions become a prompt.
-        self.pictures = Pictures.read(model.config.vision_config, folder)
+        self.pictures = Pictures.read(config.vision_config, folder)
         self.template = chat_template(tokenizer, folder)
-        self.time_stamps = model.config.model_type.startswith("qwen3_vl")
+        self.time_stamps = config.model_type.startswith("qwen3_vl")
 
     @classmethod
     def from_folder(cls, folder, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "VLM":
@@ -130,7 +131,7 @@ class VLM:
         with library_error_as_sentence(folder):
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 str(folder), local_files_only=True)
-        return cls(model.to(device).eval(), tokenizer, folder)
+        return cls(model.to(device), tokenizer, folder)
 
     def settings(self, **given) -> Settings:
         """The defaults, then the folder's teacher.json, then what is given and not None. Raises
@@ -151,15 +152,7 @@ class VLM:
                 **asked,
                 "heads": ""}  # all of them; older versions could choose
 
-    # --- pixels and words
-    def size_for(self, height: int, width: int, most: int = 0) -> tuple[int, int]:
-        """As Pictures.size_for."""
-        return self.pictures.size_for(height, width, most)
-
-    def patches(self, videos) -> tuple[Tensor, tuple[int, int, int]]:
-        """As Pictures.patches, on the model's device."""
-        return self.pictures.patches(videos, self.device)
-
+    # --- words and their positions
     def prompt(self, question: str, grid: tuple[int, int, int], fps: float
                ) -> tuple[list[int], list[int]]:
         """Token ids up to the end of the video, and from the question on. Raises VLMError.
@@ -202,7 +195,6 @@ class VLM:
         frames for 24 a second.
         """
         is_video = torch.tensor([ids]) == self.video_id
-        is_video &= is_video.cumsum(1) <= math.prod(grid)  # one more, in an answer, is a word
         s = self.pictures.merge
         patches = torch.tensor([[grid[0], grid[1] * s, grid[2] * s]])
         seconds = torch.tensor([self.pictures.temporal_patch / fps])
@@ -228,23 +220,22 @@ class VLM:
     # --- the three passes
     @torch.no_grad()
     def prefill(self, videos, fps: float) -> PrefilledVideos:
-        """videos (B, F, H, W, 3) of one shape, uint8 or float in [0, 1]; fps: of these frames.
-        Raises VLMError."""
-        pixels, (t, h, w) = self.patches(videos)
+        """videos (B, F, H, W, 3) uint8 of one shape; fps: of these frames. Raises VLMError."""
+        pixels, (t, h, w) = self.pictures.patches(videos, self.device)
         grid = (t, h // self.pictures.merge, w // self.pictures.merge)
         ids, _ = self.prompt("?", grid, fps)
         positions = self.positions(ids, grid, fps).to(self.device)
-        tokens = torch.tensor([ids], device=self.device)
-        cache = library("transformers").DynamicCache(config=self.config.get_text_config())
         B = len(videos)
-        self.run(tokens.expand(B, -1), positions.expand(-1, B, -1), cache,
+        tokens = torch.tensor([ids] * B, device=self.device)
+        cache = library("transformers").DynamicCache(config=self.config.get_text_config())
+        self.run(tokens, positions.expand(-1, B, -1), cache,
                  pixel_values_videos=pixels.to(self.model.dtype),
-                 video_grid_thw=torch.tensor([[t, h, w]], device=self.device).expand(B, -1))
+                 video_grid_thw=torch.tensor([[t, h, w]] * B, device=self.device))
         if cache.get_seq_length() != len(ids):
             raise library_changed(f"left {cache.get_seq_length()} of {len(ids)} tokens in the "
                                   "cache it was given")
         video_at = (tokens[0] == self.video_id).nonzero()[:, 0]
-        return PrefilledVideos(cache, ids, grid, video_at, fps)
+        return PrefilledVideos(cache, ids, grid, video_at, positions)
 
     def fork(self, videos: PrefilledVideos, owners: list[int]):
         """A cache of its own for each of some questions; owners: the video of each."""
@@ -253,15 +244,12 @@ class VLM:
         return cache
 
     def padded(self, videos: PrefilledVideos, tails: list[list[int]]) -> tuple[Tensor, Tensor]:
-        """Token ids (Q, R) that follow the prefix, padded behind, and their positions (3, Q, R)."""
-        R = max(map(len, tails))
-        ids = torch.zeros(len(tails), R, dtype=torch.int64)
-        positions = torch.zeros(3, len(tails), R, dtype=torch.int64)
-        for row, tail in enumerate(tails):
-            whole = self.positions(videos.ids + tail, videos.grid, videos.fps)  # (3, 1, P + R)
-            ids[row, :len(tail)] = torch.tensor(tail)
-            positions[:, row, :len(tail)] = whole[:, 0, -len(tail):]
-        return ids.to(self.device), positions.to(self.device)
+        """Token ids (Q, R) that follow the prefix, padded behind, and their positions (3, Q, R),
+        which count on from the prefix's last one along all axes."""
+        ids = pad_sequence([torch.tensor(tail) for tail in tails], batch_first=True)
+        steps = torch.arange(1, ids.shape[1] + 1, device=self.device)
+        positions = (videos.positions[..., -1:] + steps).expand(3, *ids.shape)
+        return ids.to(self.device), positions
 
     @torch.no_grad()
     def answer(self, videos: PrefilledVideos, owners: list[int], suffixes: list[list[int]],
@@ -270,53 +258,48 @@ class VLM:
         cache = self.fork(videos, owners)
         ids, positions = self.padded(videos, suffixes)
         Q, R = ids.shape
-        length = torch.tensor([len(suffix) for suffix in suffixes], device=self.device)
+        rows = torch.arange(Q, device=self.device)
+        end = torch.tensor([len(suffix) - 1 for suffix in suffixes], device=self.device)
 
         # The answer follows behind the padding, so the padding must be masked. The positions of the
         # padding are never read.
-        in_prefix = torch.ones(Q, len(videos.ids), dtype=torch.int64, device=self.device)
-        in_question = (torch.arange(R, device=self.device) < length[:, None]).long()
-        mask = torch.cat([in_prefix, in_question], dim=1)
+        in_question = torch.arange(R, device=self.device) <= end[:, None]
+        mask = F.pad(in_question.long(), (len(videos.ids), 0), value=1)
         hidden = self.run(ids, positions, cache, mask)
-        last = hidden[torch.arange(Q, device=self.device), length - 1]  # (Q, D)
-        next_position = torch.stack([
-            self.positions(videos.ids + suffix, videos.grid, videos.fps).max() + 1
-            for suffix in suffixes]).to(self.device)
+        last = hidden[rows, end]  # (Q, D)
+        # As in `generate`, an answer counts on from the largest position, which may be one of the
+        # video's in time.
+        at = positions[:, rows, end, None].clamp(min=int(videos.positions.max()))  # (3, Q, 1)
 
         # Word by word, until all have ended. An answer that has ended goes on unread.
-        answers = [[] for _ in suffixes]
-        running = set(range(Q))
+        said = []  # of each step, a token a question
         for _ in range(words):
             token = self.model.get_output_embeddings()(last).argmax(-1)
-            running -= {row for row in running if token[row].item() in self.end_ids}
-            for row in running:
-                answers[row].append(token[row].item())
-            if not running:
+            said.append(token.tolist())
+            if all(self.end_ids.intersection(answer) for answer in zip(*said)):
                 break
             mask = F.pad(mask, (0, 1), value=1)
-            at = next_position.expand(3, 1, Q).transpose(1, 2)  # (3, Q, 1): the same on all axes
+            at = at + 1
             last = self.run(token[:, None], at, cache, mask)[:, 0]
-            next_position = next_position + 1
-        return answers
+        goes_on = lambda token: token not in self.end_ids
+        return [list(itertools.takewhile(goes_on, answer)) for answer in zip(*said)]
 
     @torch.no_grad()
     def attend(self, videos: PrefilledVideos, owners: list[int], suffixes: list[list[int]],
-               answers: list[list[int]], kinds: tuple[str, ...], layers: list[int],
-               heads: list[int] | None = None) -> Tensor:
+               answers: list[list[int]], kinds: tuple[str, ...], layers: list[int]) -> Tensor:
         """(Q, layers, kinds, t, h, w) float32: attention to the video from rows of question and
-        answer, averaged over these rows and over heads (None: all). Raises VLMError."""
+        answer, averaged over these rows and over heads. layers: rising. Raises VLMError."""
         tails = [suffix + answer for suffix, answer in zip(suffixes, answers)]
         ids, positions = self.padded(videos, tails)
         rows = [[self.rows_of(kind, suffix, answer) for kind in kinds]
                 for suffix, answer in zip(suffixes, answers)]
-        watcher = RowMaps(rows, videos.video_at, len(videos.ids), layers, heads)
+        watcher = RowMaps(rows, videos.video_at, len(videos.ids), layers)
         # No mask is needed: attention is causal, and only padding stands behind what is read.
         self.run(ids, positions, self.fork(videos, owners), watcher=watcher)
         if watcher.layer != self.n_layers:
             raise library_changed("called the registered attention function for "
                                   f"{watcher.layer} of {self.n_layers} layers")
-        maps = [watcher.maps[layer] for layer in layers]  # of each (Q, kinds, N)
-        return torch.stack(maps, dim=1).unflatten(-1, videos.grid)
+        return torch.stack(watcher.maps, dim=1).unflatten(-1, videos.grid)
 
     def rows_of(self, kind: str, suffix: list[int], answer: list[int]) -> list[int]:
         """The rows of one kind, counted from the end of the prefix.
@@ -332,37 +315,36 @@ class VLM:
     # --- all of it
     def ask(self, videos, fps: float, questions: list[list[str]], settings: Settings = Settings(),
             kinds: tuple[str, ...] = (), layers: list[int] | None = None, batch: int = 0,
-            answers: list[list[str]] | None = None, heads: list[int] | None = None
-            ) -> list[list[AnswerAttention]]:
+            answers: list[list[str]] | None = None) -> list[list[AnswerAttention]]:
         """Ask each of some videos (B, F, H, W, 3) its own questions, and see where answers look.
 
         fps: of these frames. kinds, layers: which to read; those of the settings if not given.
         batch: questions at once (0 = all); one by one gives the same to rounding. answers: one a
-        question, instead of the VLM's own (without them settings.answer, as it stands). heads: as
-        in RowMaps. Raises VLMError; Stopped when the memory is full.
+        question, instead of the VLM's own (without them settings.answer, as it stands). Raises
+        VLMError; Stopped when the memory is full.
         """
         kinds = kinds or (settings.rows,)
-        layers = layers_of(settings.layers, self.n_layers) if layers is None else layers
-        pairs = [(video, question) for video, asked in enumerate(questions) for question in asked]
-        given = sum(answers, []) if answers else [settings.answer] * len(pairs)
+        layers = layers or layers_of(settings.layers, self.n_layers)
+        given = answers or [[settings.answer] * len(asked) for asked in questions]
+        rows = [(video, *pair) for video in range(len(videos))
+                for pair in zip(questions[video], given[video])]
         found = [[] for _ in questions]
-        batch = batch or max(1, len(pairs))
-        shape = np.shape(videos[0]) if len(videos) else ()
-        with full_memory_as_sentence(self, len(videos), shape, batch):
+        batch = batch or len(rows)
+        with full_memory_as_sentence(self, videos, batch):
             prefilled = self.prefill(videos, fps)
-            for at in range(0, len(pairs), batch):
-                owners, asked = zip(*pairs[at:at + batch])
+            for at in range(0, len(rows), batch):
+                owners, asked, texts = zip(*rows[at:at + batch])
                 suffixes = [self.prompt(question, prefilled.grid, fps)[1] for question in asked]
 
                 # The answers: given, or the VLM's own.
-                if answers or settings.answer:
+                if all(texts):
                     said = [self.tokenizer(text, add_special_tokens=False).input_ids
-                            for text in given[at:at + batch]]
+                            for text in texts]
                 else:
                     said = self.answer(prefilled, owners, suffixes, settings.words)
 
                 # Where they look.
-                maps = self.attend(prefilled, owners, suffixes, said, kinds, layers, heads).cpu()
+                maps = self.attend(prefilled, owners, suffixes, said, kinds, layers).cpu()
                 for owner, answer, own_maps in zip(owners, said, maps):
                     text = self.tokenizer.decode(answer, skip_special_tokens=True)
                     empty = all(token in self.special_ids for token in answer)
@@ -412,18 +394,17 @@ def chat_template(tokenizer, folder: Path | None) -> str:
 
 
 @contextlib.contextmanager
-def full_memory_as_sentence(vlm: VLM, videos: int, shape: tuple, batch: int):
+def full_memory_as_sentence(vlm: VLM, videos, batch: int):
     """When the device's memory is full, say what is large and what helps. Raises Stopped."""
     try:
         yield
     except torch.OutOfMemoryError:
-        layers = vlm.config.text_config.num_hidden_layers
         weights = sum(p.nbytes for p in vlm.model.parameters()) / 2**30
         raise Stopped(
-            f"The device's memory is full: weights {weights:.1f} GiB, {videos} video(s) of "
-            f"{shape}, {batch} questions at once over {layers} layers. What helps, most first: "
-            "--batch 1 (each question keeps its own keys and values), fewer --pixels (smaller "
-            "frames), fewer --frames_shown, --dtype bf16, --answer \"{name}\" (no decoding), a "
-            "smaller VLM.") from None
+            f"The device's memory is full: weights {weights:.1f} GiB, {len(videos)} video(s) of "
+            f"{np.shape(videos[0])}, {batch} questions at once over {vlm.n_layers} layers. What "
+            "helps, most first: --batch 1 (each question keeps its own keys and values), fewer "
+            "--pixels (smaller frames), fewer --frames_shown, --dtype bf16, --answer \"{name}\" "
+            "(no decoding), a smaller VLM.") from None
 
 

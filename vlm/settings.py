@@ -1,6 +1,6 @@
 """What a VLM is asked, and which of its attention becomes a map. No torch."""
-import dataclasses
 import re
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,25 +65,20 @@ class Settings:
 
 
 def read_settings(folder: Path, n_layers: int, given: dict) -> Settings:
-    """The defaults, then the folder's teacher.json, then what is given and not None.
+    """The defaults, then the folder's teacher.json, then what is given and not None; what is given
+    under other names is passed over.
 
     n_layers: of the VLM. Raises UserError with the first broken rule.
     """
     path = folder / "teacher.json"
-    stored = read_json(path) if path.exists() else {}
-    types = {f.name: f.type for f in dataclasses.fields(Settings)}
-    odd = [name for name, value in stored.items() if type(value) is not types.get(name)]
+    found = read_json(path) if path.exists() else {}
+    types = typing.get_type_hints(Settings)
+    odd = [name for name, value in found.items() if type(value) is not types.get(name)]
     if odd:
         raise UserError(f"{path} has settings that are unknown or of another type: "
                         f"{join_some(sorted(odd))}.")
-    given = {name: value for name, value in given.items() if value is not None}
-    settings = Settings(**{**stored, **given})
-    check_settings(settings, n_layers)
-    return settings
-
-
-def check_settings(settings: Settings, n_layers: int) -> None:
-    """Raises UserError with the first broken rule."""
+    found |= {name: given[name] for name in types if given.get(name) is not None}
+    settings = Settings(**found)
     if settings.rows not in KINDS:
         raise UserError(f"--rows must be one of {', '.join(KINDS)}, not {settings.rows!r}.")
     try:
@@ -95,16 +90,15 @@ def check_settings(settings: Settings, n_layers: int) -> None:
     if not 0 < settings.sinks <= 1 or settings.words < 1:
         raise UserError("--sinks is a quantile above 0 and up to 1, and --words at least 1.")
     layers_of(settings.layers, n_layers)
+    return settings
 
 
 def layers_of(text: str, n: int) -> list[int]:
     """The layers that `Settings.layers` names, of n. Raises VLMError."""
     if not text:
         return list(range(n // 2, max(4 * n // 5, n // 2 + 1)))
-    found = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
-    if found:
-        first = int(found[1])
-        last = int(found[2] or first)
-        if first <= last < n:
-            return list(range(first, last + 1))
+    if re.fullmatch(r"\d+(-\d+)?", text):
+        ends = [int(end) for end in text.split("-")]
+        if ends[0] <= ends[-1] < n:
+            return list(range(ends[0], ends[-1] + 1))
     raise VLMError(f"--layers is first-last, from 0 to {n - 1} here, not {text!r}.")

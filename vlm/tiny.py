@@ -6,9 +6,9 @@ learns from words alone ("is there melting" - "yes"), never from a mask.
 Letters: B rows of a batch, N tokens of a clip, t h w their grid, P tokens of a prompt, S of a row.
 """
 import dataclasses
+import functools
 import json
 import re
-import shutil
 import time
 from pathlib import Path
 
@@ -16,10 +16,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import world
-from common.files import write_text
+from common.files import whole_folder, write_text
 from common.libraries import library
 from config import Config, Stopped, UserError, stream
 from physics import PHENOMENA
@@ -33,6 +34,9 @@ TINY_SETTINGS = {  # its teacher.json
     "question": "is there {name}", "background": "what is the background", "words": 4, "sinks": .93}
 KEPT = 24  # video tokens that a question may see in training
 GLIMPSES = 4  # draws of so many from each clip
+DROPPED = .3  # share of the heads of attention that training leaves out
+BATCH = 8  # clips a step of training
+LR = 5e-3  # its highest learning rate
 
 
 # --- the model ----------------------------------------------------------------------------------
@@ -84,7 +88,6 @@ def write_tiny(folder: Path, seed: int) -> None:
         text_config=text, vision_config=vision, tie_word_embeddings=True, **TOKEN_IDS))
     model.generation_config.eos_token_id = 1
 
-    folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     # Synthetic clips are dark: with the usual mean and spread all patches would look alike.
@@ -114,9 +117,9 @@ def lessons(clip: world.Clip, still: bool, rng: np.random.Generator) -> list[tup
         present = []
         alike = shown + alike
     asked = 3 * present + 2 * alike + [str(rng.choice(absent))]
-    answers = [("yes" if name in present else "no") for name in asked]
-    questions = [TINY_SETTINGS["question"].format(name=name) for name in asked]
-    return [(TINY_SETTINGS["background"], "nothing"), *zip(questions, answers)]
+    return [(TINY_SETTINGS["background"], "nothing"),
+            *((TINY_SETTINGS["question"].format(name=name), "yes" if name in present else "no")
+              for name in asked)]
 
 
 def draw_clip(cfg: Config, rng: np.random.Generator, **drawing) -> world.Clip:
@@ -143,7 +146,7 @@ def glimpses(vlm: VLM, clips: list[world.Clip], random: torch.Generator
     all of an object. The tokens of the tiny VLM know nothing of each other, so those that a
     question may not see need not be there at all, which makes a step cheap.
     """
-    pixels, grid = vlm.patches([clip.video for clip in clips])
+    pixels, grid = vlm.pictures.patches([clip.video for clip in clips])
     pixels = pixels.unflatten(0, (len(clips), -1))  # (B, N, C)
     drawn = torch.rand(len(clips), GLIMPSES, pixels.shape[1], generator=random).argsort(-1)
     drawn = drawn[..., :KEPT]  # (B, GLIMPSES, KEPT): numbers of tokens
@@ -154,7 +157,8 @@ def pack_questions(vlm: VLM, asked: list[list[tuple[str, str]]], grid: tuple[int
                    fps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All questions about a clip, and their answers, as one sequence behind the clip's tokens.
 
-    -> ids and labels (B, S), positions (3, B, S), mask (B, 1, S, S) of what each token sees.
+    -> ids and labels (B, S; label 0 = none), positions (3, B, S), mask (B, 1, S, S) of what each
+    token sees.
 
     An example: the questions "is there melting" and "is there collision" about a clip of 8 x 8
     tokens a frame. v is a video token, < and > mark where the video starts and ends, . is the token
@@ -176,40 +180,34 @@ def pack_questions(vlm: VLM, asked: list[list[tuple[str, str]]], grid: tuple[int
     # and so are their positions in time, the only ones that the tiny VLM looks at.
     whole, _ = vlm.prompt(TINY_SETTINGS["background"], grid, fps)
     whole_positions = vlm.positions(whole, grid, fps)  # (3, 1, n)
-    video_at = [i for i, token in enumerate(whole) if token == vlm.video_id]
-    kept = sorted(set(range(len(whole))) - set(video_at[KEPT:]))
-    prompt = torch.tensor(whole)[kept]
+    is_video = torch.tensor(whole) == vlm.video_id
+    kept = ~is_video | (is_video.cumsum(0) <= KEPT)  # (n,)
+    prompt = torch.tensor(whole)[kept]  # (P,)
     first = int(whole_positions.max()) + 1  # position of a question's first word
-    P = len(kept)
 
-    # Words to ids, each text once.
-    texts = {text for row in asked for pair in row for text in pair}
-    words = {text: vlm.tokenizer(text).input_ids for text in texts}
+    # Of each token its id, its label, its position and its part of the row: 1 is the prompt, which
+    # stands first, 2 the first question, and so on. Padding is part 0.
+    ids_of = functools.cache(lambda text: vlm.tokenizer(text).input_ids)  # each text once
     end = [vlm.tokenizer.eos_token_id]
-    rows = [[(words[question], words[answer] + end) for question, answer in row] for row in asked]
+    rows = []
+    for row in asked:
+        tokens = [(token, 0, 0, 1) for token in prompt.tolist()]
+        for part, (question, answer) in enumerate(row, start=2):
+            before = ids_of(question)
+            behind = ids_of(answer) + end
+            labels = [0] * (len(before) - 1) + behind + [0]
+            parts = [part] * len(labels)
+            tokens += zip(before + behind, labels, range(first, first + len(labels)), parts)
+        rows.append(torch.tensor(tokens))
+    ids, labels, text_positions, parts = pad_sequence(rows, batch_first=True).unbind(-1)  # (B, S)
+    positions = text_positions.repeat(3, 1, 1)
+    positions[:, :, :len(prompt)] = whole_positions[:, :, kept]
 
-    # The prompt stands first in every row. Padding sees itself, since a softmax needs something.
-    S = P + max(sum(len(question + answer) for question, answer in row) for row in rows)
-    ids = torch.zeros(len(rows), S, dtype=torch.int64)
-    ids[:, :P] = prompt
-    labels = torch.full_like(ids, -100)  # cross_entropy ignores this value
-    positions = F.pad(whole_positions[:, :, kept], (0, S - P)).repeat(1, len(rows), 1)
-    mask = torch.eye(S, dtype=torch.bool).repeat(len(rows), 1, 1)
-    mask[:, :P, :P] = torch.ones(P, P, dtype=torch.bool).tril()
-
-    # Then the questions, one behind the other.
-    for b, row in enumerate(rows):
-        start = P
-        for question, answer in row:
-            n = len(question + answer)
-            here = slice(start, start + n)
-            ids[b, here] = torch.tensor(question + answer)
-            labels[b, start + len(question) - 1:start + n - 1] = torch.tensor(answer)
-            positions[:, b, here] = first + torch.arange(n)
-            mask[b, here, :P] = True
-            mask[b, here, here] = torch.ones(n, n, dtype=torch.bool).tril()
-            start += n
-    return ids, labels, positions, mask[:, None]
+    # A token sees its own part, a question sees the prompt too, and nothing looks ahead. Padding
+    # sees padding, since a softmax needs something.
+    own = parts[:, :, None] == parts[:, None]
+    sees_prompt = (parts[:, :, None] > 1) & (parts[:, None] == 1)
+    return ids, labels, positions, (own | sees_prompt).tril()[:, None]
 
 
 # --- training -----------------------------------------------------------------------------------
@@ -232,31 +230,23 @@ def answer_loss(vlm: VLM, cfg: Config, n: int, rng: np.random.Generator, random:
     as_frames = torch.tensor([[kept, 1, 1]] * len(ids))  # as if each token were a frame of its own
     out = vlm.core(ids, mask, positions, use_cache=False, pixel_values_videos=pixels,
                    video_grid_thw=as_frames, watcher=watcher)
-    labelled = labels >= 0
+    labelled = labels > 0
     logits = vlm.model.get_output_embeddings()(out.last_hidden_state[labelled])
     return F.cross_entropy(logits, labels[labelled])
 
 
-class DropHeads:
+def drop_heads(random: torch.Generator, query, key, mask, scaling, output: Tensor) -> Tensor:
     """A watcher of attention that leaves whole heads out at random, so each learns to find
     everything.
 
     Without it some heads find nothing, rest on the background, and spoil the mean over heads.
     """
-
-    def __init__(self, share: float, random: torch.Generator):
-        self.share = share
-        self.random = random
-
-    def __call__(self, query: Tensor, key: Tensor, mask: Tensor | None, scaling: float,
-                 output: Tensor) -> Tensor:
-        B, S, heads, _ = output.shape
-        kept = torch.rand(B, S, heads, 1, generator=self.random) >= self.share
-        return output * kept / (1 - self.share)
+    B, S, heads, _ = output.shape
+    kept = torch.rand(B, S, heads, 1, generator=random) >= DROPPED
+    return output * kept / (1 - DROPPED)
 
 
-def train_tiny(vlm: VLM, cfg: Config, seed: int, minutes: float, steps: int = 0, batch: int = 8,
-               lr: float = 5e-3) -> None:
+def train_tiny(vlm: VLM, cfg: Config, minutes: float, steps: int = 0) -> None:
     """Train a tiny VLM for so many minutes, or so many steps, which a like machine repeats to the
     bit.
 
@@ -265,15 +255,14 @@ def train_tiny(vlm: VLM, cfg: Config, seed: int, minutes: float, steps: int = 0,
     object and not only its surest token.
     """
     model = vlm.model.train()
-    rng = stream(seed, "lessons")
-    random = torch.Generator().manual_seed(seed)
-    dropping = DropHeads(.3, random)
+    rng = stream(cfg.seed, "lessons")
+    random = torch.Generator().manual_seed(cfg.seed)
     words = model.get_input_embeddings().weight
     matrices = [p for p in model.parameters() if p.ndim == 2 and p is not words]
-    others = [p for p in model.parameters() if not any(p is m for m in matrices)]
+    others = [p for p in model.parameters() if p.ndim != 2 or p is words]
     optimizers = [
-        torch.optim.Muon(matrices, lr=lr, weight_decay=1.0, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=lr, betas=(.9, .98), weight_decay=.01)]
+        torch.optim.Muon(matrices, weight_decay=1.0, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, betas=(.9, .98), weight_decay=.01)]
 
     step = 0
     done = 0.0  # share of the training
@@ -281,12 +270,12 @@ def train_tiny(vlm: VLM, cfg: Config, seed: int, minutes: float, steps: int = 0,
     start = time.monotonic()
     with tqdm(total=100, desc="tiny VLM", unit="%") as bar:
         while done < 1:
-            loss = answer_loss(vlm, cfg, batch, rng, random, dropping)
+            loss = answer_loss(vlm, cfg, BATCH, rng, random, functools.partial(drop_heads, random))
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = lr * min(1, (step + 1) / 50, 2 * (1 - done))
+                    group["lr"] = LR * min(1, (step + 1) / 50, 2 * (1 - done))
                 optimizer.step()
                 optimizer.zero_grad()
             step += 1
@@ -297,20 +286,19 @@ def train_tiny(vlm: VLM, cfg: Config, seed: int, minutes: float, steps: int = 0,
     model.eval()
 
 
-def make_tiny(folder: Path, cfg: Config, seed: int, minutes: float, steps: int = 0) -> None:
+def make_tiny(folder: Path, cfg: Config, minutes: float, steps: int = 0) -> None:
     """Train a tiny VLM and write it to a folder, whole or not at all. Raises UserError, Stopped."""
     if not folder.name or folder.exists():
         raise UserError(f"{folder} is there already: `--annotate tiny_vlm` makes its maps; to "
                         "train another VLM give another --vlm, or delete it.")
-    part = folder.with_name(f"{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
     try:
-        write_tiny(part, seed)
-        vlm = VLM.from_folder(part)
-        vlm.model.requires_grad_(True)
-        train_tiny(vlm, cfg, seed, minutes, steps)
-        vlm.model.save_pretrained(part)
-        part.rename(folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with whole_folder(folder) as part:
+            write_tiny(part, cfg.seed)
+            vlm = VLM.from_folder(part)
+            vlm.model.requires_grad_(True)
+            train_tiny(vlm, cfg, minutes, steps)
+            vlm.model.save_pretrained(part)
     except OSError as e:
         reason = e.strerror or e
         raise Stopped(f"The tiny VLM could not be written to {folder}: {reason}.") from None

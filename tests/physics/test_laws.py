@@ -1,5 +1,6 @@
 """Detectors measure the laws of true clips and nothing else."""
 import dataclasses
+import types
 
 import numpy as np
 import pytest
@@ -92,8 +93,8 @@ def test_a_wrong_constant_of_nature_gives_its_relative_error(name, parameter, va
 def bent(**change):
     """A phenomenon's states with some replaced: name=function of all states."""
     def states(self, p, t):
-        true = type(self).states(self, p, t)
-        return true | {name: function(true) for name, function in change.items()}
+        true = vars(type(self).states(self, p, t))
+        return types.SimpleNamespace(**true | {name: function(true) for name, function in change.items()})
     return states
 
 
@@ -115,15 +116,15 @@ def test_a_broken_relation_gives_its_error(name, change, error, monkeypatch):
 
 
 @pytest.mark.parametrize("after, error", [
-    (lambda p, centre: (p["velocity"], p["velocity2"]), 1),  # through each other
+    (lambda p, centre: (p.velocity, p.velocity2), 1),  # through each other
     (lambda p, centre: (centre, centre), .5)])  # sticking together: momentum kept, energy not
 def test_pucks_must_exchange_their_motion(after, error, monkeypatch):
     honest = physics.phenomena.Collision.derive
 
     def derive(self, p, rng):
         honest(self, p, rng)
-        centre = (p["mass"] * p["velocity"] + p["mass2"] * p["velocity2"]) / (p["mass"] + p["mass2"])
-        p["velocity_after"], p["velocity2_after"] = after(p, centre)
+        centre = (p.mass * p.velocity + p.mass2 * p.velocity2) / (p.mass + p.mass2)
+        p.velocity_after, p.velocity2_after = after(p, centre)
     with monkeypatch.context() as patch:
         patch.setattr(physics.phenomena.Collision, "derive", derive)
         clips = draw("collision", size=(12, 64, 64))
@@ -136,11 +137,11 @@ def test_momentum_that_is_lost_is_measured(monkeypatch):
 
     def derive(self, p, rng):  # the second puck leaves as it should, the first stays where it was hit
         honest(self, p, rng)
-        p["velocity_after"] = 0.
-        m, m2 = p["mass"], p["mass2"]
-        u, u_after = p["velocity"] - p["velocity2"], -p["velocity2_after"]
-        change = abs(m * p["velocity"] + m2 * (p["velocity2"] - p["velocity2_after"]))
-        lost.append(max(change / (m * abs(p["velocity"]) + m2 * abs(p["velocity2"])),
+        p.velocity_after = 0.
+        m, m2 = p.mass, p.mass2
+        u, u_after = p.velocity - p.velocity2, -p.velocity2_after
+        change = abs(m * p.velocity + m2 * (p.velocity2 - p.velocity2_after))
+        lost.append(max(change / (m * abs(p.velocity) + m2 * abs(p.velocity2)),
                         abs(1 + u_after / u) / 2))
     with monkeypatch.context() as patch:
         patch.setattr(physics.phenomena.Collision, "derive", derive)

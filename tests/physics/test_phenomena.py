@@ -85,7 +85,7 @@ def test_what_is_conserved_and_how_light_goes(index):
     states = {name: alone(name, index)[1].states for name in physics.phenomena.PHENOMENA}
     soft, ice, smoke = states["deformation"], states["melting"], states["gas motion"]
     assert np.allclose(soft["height"] * soft["width"], soft["height"][0] * soft["width"][0])
-    water = ice["level"] * (2 * physics.phenomena.Melting.half - ice["side"])
+    water = ice["level"] * (physics.phenomena.Melting.tray - ice["side"])
     assert np.allclose(ice["side"] ** 2 + water, ice["side"][0] ** 2) and (ice["level"] < ice["side"]).all()
     assert np.allclose(smoke["peak"] * smoke["sigma"] ** 2, smoke["sigma"][0] ** 2)  # as much smoke as ever
     assert np.allclose(np.diff(smoke["position"][:, 1], 2), 0) and smoke["position"][-1, 1] < .5

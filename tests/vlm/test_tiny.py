@@ -88,7 +88,7 @@ def test_a_branch_sees_the_video_and_itself_and_no_other_branch(tiny):
     assert mask[0, 0, P:, :P].all() and not mask[1, 0, second, :P].any()
     # the row of the name predicts the answer, that of the answer the end; nothing else is learned
     want = {P + 2: "yes", P + 3: "<|end|>", P + 7: "no", P + 8: "<|end|>"}
-    assert {int(i): tiny.tokenizer.decode([int(labels[0, i])]) for i in (labels[0] >= 0).nonzero()} == want
+    assert {int(i): tiny.tokenizer.decode([int(labels[0, i])]) for i in (labels[0] > 0).nonzero()} == want
     # every token stands where it would stand behind the whole video, or attention would turn otherwise than
     # in use
     whole, _ = tiny.prompt("?", grid, 4)
@@ -108,7 +108,7 @@ def test_glimpses_are_different_tokens_of_their_own_clip_each_drawn_once(tiny, f
                                     torch.Generator().manual_seed(0))
     assert grid == (frames // 2, height // 4, height // 4)
     drawn = pixels.view(2, vlm_tiny.GLIMPSES, kept, -1)
-    for own, glimpses in zip(tiny.patches(videos)[0].chunk(2), drawn):
+    for own, glimpses in zip(tiny.pictures.patches(videos)[0].chunk(2), drawn):
         found = [[int((own == token).all(1).nonzero()) for token in glimpse] for glimpse in glimpses]
         assert all(len(set(glimpse)) == kept for glimpse in found)
         assert len(set(map(tuple, found))) == vlm_tiny.GLIMPSES
@@ -124,8 +124,7 @@ def test_other_sizes_and_worlds_are_taught_too(tiny, size):
 
 
 def test_a_dropped_head_says_nothing_and_the_others_make_up_for_it():
-    drop = vlm_tiny.DropHeads(.3, torch.Generator().manual_seed(0))
-    found = drop(None, None, None, 1.0, torch.ones(64, 8, 4, 3)).flatten(2)
+    found = vlm_tiny.drop_heads(torch.Generator().manual_seed(0), None, None, None, 1.0, torch.ones(64, 8, 4, 3)).flatten(2)
     heads = found.unflatten(-1, (4, 3))
     assert heads.unique().tolist() == pytest.approx([0, 1 / .7]) and (heads == heads[..., :1]).all()
     assert found.mean().item() == pytest.approx(1, abs=.06)
@@ -134,7 +133,7 @@ def test_a_dropped_head_says_nothing_and_the_others_make_up_for_it():
 def trained(folder, cfg, steps):
     vlm = vlm_qwen.VLM.from_folder(folder)
     vlm.model.requires_grad_(True)
-    vlm_tiny.train_tiny(vlm, cfg, seed=0, minutes=1, steps=steps)
+    vlm_tiny.train_tiny(vlm, cfg, minutes=1, steps=steps)
     return vlm
 
 
@@ -195,14 +194,14 @@ def test_layer_bands_cover_all_layers_and_name_the_default():
 def test_a_map_that_is_the_mask_wins_the_report_and_its_opposite_loses(tiny, monkeypatch):
     """The report's plumbing with a VLM that looks exactly where truth is,
     and one that looks everywhere else."""
-    clips = vlm_report.held_out_truths(CFG, 6)
+    clips = vlm_report.held_out_clips(CFG, 6)
     grid = (2, 8, 8)
 
     def looking(sign):
         def ask_about(videos, fps, names, settings, kinds=(), layers=None, batch=0):
-            clip = next(clip for clip in clips if clip[0].video is videos[0])
-            maps = [data.resample(torch.from_numpy(truth.mask).float(), grid) * sign + (sign < 0)
-                    for truth in clip] + [torch.full(grid, .5)]
+            clip = next(clip for clip in clips if clip.video is videos[0])
+            maps = [data.resample(torch.from_numpy(actor.mask).float(), grid) * sign + (sign < 0)
+                    for actor in clip.actors] + [torch.full(grid, .5)]
             return [[vlm_qwen.AnswerAttention("yes", m.expand(1, 3, *grid) / m.numel(), False)
                      for m in maps]]
         return ask_about
@@ -215,11 +214,11 @@ def test_a_map_that_is_the_mask_wins_the_report_and_its_opposite_loses(tiny, mon
 
 
 def test_the_report_counts_what_is_affirmed_and_is_not_there(tiny, monkeypatch):
-    clips = vlm_report.held_out_truths(CFG, 6)
+    clips = vlm_report.held_out_clips(CFG, 6)
     asked = []
 
     def ask_about(videos, fps, names, settings, **_):
-        here = {truth.name for clip in clips if clip[0].video is videos[0] for truth in clip}
+        here = {actor.phenomenon for clip in clips if clip.video is videos[0] for actor in clip.actors}
         asked.append((here, names[0]))
         # one false friend
         answers = ["yes" if name in here or name == asked[0][1][-1] else "no" for name in names[0]]
