@@ -70,6 +70,8 @@ class Flags:
         for name in needed:
             if not getattr(self, name):
                 raise UserError(f"The flag --{name} is required; --help lists every flag.")
+        if self.export and self != Flags(export=self.export, out=self.out):
+            raise UserError("--export takes --out alone: the other flags are for --videos.")
         shard_of(self.shard)
         for name in SIZES:
             if getattr(self, name) == 0:

@@ -353,6 +353,9 @@ def main(argv) -> None:
     """Print the tables of each run, and of several their means. Raises UserError."""
     flags = config.parse_flags(Flags, argv, "Law errors of generated clips, and how well the "
                                             "routing finds where physics happens.")
+    for run in flags.run[1:]:  # to measure the first takes minutes
+        cfg, _, process, *_ = sample.load_run(run, flags.checkpoint)
+        check_run(run, cfg, process, flags.only or PARTS, flags.steps or cfg.preview_steps)
     done = []
     for run in flags.run:
         done.append(evaluate_run(run, flags))

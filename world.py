@@ -290,6 +290,12 @@ class Flags:
     def check(self):
         if not self.preview and not self.benchmark:
             raise UserError("Say --preview FILE or --benchmark.")
+        gif = Path(self.preview)
+        if self.preview and not (gif.suffix.lower() == ".gif" and gif.parent.is_dir()):
+            raise UserError("--preview takes a .gif in a folder that is there, not "
+                            f"{self.preview!r}.")
+        if not self.preview and self != Flags(benchmark=True, seed=self.seed):
+            raise UserError("--benchmark takes --seed alone: the other flags are for --preview.")
 
 
 def main(argv) -> None:
