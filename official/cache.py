@@ -62,10 +62,11 @@ def settings_of(args, lineage: Lineage, weights: Path, dtype: torch.dtype) -> di
 class Encoder:
     """Makes the files of videos."""
 
-    def __init__(self, store: Store, weights: Path, device: str, dtype: torch.dtype, tiled: bool,
+    store: Store  # to write to
+
+    def __init__(self, weights: Path, device: str, dtype: torch.dtype, tiled: bool,
                  text_batch: int):
         """Reads the weights. Raises UserError."""
-        self.store = store
         self.text = TextEncoder(weights, device, dtype)
         self.vae = VAE(weights, device, dtype, tiled)
         self.dtype = dtype  # of what is stored
