@@ -55,7 +55,8 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
         named = read_json(index).get("weight_map")
         if not isinstance(named, dict) or not named:
             raise UserError(f"{index} cannot be read: it names no files.")
-        files = [folder / name for name in sorted({Path(str(file)).name for file in named.values()})]
+        names = {Path(str(name)).name for name in named.values()}  # of this folder alone
+        files = [folder / name for name in sorted(names)]
         missing = [path.name for path in files if not path.is_file()]
         if missing:
             raise UserError(f"{folder} lacks {join_some(missing)}, which its {index.name} names.")
@@ -63,12 +64,13 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
             raise UserError(f"{folder} has both {single.name} and {index.name}, which names other "
                             "files: remove the one that is not meant.")
         return files
-    if single.is_file():
-        return [single]
-    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    others = sorted(folder.glob("*.safetensors"))
+    if single in others or len(others) == 1:  # of one file alone there is no doubt
+        return [single if single in others else others[0]]
     if others:
-        raise UserError(f"{folder} has neither {single.name} nor {index.name}; {join_some(others, 3)} "
-                        "would have to be named so.")
+        names = join_some((path.name for path in others), 3)
+        raise UserError(f"{folder} has neither {single.name} nor {index.name}: which of {names} is "
+                        "meant cannot be told.")
     raise UserError(f"{folder} holds no .safetensors file; pickled weights (.bin, .pt) are not "
                     "opened.")
 
@@ -103,7 +105,8 @@ def load(kind, folder: Path, **how) -> nn.Module:
     for weights that are missing, damaged, pickled, of another shape, or not finite."""
     read_json(folder / "config.json")
     ours = kind.__module__.startswith("diffusers")
-    tensor_files(folder, DIFFUSERS if ours else "model")  # says what is wrong, before anything large is read
+    # What is wrong is said before anything large is read.
+    tensor_files(folder, DIFFUSERS if ours else "model")
     with library_error_as_sentence(folder):
         model, info = kind.from_pretrained(str(folder), use_safetensors=True, local_files_only=True,
                                            output_loading_info=True, **how)
@@ -123,12 +126,12 @@ def load_tokenizer(folder: Path, model: nn.Module):
     with library_error_as_sentence(folder):
         tokenizer = library("transformers").AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True)
-    names = dict(tokenizer.vocab_files_names)
-    whole = names.pop("tokenizer_file", "tokenizer.json")
-    if not any(all((folder / name).is_file() for name in files)
-               for files in ([whole], names.values()) if files):
-        raise UserError(f"{folder} holds no vocabulary: {whole}, or {' and '.join(names.values())}, "
-                        "is missing.")
+    others = dict(tokenizer.vocab_files_names)
+    whole = others.pop("tokenizer_file", "tokenizer.json")
+    parts = others.values()
+    there = parts and all((folder / name).is_file() for name in parts)
+    if not there and not (folder / whole).is_file():
+        raise UserError(f"{folder} holds no vocabulary: {' and '.join(parts) or whole} is missing.")
     ids = tokenizer.get_vocab().values()
     rows = model.get_input_embeddings().num_embeddings
     if max(ids) >= rows or len(ids) < rows / 2:  # embeddings are rounded up, never twice as many

@@ -36,7 +36,7 @@ SCHEDULERS = {
             "FlowMatchEulerDiscreteScheduler": ("wan-euler", "shift", {})},
 }
 # Fields that change nothing as long as the others have these values.
-IDLE = r"clip_sample|sample_max|steps_offset|dynamic_thresh|(base|max)_(shift|image)|time_shift_type"
+IDLE = r"clip_|sample_max|steps_|dynamic_|base_|max_|time_shift"
 
 
 class OfficialModel:

@@ -73,10 +73,11 @@ class TextEncoder:
             library("google.protobuf")
         self.tokenizer = load_tokenizer(folder, self.model)
         for name in ("pad_token_id", "eos_token_id"):
-            theirs = getattr(self.tokenizer, name)
-            if theirs != getattr(self.model.config, name):
-                raise UserError(f"{folder} is of another model: its {name} is {theirs}, and the text "
-                                f"encoder's {getattr(self.model.config, name)}.")
+            found = getattr(self.tokenizer, name)
+            needed = getattr(self.model.config, name)
+            if found != needed:
+                raise UserError(f"{folder} is of another model: its {name} is {found}, and the "
+                                f"text encoder has {needed}.")
 
     def prepare(self, prompt: str) -> str:
         """The text as the tokenizer gets it."""

@@ -81,7 +81,8 @@ def lineage_of(weights: Path) -> Lineage:
         transformer = read_json(path)
         if lineage.name not in str(transformer.get("_class_name")).lower():
             raise UserError(f"{weights} mixes a {kind} with a {transformer.get('_class_name')}.")
-        only_known(path, transformer, {"in_channels": channels_of(vae, lineage)})
+        if channels := channels_of(vae):
+            only_known(path, transformer, {"in_channels": channels})
         if lineage.name == "cogvideox":
             if transformer.get("patch_size_t"):
                 return replace(lineage, preset=config.preset("cogvideox1.5-5b"))
@@ -90,9 +91,9 @@ def lineage_of(weights: Path) -> Lineage:
     return lineage
 
 
-def channels_of(vae: dict, lineage: Lineage) -> int:
-    """Of the latents, as a VAE's config has them; diffusers' default where it does not say."""
-    return vae.get("z_dim" if lineage.name == "wan" else "latent_channels", 16)
+def channels_of(vae: dict) -> int | None:
+    """Of the latents, if a VAE's config says."""
+    return vae.get("z_dim") or vae.get("latent_channels")
 
 
 def check_vae(path: Path, vae: dict, lineage: Lineage) -> None:
@@ -100,7 +101,7 @@ def check_vae(path: Path, vae: dict, lineage: Lineage) -> None:
     only_known(path, vae, lineage.fixed)
     lengths = {lineage.levels: 4}
     if lineage.name == "wan":
-        lengths |= dict.fromkeys(("latents_mean", "latents_std"), channels_of(vae, lineage))
+        lengths |= dict.fromkeys(("latents_mean", "latents_std"), channels_of(vae) or 16)
     for field, length in lengths.items():
         value = vae.get(field, [0] * length)
         if not isinstance(value, list) or len(value) != length:
