@@ -56,7 +56,7 @@ class OfficialModel:
         self.dynamic = dynamic
         self.tiled = tiled
         lineage = lineage_of(self.weights)
-        cfg, usual = scheduled(lineage, self.weights / "scheduler")
+        cfg, usual, spacing = scheduled(lineage, self.weights / "scheduler")
         published = read_branch(Path(branch), self.weights) if branch else None
         net = load_pretrained(weights, device, dtype)
         network = {name: getattr(net.cfg, name) for name in config.marked(config.NETWORK)}
@@ -68,6 +68,7 @@ class OfficialModel:
             net = attach_branch(net, *published)
         self.net = net.to(device).eval()
         self.process = diffusion.build(self.cfg)
+        self.process.spacing = spacing
         self.solver = solver or usual
 
     def read(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -108,13 +109,14 @@ class OfficialModel:
         return to_bytes(self.vae.decode(x[:, :, -wanted:])).cpu().numpy()
 
 
-def scheduled(lineage: Lineage, folder: Path) -> tuple[Config, str]:
-    """The lineage's Config with the noise schedule of scheduler_config.json, and the solver's name;
-    both are the usual ones where there is no such folder. Raises UserError for a schedule that is
-    not ours: what a file does not say, it leaves to diffusers' defaults."""
+def scheduled(lineage: Lineage, folder: Path) -> tuple[Config, str, str]:
+    """The lineage's Config with the noise schedule of scheduler_config.json, the solver's name, and
+    CogVideoX's spacing of steps; all are the usual ones where there is no such folder. Raises
+    UserError for a schedule that is not ours: what a file does not say, it leaves to diffusers'
+    defaults."""
     known = SCHEDULERS[lineage.name]
     if not folder.is_dir():
-        return lineage.preset, next(iter(known.values()))[0]
+        return lineage.preset, next(iter(known.values()))[0], "trailing"
     path = folder / "scheduler_config.json"
     stored = read_json(path)
     kind = stored.get("_class_name")
@@ -124,6 +126,9 @@ def scheduled(lineage: Lineage, folder: Path) -> tuple[Config, str]:
     signature = inspect.signature(getattr(library("diffusers"), kind))
     defaults = {name: p.default for name, p in signature.parameters.items()}
     told = defaults | stored
+    spacing = told.get("timestep_spacing")
+    if lineage.name == "cogvideox" and spacing == "linspace":  # as its first files have it
+        usual = usual | dict(timestep_spacing=spacing)
     fixed = {name: value for name, value in (defaults | usual).items()
              if name != field and not re.match(IDLE, name)}
     only_known(path, told, fixed)
@@ -132,4 +137,4 @@ def scheduled(lineage: Lineage, folder: Path) -> tuple[Config, str]:
     if type(shift) not in (int, float) or not math.isfinite(shift) or shift <= 0:
         raise UserError(f"{path} has {field} = {shift!r}; a number above 0 is needed.")
     ours = "snr_shift" if lineage.name == "cogvideox" else "shift"
-    return dataclasses.replace(lineage.preset, **{ours: float(shift)}), solver
+    return dataclasses.replace(lineage.preset, **{ours: float(shift)}), solver, spacing

@@ -98,6 +98,23 @@ def test_what_a_schedule_does_not_say_has_diffusers_defaults(weights, tmp_path):
     assert "scheduler_config.json" in sentence(official.clips.OfficialModel, folder, **SMALL)
 
 
+@pytest.mark.parity
+@pytest.mark.parametrize("solver", ["", "dpm"])
+def test_steps_that_include_the_first_entry_of_the_table_are_those_of_diffusers(weights, tmp_path, solver):
+    """The first files of CogVideoX say "linspace", and diffusers does so."""
+    folder = shutil.copytree(weights["cogvideox"], tmp_path / "w")
+    rewrite(folder / "scheduler" / "scheduler_config.json", timestep_spacing="linspace")
+    pipe = pipeline("cogvideox", folder, diffusers.CogVideoXDPMScheduler if solver else None)
+    theirs = pipe(PROMPT, "", height=16, width=32, num_frames=9, num_inference_steps=6, guidance_scale=4.0,
+                  generator=torch.Generator().manual_seed(3), output_type="np").frames[0]
+    one = official.clips.OfficialModel(folder, solver=solver, **SMALL)
+    ours, _ = next(sample.generate(one, [PROMPT], seed=3, steps=6, guidance=4.0))
+    assert np.abs(ours / 255 - theirs).max() < 0.5 / 255 + 1e-3
+    for steps in (1, 6, 7, 50, 61, 333):
+        pipe.scheduler.set_timesteps(steps)
+        assert [step.model_time for step in one.process.plan(steps, "ddim")] == pipe.scheduler.timesteps.tolist()
+
+
 def test_a_schedule_is_followed_by_the_fields_of_its_own_class(weights, tmp_path):
     folder = shutil.copytree(weights["wan"], tmp_path / "w")
     told = dict(_class_name="FlowMatchEulerDiscreteScheduler", shift=7.0, flow_shift=3.0)  # left over
