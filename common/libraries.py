@@ -65,8 +65,10 @@ def weight_files(folder: Path, stem: str) -> list[Path]:
                             "files: remove the one that is not meant.")
         return files
     others = sorted(folder.glob("*.safetensors"))
-    if single in others or len(others) == 1:  # of one file alone there is no doubt
-        return [single if single in others else others[0]]
+    if single in others:
+        return [single]
+    if len(others) == 1:  # of one file alone there is no doubt
+        return others
     if others:
         names = join_some((path.name for path in others), 3)
         raise UserError(f"{folder} has neither {single.name} nor {index.name}: which of {names} is "
@@ -126,12 +128,9 @@ def load_tokenizer(folder: Path, model: nn.Module):
     with library_error_as_sentence(folder):
         tokenizer = library("transformers").AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True)
-    others = dict(tokenizer.vocab_files_names)
-    whole = others.pop("tokenizer_file", "tokenizer.json")
-    parts = others.values()
-    there = parts and all((folder / name).is_file() for name in parts)
-    if not there and not (folder / whole).is_file():
-        raise UserError(f"{folder} holds no vocabulary: {' and '.join(parts) or whole} is missing.")
+    names = tokenizer.vocab_files_names.values()
+    if not any((folder / name).is_file() for name in names):
+        raise UserError(f"{folder} holds no vocabulary: there is no {' or '.join(names)}.")
     ids = tokenizer.get_vocab().values()
     rows = model.get_input_embeddings().num_embeddings
     if max(ids) >= rows or len(ids) < rows / 2:  # embeddings are rounded up, never twice as many

@@ -134,7 +134,7 @@ def scheduled(lineage: Lineage, folder: Path) -> tuple[Config, str, str]:
     only_known(path, told, fixed)
 
     shift = told[field]
-    if type(shift) not in (int, float) or not math.isfinite(shift) or shift <= 0:
+    if type(shift) not in (int, float) or not 0 < shift < math.inf:
         raise UserError(f"{path} has {field} = {shift!r}; a number above 0 is needed.")
     ours = "snr_shift" if lineage.name == "cogvideox" else "shift"
     return dataclasses.replace(lineage.preset, **{ours: float(shift)}), solver, spacing

@@ -73,8 +73,7 @@ class TextEncoder:
             library("google.protobuf")
         self.tokenizer = load_tokenizer(folder, self.model)
         for name in ("pad_token_id", "eos_token_id"):
-            found = getattr(self.tokenizer, name)
-            needed = getattr(self.model.config, name)
+            found, needed = (getattr(one, name) for one in (self.tokenizer, self.model.config))
             if found != needed:
                 raise UserError(f"{folder} is of another model: its {name} is {found}, and the "
                                 f"text encoder has {needed}.")

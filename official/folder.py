@@ -23,16 +23,16 @@ class Lineage:
     text: str  # class in transformers
     reader: str  # the text encoder's model_type
     preset: Config  # of the captions and clips that they were trained on
-    levels: str  # list in the VAE's config, an entry a level; each but the last halves the sides
-    fixed: dict  # what else its VAE's config must say: with 4 levels, 4 x 8 x 8 pixels a latent one
+    lists: tuple  # in the VAE's config: of its four levels, and of statistics of the channels
+    fixed: dict  # what else that must say: with four levels, 4 x 8 x 8 pixels are a latent one
 
 
 LINEAGES = (
     Lineage("cogvideox", "CogVideoXPipeline", "AutoencoderKLCogVideoX", "T5EncoderModel", "t5",
-            config.preset("cogvideox-5b"), "block_out_channels",
+            config.preset("cogvideox-5b"), ("block_out_channels",),
             dict(in_channels=3, out_channels=3, temporal_compression_ratio=4)),
     Lineage("wan", "WanPipeline", "AutoencoderKLWan", "UMT5EncoderModel", "umt5",
-            config.preset("wan-1.3b"), "dim_mult",
+            config.preset("wan-1.3b"), ("dim_mult", "latents_mean", "latents_std"),
             dict(in_channels=3, out_channels=3, scale_factor_temporal=4, scale_factor_spatial=8,
                  patch_size=None, is_residual=False, temperal_downsample=[False, True, True])),
 )
@@ -57,7 +57,7 @@ def check_index(weights: Path) -> None:
     if kind not in known:
         raise UserError(f"{path} is of {kind!r}; {' or '.join(known)} is expected.")
     if (weights / "transformer_2").is_dir():
-        index["transformer_2"] = "a second transformer"
+        index["transformer_2"] = "a folder"
     for field, value in index.items():
         if field[:1] != "_" and field not in PARTS and value not in (None, False, [None, None]):
             raise UserError(f"{weights} has {field} ({value}), which is not known here: models of "
@@ -99,13 +99,11 @@ def channels_of(vae: dict) -> int | None:
 def check_vae(path: Path, vae: dict, lineage: Lineage) -> None:
     """Raises UserError for a VAE of other strides, or whose statistics are of other channels."""
     only_known(path, vae, lineage.fixed)
-    lengths = {lineage.levels: 4}
-    if lineage.name == "wan":
-        lengths |= dict.fromkeys(("latents_mean", "latents_std"), channels_of(vae) or 16)
-    for field, length in lengths.items():
-        value = vae.get(field, [0] * length)
-        if not isinstance(value, list) or len(value) != length:
-            raise UserError(f"{path} has {field} = {value}; {length} entries are needed here.")
+    channels = channels_of(vae) or 16
+    for field, n in zip(lineage.lists, (4, channels, channels)):
+        value = vae.get(field, [0] * n)
+        if not isinstance(value, list) or len(value) != n:
+            raise UserError(f"{path} has {field} = {value}; {n} entries are needed here.")
 
 
 def identity(weights: Path) -> dict[str, str]:

@@ -66,6 +66,7 @@ UNKNOWN = {  # what is whole, and no model that is known here
     "a VAE of other levels": (spoil("vae", dim_mult=[1, 1, 1, 2, 2]), "dim_mult"),
     "a VAE of other times": (spoil("vae", temperal_downsample=[False, False, True]), "temperal_downsample"),
     "statistics of other channels": (spoil("vae", latents_mean=[0.0] * 3), "latents_mean"),
+    "no statistics": (spoil("vae", latents_std=None), "latents_std = None"),
     "latents of other channels": (spoil("transformer", in_channels=48), "in_channels = 48"),
     "no vocabulary": (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), "holds no vocabulary"),
     "ids beyond the embedding": (other_tokenizer("<pad>", "</s>", "<unk>", more=100), "64 rows"),
