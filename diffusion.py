@@ -248,6 +248,7 @@ class VPrediction(Process):
 
     solvers = ("ddim", "dpm")
     layout = (0, 2, 1, 3, 4)  # (B, F, C, H, W)
+    spacing = "trailing"  # of the steps, or "linspace", which includes 0: weights' files may say so
 
     def __init__(self, predict: str = "v", snr_shift: float = 1.0):
         super().__init__(predict)
@@ -292,6 +293,8 @@ class VPrediction(Process):
             raise ValueError(f"v-prediction has {TABLE} steps; {steps} cannot be taken.")
         starts = np.arange(TABLE, 0, -TABLE / steps)[:steps]
         starts = starts.round().astype(int) - 1  # numpy's rounding of halves, as in the reference
+        if self.spacing == "linspace":
+            starts = np.linspace(0, TABLE - 1, steps).round().astype(int)[::-1]
         down = TABLE // steps
         return [Step(n, n / 999, (n - down) / 999) for n in starts.tolist()]
 

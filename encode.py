@@ -113,6 +113,9 @@ def encode_folder(flags: Flags, lineage: Lineage) -> None:
     cut = Cut(flags.frames, flags.fps, flags.windows, flags.height, flags.width)
     first, shards = shard_of(flags.shard)
     settings = settings_of(flags, lineage, weights, dtype)
+    encoder = None
+    if not (Path(flags.out) / CACHE.manifest).exists():  # bad weights must leave no folder behind
+        encoder = Encoder(weights, device, dtype, flags.tiled, flags.text_batch)
     store = Store.create(flags.out, CACHE, settings, (first, shards))
     made = cut_captions = 0
     try:
@@ -124,7 +127,8 @@ def encode_folder(flags: Flags, lineage: Lineage) -> None:
 
         # What is not: the weights are read only if something is missing.
         if missing or not has_empty:
-            encoder = Encoder(store, weights, device, dtype, flags.tiled, flags.text_batch)
+            encoder = encoder or Encoder(weights, device, dtype, flags.tiled, flags.text_batch)
+            encoder.store = store
             if not has_empty:
                 encoder.write_empty()
             todo = {name: videos[name] for name in missing}

@@ -156,9 +156,11 @@ class State:
     def state_dict(self) -> dict:
         """The contents of a checkpoint."""
         model = self.model.state_dict()
+        beside = {}
         if self.publishable:  # official weights have files of their own
             model = {name: value for name, value in model.items() if name in self.trained}
-        return {
+            beside["weights"] = self.fingerprint  # which ones
+        return beside | {
             "step": self.step,  # clips, noise and dropout follow from it
             "stage": self.stage,  # base | physics
             "best": self.best,  # lowest held-out loss of this stage
@@ -173,6 +175,9 @@ class State:
         if stored["stage"] == "physics":
             self.attach_branch()
         official = self.model.state_dict() if self.cfg.weights else {}  # not in the file
+        if official and stored.get("weights", self.fingerprint) != self.fingerprint:
+            raise UserError(f"The files in --weights {self.cfg.weights} are others than those that "
+                            "this run was started beside: put those back.")
         self.model.load_state_dict(official | stored["model"])
         for optimizer, moments in zip(self.optimizers, stored["optimizers"], strict=True):
             optimizer.load_state_dict(moments)

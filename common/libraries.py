@@ -39,30 +39,51 @@ def library_error_as_sentence(folder: Path) -> Iterator[None]:
 
 
 # --- a folder of weights ------------------------------------------------------------------------
+DIFFUSERS = "diffusion_pytorch_model"  # what its weights are called; transformers says "model"
 FLOATS = ("F64", "F32", "F16", "BF16")  # of safetensors' types
 SUFFIXES = (".json", ".model", ".safetensors", ".txt")  # of the files that a model is
 BLOCK = 2**16  # bytes of a sample that tells weights apart
 BLOCKS = 256  # samples of a file
 
 
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """{tensor: its file} of all .safetensors files in a folder, or of those that its index names.
+def weight_files(folder: Path, stem: str) -> list[Path]:
+    """STEM.safetensors, or the files that STEM.safetensors.index.json names. Whatever lies beside
+    them, such as averages, older weights or a variant in fp16, is not of the model."""
+    single = folder / f"{stem}.safetensors"
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.exists():
+        named = read_json(index).get("weight_map")
+        if not isinstance(named, dict) or not named:
+            raise UserError(f"{index} cannot be read: it names no files.")
+        names = {Path(str(name)).name for name in named.values()}  # of this folder alone
+        files = [folder / name for name in sorted(names)]
+        missing = [path.name for path in files if not path.is_file()]
+        if missing:
+            raise UserError(f"{folder} lacks {join_some(missing)}, which its {index.name} names.")
+        if single.exists() and single not in files:  # libraries differ in which one they read
+            raise UserError(f"{folder} has both {single.name} and {index.name}, which names other "
+                            "files: remove the one that is not meant.")
+        return files
+    others = sorted(folder.glob("*.safetensors"))
+    if single in others:
+        return [single]
+    if len(others) == 1:  # of one file alone there is no doubt
+        return others
+    if others:
+        names = join_some((path.name for path in others), 3)
+        raise UserError(f"{folder} has neither {single.name} nor {index.name}: which of {names} is "
+                        "meant cannot be told.")
+    raise UserError(f"{folder} holds no .safetensors file; pickled weights (.bin, .pt) are not "
+                    "opened.")
+
+
+def tensor_files(folder: Path, stem: str = DIFFUSERS) -> dict[str, Path]:
+    """{tensor: its file} of the weights in a folder, whose files weight_files tells.
 
     Their headers are read. Raises UserError with one sentence for what is missing, damaged,
     pickled, or not of floats.
     """
-    files = sorted(folder.glob("*.safetensors"))
-    for index in sorted(folder.glob("*.safetensors.index.json")):
-        named = read_json(index).get("weight_map")
-        if not isinstance(named, dict):
-            raise UserError(f"{index} cannot be read: it names no files.")
-        files = [folder / str(name) for name in sorted(set(named.values()))]
-        missing = [path.name for path in files if not path.is_file()]
-        if missing:
-            raise UserError(f"{folder} lacks {join_some(missing)}, which its {index.name} names.")
-    if not files:
-        raise UserError(f"{folder} holds no .safetensors file; pickled weights (.bin, .pt) are not "
-                        "opened.")
+    files = weight_files(folder, stem)
     found = {}
     for path in files:
         try:
@@ -70,8 +91,11 @@ def tensor_files(folder: Path) -> dict[str, Path]:
                 for name in file.keys():
                     dtype = file.get_slice(name).get_dtype()
                     if dtype not in FLOATS:
-                        raise UserError(f"{name} in {path} is stored as {dtype}; floating point "
-                                        "is needed.")
+                        raise UserError(f"{name} in {path} is stored as {dtype}; floating point of "
+                                        "16 bits or more is needed (F16, BF16, F32).")
+                    if name in found:
+                        raise UserError(f"{name} is in {found[name]} and in {path.name}: which one "
+                                        "is meant cannot be told.")
                     found[name] = path
         except (safetensors.SafetensorError, OSError, ValueError) as e:
             raise UserError(f"{path} is damaged or no safetensors file ({e}).") from None
@@ -82,7 +106,9 @@ def load(kind, folder: Path, **how) -> nn.Module:
     """A model of a library's class, in eval mode, on the CPU. Raises UserError with one sentence
     for weights that are missing, damaged, pickled, of another shape, or not finite."""
     read_json(folder / "config.json")
-    tensor_files(folder)  # says what is wrong, before anything large is read
+    ours = kind.__module__.startswith("diffusers")
+    # What is wrong is said before anything large is read.
+    tensor_files(folder, DIFFUSERS if ours else "model")
     with library_error_as_sentence(folder):
         model, info = kind.from_pretrained(str(folder), use_safetensors=True, local_files_only=True,
                                            output_loading_info=True, **how)
@@ -93,6 +119,24 @@ def load(kind, folder: Path, **how) -> nn.Module:
         if not parameter.isfinite().all():
             raise UserError(f"{name} in {folder} holds numbers that are not finite.")
     return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(folder: Path, model: nn.Module):
+    """The tokenizer of transformers that belongs to a model. Raises UserError for one without its
+    vocabulary, which transformers makes up of a few tokens, and for another model's."""
+    read_json(folder / "tokenizer_config.json")
+    with library_error_as_sentence(folder):
+        tokenizer = library("transformers").AutoTokenizer.from_pretrained(
+            str(folder), local_files_only=True)
+    names = tokenizer.vocab_files_names.values()
+    if not any((folder / name).is_file() for name in names):
+        raise UserError(f"{folder} holds no vocabulary: there is no {' or '.join(names)}.")
+    ids = tokenizer.get_vocab().values()
+    rows = model.get_input_embeddings().num_embeddings
+    if max(ids) >= rows or len(ids) < rows / 2:  # embeddings are rounded up, never twice as many
+        raise UserError(f"{folder} is of another model: it has {len(ids)} tokens with ids up to "
+                        f"{max(ids)}, and the embedding has {rows} rows.")
+    return tokenizer
 
 
 def fingerprint(folder: Path) -> str:

@@ -27,7 +27,7 @@ from common.video import LABELS, Cut, Folder, Video, Window, pixels, reason_of, 
 from config import Config, Stopped, UserError, stream
 from data import Batch, ClipOrder
 from official.encoders import VAE, TextEncoder
-from official.folder import Lineage, identity
+from official.folder import Lineage, channels_of, identity
 
 FORMAT = 1  # of the cache's files
 GROUP = 64  # videos whose captions are encoded together, before the VAE takes over the device
@@ -55,17 +55,18 @@ def settings_of(args, lineage: Lineage, weights: Path, dtype: torch.dtype) -> di
             **{field: getattr(args, field) for field in fields},
             "dtype": str(dtype).removeprefix("torch."),
             "text_len": lineage.preset.text_len, "text_dim": text.get("d_model"),
-            "channels": vae.get("z_dim") or vae.get("latent_channels"),
+            "channels": channels_of(vae),
             **identity(weights)}
 
 
 class Encoder:
     """Makes the files of videos."""
 
-    def __init__(self, store: Store, weights: Path, device: str, dtype: torch.dtype, tiled: bool,
+    store: Store  # to write to
+
+    def __init__(self, weights: Path, device: str, dtype: torch.dtype, tiled: bool,
                  text_batch: int):
         """Reads the weights. Raises UserError."""
-        self.store = store
         self.text = TextEncoder(weights, device, dtype)
         self.vae = VAE(weights, device, dtype, tiled)
         self.dtype = dtype  # of what is stored

@@ -1,5 +1,9 @@
 """Official models as sample.generate takes them: clips as the official pipelines make them."""
 import dataclasses
+import inspect
+import math
+import re
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,19 +14,29 @@ from torch import Tensor
 import config
 import diffusion
 from common.files import read_json
+from common.libraries import library
 from common.video import to_bytes
 from config import Config, UserError
 from experts import ProPhy
 from official.branch import attach_branch, read_branch
 from official.cost import input_size
 from official.encoders import VAE, TextEncoder
-from official.folder import Lineage, lineage_of
+from official.folder import Lineage, lineage_of, only_known
 from official.weights import load_pretrained
 
-SOLVERS = {  # class in scheduler_config.json: ours, where it is not the lineage's usual one
-    "CogVideoXDPMScheduler": "dpm",
-    "FlowMatchEulerDiscreteScheduler": "wan-euler",
+# Of each lineage, the usual one first, the classes that scheduler_config.json may name: our solver,
+# the field that we follow, and the values that we take beside diffusers' defaults.
+COG_USUAL = dict(prediction_type="v_prediction", timestep_spacing="trailing",
+                 rescale_betas_zero_snr=True)
+WAN_USUAL = dict(prediction_type="flow_prediction", use_flow_sigmas=True)
+SCHEDULERS = {
+    "cogvideox": {"CogVideoXDDIMScheduler": ("ddim", "snr_shift_scale", COG_USUAL),
+                  "CogVideoXDPMScheduler": ("dpm", "snr_shift_scale", COG_USUAL)},
+    "wan": {"UniPCMultistepScheduler": ("unipc", "flow_shift", WAN_USUAL),
+            "FlowMatchEulerDiscreteScheduler": ("wan-euler", "shift", {})},
 }
+# Fields that change nothing as long as the others have these values.
+IDLE = r"clip_|sample_max|steps_|dynamic_|base_|max_|time_shift"
 
 
 class OfficialModel:
@@ -42,10 +56,11 @@ class OfficialModel:
         self.dynamic = dynamic
         self.tiled = tiled
         lineage = lineage_of(self.weights)
+        cfg, usual, spacing = scheduled(lineage, self.weights / "scheduler")
         published = read_branch(Path(branch), self.weights) if branch else None
         net = load_pretrained(weights, device, dtype)
-        schedule = self.weights / "scheduler" / "scheduler_config.json"
-        cfg, usual = scheduled(net.cfg, lineage, schedule)
+        network = {name: getattr(net.cfg, name) for name in config.marked(config.NETWORK)}
+        cfg = dataclasses.replace(cfg, **network)
         given = {name: size for name, size in sizes.items() if size}
         self.cfg = dataclasses.replace(cfg, **given)
         config.check_latent_size(self.cfg)
@@ -53,12 +68,18 @@ class OfficialModel:
             net = attach_branch(net, *published)
         self.net = net.to(device).eval()
         self.process = diffusion.build(self.cfg)
+        self.process.spacing = spacing
         self.solver = solver or usual
 
     def read(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Text (n, L, D_text) and lengths (n,), on the CPU. The text encoder then makes way for the
         VAE, so that whatever is wrong with either is said before the first step."""
-        text, length = TextEncoder(self.weights, self.device, self.dtype)(prompts)
+        encoder = TextEncoder(self.weights, self.device, self.dtype)
+        different = list(dict.fromkeys(prompts))
+        if too_long := encoder.too_long(different):
+            print(f"Warning: {too_long} of {len(different)} prompts have more than "
+                  f"{encoder.lineage.preset.text_len} tokens and are cut.", file=sys.stderr)
+        text, length = encoder(prompts)
         self.vae = VAE(self.weights, self.device, self.dtype, self.tiled)
         return text.to(self.dtype), length
 
@@ -88,16 +109,32 @@ class OfficialModel:
         return to_bytes(self.vae.decode(x[:, :, -wanted:])).cpu().numpy()
 
 
-def scheduled(cfg: Config, lineage: Lineage, path: Path) -> tuple[Config, str]:
-    """The lineage's Config with the network of cfg and the noise schedule of scheduler_config.json,
-    and the solver's name. Without that file both are the lineage's usual ones. Raises UserError."""
-    stored = read_json(path) if path.exists() else {}
-    try:
-        snr_shift = float(stored.get("snr_shift_scale") or 1)
-        shift = float(stored.get("flow_shift") or stored.get("shift") or 5)
-    except (ValueError, TypeError) as e:
-        raise UserError(f"{path} cannot be read ({type(e).__name__}).") from None
-    network = {name: getattr(cfg, name) for name in config.marked(config.NETWORK)}
-    cfg = dataclasses.replace(lineage.preset, **network, snr_shift=snr_shift, shift=shift)
-    solver = "unipc" if lineage.name == "wan" else "ddim"
-    return cfg, SOLVERS.get(stored.get("_class_name"), solver)
+def scheduled(lineage: Lineage, folder: Path) -> tuple[Config, str, str]:
+    """The lineage's Config with the noise schedule of scheduler_config.json, the solver's name, and
+    CogVideoX's spacing of steps; all are the usual ones where there is no such folder. Raises
+    UserError for a schedule that is not ours: what a file does not say, it leaves to diffusers'
+    defaults."""
+    known = SCHEDULERS[lineage.name]
+    if not folder.is_dir():
+        return lineage.preset, next(iter(known.values()))[0], "trailing"
+    path = folder / "scheduler_config.json"
+    stored = read_json(path)
+    kind = stored.get("_class_name")
+    if kind not in known:
+        raise UserError(f"{path} is of {kind!r}; {' or '.join(known)} is expected.")
+    solver, field, usual = known[kind]
+    signature = inspect.signature(getattr(library("diffusers"), kind))
+    defaults = {name: p.default for name, p in signature.parameters.items()}
+    told = defaults | stored
+    spacing = told.get("timestep_spacing")
+    if lineage.name == "cogvideox" and spacing == "linspace":  # as its first files have it
+        usual = usual | dict(timestep_spacing=spacing)
+    fixed = {name: value for name, value in (defaults | usual).items()
+             if name != field and not re.match(IDLE, name)}
+    only_known(path, told, fixed)
+
+    shift = told[field]
+    if type(shift) not in (int, float) or not 0 < shift < math.inf:
+        raise UserError(f"{path} has {field} = {shift!r}; a number above 0 is needed.")
+    ours = "snr_shift" if lineage.name == "cogvideox" else "shift"
+    return dataclasses.replace(lineage.preset, **{ours: float(shift)}), solver, spacing

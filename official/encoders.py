@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from common.files import read_json
-from common.libraries import library, library_error_as_sentence, load
+from common.libraries import library, load, load_tokenizer
 from config import Stopped, UserError
 from official.folder import lineage_of
 
@@ -67,14 +67,16 @@ class TextEncoder:
                           dtype=dtype, ignore_mismatched_sizes=True)
 
         folder = weights / "tokenizer"
-        read_json(folder / "tokenizer_config.json")
-        if not (folder / "tokenizer.json").exists():
+        if (folder / "spiece.model").exists() and not (folder / "tokenizer.json").exists():
             # CogVideoX has spiece.model alone, which these two read.
             library("sentencepiece")
             library("google.protobuf")
-        with library_error_as_sentence(folder):
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True)
+        self.tokenizer = load_tokenizer(folder, self.model)
+        for name in ("pad_token_id", "eos_token_id"):
+            found, needed = (getattr(one, name) for one in (self.tokenizer, self.model.config))
+            if found != needed:
+                raise UserError(f"{folder} is of another model: its {name} is {found}, and the "
+                                f"text encoder has {needed}.")
 
     def prepare(self, prompt: str) -> str:
         """The text as the tokenizer gets it."""

@@ -25,7 +25,7 @@ from common.libraries import fingerprint, tensor_files
 from common.run import same_architecture
 from config import Config, Stopped, UserError
 from model import MODELS, Backbone
-from official.folder import network_folder
+from official.folder import check_index, network_folder, only_known
 
 # Our name -> the checkpoint's, as regular expressions.
 COG_NAMES = {
@@ -66,6 +66,8 @@ WAN_ORIGINAL_NAMES = {
     r"\.to_out\.": ".o.",
     r"\.to_([qkv])\.": r".\1.",  # to_q -> q
 }
+# Before every name in files that were made for ComfyUI, which has one file for several models.
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 # Those of Wan's tensors that stay float32, in our names.
 WAN_IN_FLOAT32 = r"table$|^time_embedding|\.norm2\."
 
@@ -157,10 +159,7 @@ def read_config(folder: Path) -> tuple[Config, dict[str, str]]:
     if kind not in LAYOUTS:
         raise UserError(f"{path} describes a {kind}; known are {', '.join(LAYOUTS)}.")
     fixed, same, others, names = LAYOUTS[kind]
-    for field, value in fixed.items():
-        if theirs.get(field, value) != value:
-            raise UserError(f"{path} has {field} = {theirs[field]!r}; only {value!r} is known "
-                            "here.")
+    only_known(path, theirs, fixed)
 
     # Our fields, whose sizes must be possible.
     try:
@@ -248,9 +247,13 @@ def load_pretrained(folder, device="cpu", dtype: torch.dtype | None = None) -> B
     files: memory holds the weights once, plus one tensor. Raises UserError with one sentence,
     before anything large is read, where names or shapes do not fit.
     """
+    check_index(Path(folder))
     folder = network_folder(folder)
     cfg, names = read_config(folder)
     files = tensor_files(folder)
+    if prefix := next((p for p in PREFIXES if all(name.startswith(p) for name in files)), ""):
+        raise UserError(f"The tensors in {folder} are named {prefix}*, as ComfyUI names them: save "
+                        f"them without {prefix!r}, or take the official folder.")
     with torch.device("meta"):
         model = MODELS[cfg.lineage](cfg)
     layout = model.state_dict()

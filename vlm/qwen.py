@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from common.files import read_json
-from common.libraries import fingerprint, library, library_error_as_sentence, load
+from common.libraries import fingerprint, library, load, load_tokenizer
 from config import Stopped
 from vlm.attention import ATTENTION, RowMaps, library_changed, register_attention
 from vlm.pixels import Pictures
@@ -128,10 +128,7 @@ class VLM:
         transformers = library("transformers")
         model = load(transformers.AutoModelForImageTextToText, folder, dtype=dtype,
                      attn_implementation="sdpa", ignore_mismatched_sizes=True)
-        with library_error_as_sentence(folder):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(
-                str(folder), local_files_only=True)
-        return cls(model.to(device), tokenizer, folder)
+        return cls(model.to(device), load_tokenizer(folder, model), folder)
 
     def settings(self, **given) -> Settings:
         """The defaults, then the folder's teacher.json, then what is given and not None. Raises

@@ -2,7 +2,9 @@
 clips against diffusers' pipelines, the branch trained on a cache, resumed, sampled."""
 import dataclasses
 import json
+import math
 import re
+import shutil
 
 import imageio.v3 as iio
 import numpy as np
@@ -20,7 +22,7 @@ import model  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from config import UserError  # noqa: E402
-from helpers import tiny_official  # noqa: E402
+from helpers import resave, rewrite, sentence, tiny_official  # noqa: E402
 from tiny_weights import LINEAGES, PROMPT, SIZE, pipeline  # noqa: E402
 
 
@@ -48,6 +50,118 @@ def test_clips_are_those_of_diffusers_pipeline(weights, name, solver, steps, mor
                                    negative=more.get("negative", "")))
     assert ours.shape == theirs.shape and ours.std() > 2
     assert np.abs(ours / 255 - theirs).max() < 0.5 / 255 + 1e-3
+
+
+USUAL = {  # fields of either lineage's schedule, each with another value than the one that is taken
+    "cogvideox": dict(prediction_type="epsilon", beta_start=0.0001, beta_end=0.02, beta_schedule="linear",
+                      num_train_timesteps=500, timestep_spacing="leading", rescale_betas_zero_snr=False,
+                      trained_betas=[0.1], set_alpha_to_one=False, snr_shift_scale=0,
+                      _class_name="DDIMScheduler"),
+    "wan": dict(prediction_type="epsilon", num_train_timesteps=500, use_flow_sigmas=False,
+                use_karras_sigmas=True, use_exponential_sigmas=True, use_beta_sigmas=True,
+                use_dynamic_shifting=True, shift_terminal=0.1, solver_order=3, solver_type="bh1",
+                predict_x0=False, lower_order_final=False, disable_corrector=[0], thresholding=True,
+                final_sigmas_type="sigma_min", flow_shift=-3.0, _class_name="CogVideoXDDIMScheduler"),
+}
+SMALL = dict(frames=9, height=16, width=32)
+
+
+@pytest.mark.parametrize("name, field", [(name, field) for name in USUAL for field in USUAL[name]])
+def test_a_schedule_that_is_not_followed_is_refused_by_its_field(weights, tmp_path, name, field):
+    folder = shutil.copytree(weights[name], tmp_path / "w")
+    value = USUAL[name][field]
+    rewrite(folder / "scheduler" / "scheduler_config.json", **{field: value})
+    said = sentence(official.clips.OfficialModel, folder, **SMALL)
+    assert repr(value) in said and (field in said or field == "_class_name")
+
+
+@pytest.mark.parametrize("value", [0, -1, None, True, "3", math.inf, math.nan])
+def test_a_shift_is_a_number_above_zero(weights, tmp_path, value):
+    folder = shutil.copytree(weights["wan"], tmp_path / "w")
+    rewrite(folder / "scheduler" / "scheduler_config.json", flow_shift=value)
+    assert "flow_shift" in sentence(official.clips.OfficialModel, folder, **SMALL)
+
+
+def test_what_a_schedule_does_not_say_has_diffusers_defaults(weights, tmp_path):
+    folder = shutil.copytree(weights["cogvideox"], tmp_path / "w")
+    path = folder / "scheduler" / "scheduler_config.json"
+    told = json.loads(path.read_text())
+    spacing = told.pop("timestep_spacing")
+    path.write_text(json.dumps(told))
+    assert "timestep_spacing = 'leading'" in sentence(official.clips.OfficialModel, folder, **SMALL)
+    told.pop("snr_shift_scale")
+    path.write_text(json.dumps(told | {"timestep_spacing": spacing}))
+    ours = official.clips.OfficialModel(folder, **SMALL).process.alpha_bar
+    theirs = diffusers.CogVideoXDDIMScheduler.from_pretrained(folder / "scheduler").alphas_cumprod
+    assert torch.allclose(ours.double(), theirs.double(), atol=1e-6)
+    path.unlink()
+    assert "scheduler_config.json" in sentence(official.clips.OfficialModel, folder, **SMALL)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("solver", ["", "dpm"])
+def test_steps_that_include_the_first_entry_of_the_table_are_those_of_diffusers(weights, tmp_path, solver):
+    """The first files of CogVideoX say "linspace", and diffusers does so."""
+    folder = shutil.copytree(weights["cogvideox"], tmp_path / "w")
+    rewrite(folder / "scheduler" / "scheduler_config.json", timestep_spacing="linspace")
+    pipe = pipeline("cogvideox", folder, diffusers.CogVideoXDPMScheduler if solver else None)
+    theirs = pipe(PROMPT, "", height=16, width=32, num_frames=9, num_inference_steps=6, guidance_scale=4.0,
+                  generator=torch.Generator().manual_seed(3), output_type="np").frames[0]
+    one = official.clips.OfficialModel(folder, solver=solver, **SMALL)
+    ours, _ = next(sample.generate(one, [PROMPT], seed=3, steps=6, guidance=4.0))
+    assert np.abs(ours / 255 - theirs).max() < 0.5 / 255 + 1e-3
+    for steps in (1, 6, 7, 50, 61, 333):
+        pipe.scheduler.set_timesteps(steps)
+        assert [step.model_time for step in one.process.plan(steps, "ddim")] == pipe.scheduler.timesteps.tolist()
+
+
+def test_a_schedule_is_followed_by_the_fields_of_its_own_class(weights, tmp_path):
+    folder = shutil.copytree(weights["wan"], tmp_path / "w")
+    told = dict(_class_name="FlowMatchEulerDiscreteScheduler", shift=7.0, flow_shift=3.0)  # left over
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(told))
+    one = official.clips.OfficialModel(folder, **SMALL)
+    theirs = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler")
+    theirs.set_timesteps(5)
+    ours = torch.tensor([float(t) for t in one.process.times(5, one.solver)][:5])
+    assert one.solver == "wan-euler" and torch.allclose(ours.double(), theirs.sigmas[:5].double(), atol=1e-6)
+    path.write_text(json.dumps(told | {"stochastic_sampling": True}))
+    assert "stochastic_sampling" in sentence(official.clips.OfficialModel, folder, **SMALL)
+
+
+@pytest.mark.parametrize("rotary, shift", [(True, 1.0), (False, 3.0)])
+def test_without_a_schedule_cogvideox_2b_has_its_own_shift(weights, tmp_path, rotary, shift):
+    folder = shutil.copytree(weights["cogvideox"], tmp_path / "w")
+    shutil.rmtree(folder / "scheduler")
+    rewrite(folder / "transformer" / "config.json", use_rotary_positional_embeddings=rotary)
+    assert official.clips.OfficialModel(folder, **SMALL).cfg.snr_shift == shift
+
+
+@pytest.mark.parametrize("name, most", [("cogvideox", 226), ("wan", 512)])
+def test_prompts_that_are_cut_are_counted(weights, capsys, name, most):
+    one = official.clips.OfficialModel(weights[name], **SMALL)
+    one.read(["ball " * 600] * 2 + ["a red ball", ""])
+    assert f"1 of 3 prompts have more than {most} tokens and are cut" in capsys.readouterr().err
+    one.read(["a red ball", ""])
+    assert not capsys.readouterr().err
+
+
+def test_a_run_does_not_go_on_beside_other_official_weights(weights, caches, tmp_path):
+    folder = shutil.copytree(weights["wan"], tmp_path / "w")
+    cfg = settings("wan", dict(wan=folder), caches, tmp_path / "run")
+    train.main(dataclasses.replace(cfg, stop_at=3))
+    published = (tmp_path / "run" / "branch.safetensors").read_bytes()
+    path = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    right = path.read_bytes()
+    resave(path, lambda tensor: tensor * 1.01)
+    stored = checkpoint(tmp_path / "run", 3)
+    assert "others than those" in sentence(train.main, dataclasses.replace(cfg, resume=True))
+    assert (tmp_path / "run" / "branch.safetensors").read_bytes() == published
+    stored.pop("weights")  # as runs before had it: not known, so not refused
+    train.State(cfg, 0).load_state_dict(stored)
+    path.write_bytes(right)
+    train.main(dataclasses.replace(cfg, resume=True))
+    assert checkpoint(tmp_path / "run")["step"] == 6
 
 
 def settings(lineage, folders, filled, out, **fields):
