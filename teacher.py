@@ -226,11 +226,12 @@ def windows_of_videos(flags: Flags, work: Work, todo: dict[str, Video], vlm: qwe
             work.skipped.append(f"{video.name} ({reason_of(e)})")
             continue
         work.bar.total += len(windows) - 1
+        content = data.content_of(video.path)
         for window in windows:
             file = clip_file(name, window.number, window.taken)
             if file not in work.have:
                 yield [maps.clip_for_vlm(window, video.name, names, flags.rate,
-                                         vlm.pictures.temporal_patch, flags.sample, file)]
+                                         vlm.pictures.temporal_patch, flags.sample, file, content)]
 
 
 # --- synthetic clips ----------------------------------------------------------------------------

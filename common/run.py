@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -21,10 +22,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import config
 from common.files import whole_file, write_text
 from config import Config, Stopped, UserError
+from experts import ProPhy
+from model import build_backbone
 
 
 BINS = 4  # the log has the loss of so many equal ranges of t: the total hides which one improves
@@ -277,6 +281,64 @@ def stop_at_full_disk(run: Path) -> Iterator[None]:
             raise
         raise Stopped("The disk is full; free some space and go on with --resume "
                       f"({run} keeps its last checkpoint).") from None
+
+
+@contextlib.contextmanager
+def no_trace(*folders: Path) -> Iterator[None]:
+    """Those of these folders that are new, and empty still when the block is refused, are removed
+    again, one after the other."""
+    new = [folder for folder in folders if not folder.exists()]
+    try:
+        yield
+    except UserError:
+        for folder in new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def only_decorates(what: str) -> Iterator[None]:
+    """An error in the block becomes a warning: what it makes is looked at, and nothing needs it."""
+    try:
+        yield
+    except Exception as e:  # odd words and full disks raise errors of many types
+        tqdm.write(f"Warning: {what} failed ({type(e).__name__}: {e}).", file=sys.stderr)
+
+
+def machine_memory(device: str) -> float:
+    """Bytes of the memory in which a device computes; infinite where they are not known."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[1]
+    if device == "cpu" and hasattr(os, "sysconf"):  # Windows has none
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return math.inf
+
+
+def check_memory(cfg: Config) -> None:
+    """Raises UserError where the model, its optimizer and one batch need more memory than there
+    is. They are counted too low rather than too high, on the meta device, which allocates nothing.
+    """
+    with torch.device("meta"):
+        model = build_backbone(cfg, 2)
+        backbone = sum(p.numel() for p in model.parameters())
+        if cfg.physics_steps:
+            model = ProPhy(model, cfg)
+        branch = sum(p.numel() for p in model.parameters()) - backbone
+    # Float32 weight, gradient, average and a moment take 16 bytes; a frozen weight 2 or 4.
+    frozen = cfg.freeze_backbone and not cfg.base_steps
+    needed = (2 if frozen else 16) * backbone
+    if cfg.physics_steps:
+        needed = max(needed, (2 if cfg.freeze_backbone else 16) * backbone + 16 * branch)
+    # Of each clip its numbers, the targets of its tokens, and the input of each block in bf16.
+    size = math.prod(cfg.grid)
+    clip = 4 * cfg.channels * size * cfg.patch_t * cfg.patch**2
+    needed += cfg.batch_size * (clip + size * (8 * cfg.categories + 2 * cfg.dim * cfg.depth))
+    there = machine_memory(cfg.device)
+    if needed > there:
+        raise UserError(f"Model, optimizer and a batch need {needed / 1e9:,.0f} GB of memory or more, "
+                        f"and there are {there / 1e9:,.0f}: lower --batch_size, the clip's size, "
+                        "--dim, --depth or the number of experts.")
 
 
 # --- the log, and the end -------------------------------------------------------------------------

@@ -286,7 +286,7 @@ def test_a_batch_carries_the_maps_of_its_clips(films, maps, pools):
         batch, row = clips.batch([position]), clips.row(position)
         assert batch.maps.shape == (1, 4 * 2 * 4, 17) and batch.background.shape == (1, 32)
         assert (batch.target == 0).all() and (batch.target_mask == 0).all()
-        name, start, size, crop = clips.pool.sources[row]
+        name, start, size, crop, *_ = clips.pool.sources[row]
         known = {category for tensors, about in maps_of(maps, name) for category in about["categories"]}
         labels = {c for c in clips.pool.categories[row] if c < 17}
         assert {c for c in range(17) if batch.maps[0, :, c].isfinite().any()} == known == labels
