@@ -76,7 +76,7 @@ class Flags:
     rate: float = 8.0  # of these frames a second
     sample: int = 0  # frames of a window to show, evenly; 0 = what latents stand for
     windows_taken: int = 4  # windows of one long video at most
-    pixels: int = 350_000  # of a frame at most: 480 x 720 becomes 476 x 728
+    pixels: int = flag(350_000, marks=(10**8,))  # of a frame at most: 480 x 720 becomes 476 x 728
     all: bool = False  # ask for all phenomena, not only those of the annotations
     kind: str = flag("vlm", choices=("vlm", "saliency", "shuffled"))  # whose maps --annotate makes
     maps: str = "tiny_vlm"  # name of the maps that --kind shuffled shuffles
@@ -91,6 +91,19 @@ class Flags:
     layers: str | None = None  # first-last, counted from 0
     sinks: float | None = None  # a map is cut at this quantile of itself
 
+    IDLE = (  # as in rules.py
+        ("annotations out frames_shown rate sample windows_taken pixels all",
+         lambda flags: not flags.videos, "without --videos"),
+        ("shard", lambda flags: not (flags.videos or flags.annotate or flags.train_tiny),
+         "without maps to make"),
+        ("minutes steps", lambda flags: not flags.train_tiny, "without --train_tiny"),
+        ("minutes", lambda flags: flags.steps, "with --steps"),
+        ("kind", lambda flags: not flags.annotate, "without --annotate"),
+        ("maps", lambda flags: flags.kind != "shuffled", "without --kind shuffled"),
+        ("clips", lambda flags: not (flags.report or flags.preview), "without --report"),
+        ("dtype batch question background answer words rows layers sinks",
+         lambda flags: flags.kind != "vlm", "without --kind vlm"))
+
     def check(self) -> None:
         """Raises UserError with the first broken rule."""
         for name in ("minutes", "clips", "pixels", "frames_shown", "rate", "windows_taken"):
@@ -99,8 +112,9 @@ class Flags:
         shard_of(self.shard)
         if min(self.sample, self.batch, self.steps) < 0:
             raise UserError("--sample, --batch and --steps must be zero or more.")
-        if not self.sample:
-            maps.aligned_frames(self.frames_shown)
+        if not self.sample and self.frames_shown % 4 != 1:
+            raise UserError("--frames_shown must be 1 + 4 m, such as 49 or 81, without --sample, not "
+                            f"{self.frames_shown}.")
         if self.annotate and not re.fullmatch(r"\w+", self.annotate):
             raise UserError(f"--annotate takes a plain name, not {self.annotate!r}.")
         if self.videos and not self.out:
