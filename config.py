@@ -323,8 +323,8 @@ def check_given(flags, given: dict) -> None:
     """Is every flag of a command line used? flags: the Config, or a command's flags, whose class
     may have a table IDLE as rules.py has it. Raises UserError."""
     table = rules.IDLE if isinstance(flags, Config) else getattr(flags, "IDLE", ())
-    for name, when in rules.idle(flags, given, table):
-        raise UserError(f"--{name} would change nothing {when}: leave it out.")
+    for name, conditions in rules.idle(flags, given, table):
+        raise UserError(f"--{name} changes something only {conditions}.")
 
 
 def check_latent_size(cfg: Config) -> None:
@@ -411,9 +411,13 @@ def parse_flags(cls, argv: list[str], description: str):
 
 def parse_with(cls, argv: list[str], description: str):
     """Command line -> (an instance of cls, checked Config): for a command that has flags of its own
-    beside those of Config. A flag of cls hides Config's of the same name. Raises UserError."""
+    beside those of Config. A flag of cls hides Config's of the same name, and `cls.READS` may name
+    the fields of Config that the command reads. Raises UserError."""
     given = read_flags(argv, description, cls, Config)
     flags = take_flags(cls, given)
+    unread = set(given) - set(getattr(cls, "READS", " ".join(given)).split())
+    if unread:
+        raise UserError(f"--{min(unread)} changes nothing here: it is for other commands.")
     cfg = preset(**given)
     if cfg.resume:  # fields that were not given again are as the run was started
         cfg = dataclasses.replace(load(cfg.run_dir / "config.json"), **given)

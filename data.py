@@ -22,7 +22,6 @@ import os
 import re
 import shutil
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,18 +153,13 @@ def check_words(tokenizer: Tokenizer, captions: Iterable[str], length: int, sour
         ids = tuple(tokenizer.ids.get(word, 1) for word in caption)
         other = seen.setdefault(ids, text)
         if other != text:
-            why = f"{shorten(other)} and {shorten(text)} become the same"
+            why = f"{other[:60]!r} and {text[:60]!r} become the same"
         if set(ids) == {1}:
-            why = f"no word of {shorten(text)} is known"
+            why = f"no word of {text[:60]!r} is known"
     said = f"{source} never read {len(lost)} of {len(words)} words: {join_some(lost)}"
     if why:
         raise UserError(f"{said}; {why}: train a backbone on these captions.")
     print(f"Warning: {said}; the model takes them all for one.", file=sys.stderr)
-
-
-def shorten(text: str, width: int = 60) -> str:
-    """A text as a message quotes it."""
-    return repr(textwrap.shorten(text, width, placeholder=" ..."))
 
 
 # --- the token grid -----------------------------------------------------------------------------
@@ -272,12 +266,12 @@ def content_of(path: Path) -> str:
     """What tells a file's content from that of most others: its size, and a hash of three blocks
     of it. Neither its name nor its times, and not all of its bytes: they may be gigabytes."""
     size = os.path.getsize(path)
+    found = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
-        blocks = [size]
         for start in (0, size // 2, max(0, size - BLOCK)):
             file.seek(start)
-            blocks.append(hashlib.sha256(file.read(BLOCK)).hexdigest())
-    return digest(blocks)[:24]
+            found.update(file.read(BLOCK))
+    return found.hexdigest()[:24]
 
 
 class VideoClips:
@@ -328,15 +322,14 @@ def pool_place(cfg: Config, source) -> tuple[Path, dict]:
 
 def check_room(cfg: Config, place: Path) -> None:
     """Raises UserError where a world's clips are more than the disk of `place` has room for."""
-    there = next(folder for folder in (place.absolute(), *place.absolute().parents)
-                 if folder.exists())
-    free = shutil.disk_usage(there).free
-    clips = cfg.world_clips + cfg.val_clips
-    needed = 3 * clips * cfg.frames * cfg.height * cfg.width
+    place = place.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free / 1e9
+    needed = 3e-9 * (cfg.world_clips + cfg.val_clips) * cfg.frames * cfg.height * cfg.width
     if needed > free:
-        raise UserError(f"{clips} clips need {needed / 1e9:,.1f} GB, and the disk of --pool_dir "
-                        f"{place} has {free / 1e9:,.1f} GB free: lower --world_clips or "
-                        "--val_clips.")
+        raise UserError(f"The clips need {needed:,.1f} GB, and the disk of --pool_dir has {free:,.1f} "
+                        "GB free: lower --world_clips or --val_clips.")
 
 
 def open_pool(cfg: Config, progress: bool = True) -> Pool:

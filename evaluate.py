@@ -252,8 +252,7 @@ class Flags:
     precision: str = flag("auto", config.CHOICES["precision"])  # auto = the run's, on its device
 
     IDLE = (  # as in rules.py
-        ("n steps guidance", lambda flags: flags.only == "localisation", "with --only localisation"),
-        ("clips ood", lambda flags: flags.only == "laws", "with --only laws"))
+        ("n steps guidance", "without --only localisation"), ("clips ood", "without --only laws"))
 
     def check(self):
         if not self.run:

@@ -4,41 +4,42 @@ config.py asks this file, and names the fields. Nothing here knows the class Con
 """
 import re
 
-# Flags that change nothing, when, and the same in words; `given` flags alone are held to this.
+# Which flags are used only with, or without, another one: one condition of a row is enough, and
+# where flags stand in several rows each of these must hold.
 IDLE = (
-    ("annotations windows", lambda c: not c.data_dir, "without --data_dir"),
-    ("weights cache", lambda c: not c.latent, "without the preset of an official model"),
-    ("fps", lambda c: not (c.data_dir or c.latent), "for the world, whose clips last one second"),
-    ("world_clips world_seed decoys two colour_cues ood", lambda c: c.data_dir or c.latent,
-     "for clips that are not of the physics world"),
-    ("pool_dir text_depth preview_every preview_steps guidance", lambda c: c.latent,
-     "for official models"),
-    ("negatives", lambda c: (c.data_dir or c.latent) and not c.teacher, "without masks or --teacher"),
-    ("background", lambda c: not c.teacher, "without --teacher"),
-    ("time_dim", lambda c: c.lineage == "wan", "with --lineage wan"),
-    ("freq_dim", lambda c: c.lineage != "wan", "without --lineage wan"),
-    ("fit_height fit_width", lambda c: c.positions != "fitted" and not c.latent,
-     "without --positions fitted"),
-    ("snr_shift", lambda c: c.process != "vpred", "without --process vpred"),
-    ("predict time_mean time_std shift", lambda c: c.process != "flow", "without --process flow"),
-    ("base_steps lr", lambda c: c.init_from, "with --init_from, which skips stage one"),
-    ("physical_blocks lora_rank physics_lr coarse_weight fine_weight balance_weight teacher "
-     "freeze_backbone", lambda c: not c.physics_steps, "without stage two (--physics_steps)"),
-    ("lora_alpha lora_targets", lambda c: not c.lora_rank, "without --lora_rank"),
-    ("semantic refinement injection", lambda c: not c.physical_at, "without --physical_blocks"),
-    ("semantic_experts coarse_weight coarse_loss", lambda c: not (c.semantic and c.physical_at),
-     "without the semantic experts"),
-    ("refinement_experts top_k map_rank residual renormalise fine_weight balance_weight teacher "
-     "negatives", lambda c: not (c.refinement and c.physical_at), "without the refinement experts"),
+    ("annotations windows", "with --data_dir"),
+    ("weights cache", "with --latent"),
+    ("fps", "with --data_dir or with --latent"),
+    ("world_clips world_seed decoys two colour_cues ood", "without --data_dir"),
+    ("world_clips world_seed decoys two colour_cues ood pool_dir text_depth preview_every "
+     "preview_steps guidance", "without --latent"),
+    ("negatives", "with --teacher or without --data_dir"),  # and with the world's masks
+    ("background", "with --teacher"),
+    ("time_dim", "with --lineage cogvideox"),
+    ("freq_dim", "with --lineage wan"),
+    ("fit_height fit_width", "with --positions fitted or with --latent"),
+    ("snr_shift", "with --process vpred"),
+    ("predict time_mean time_std shift", "with --process flow"),
+    ("base_steps lr", "without --init_from"),  # which skips stage one
+    ("physical_blocks lora_rank physics_lr coarse_weight fine_weight balance_weight teacher",
+     "with --physics_steps"),
+    ("lora_alpha lora_targets", "with --lora_rank"),
+    ("injection semantic_experts refinement_experts top_k map_rank coarse_weight coarse_loss "
+     "fine_weight balance_weight teacher", "with --physical_blocks"),
+    ("semantic_experts coarse_weight coarse_loss", "with --semantic"),
+    ("refinement_experts top_k map_rank renormalise fine_weight balance_weight teacher",
+     "with --refinement"),
 )
 
 
 def idle(flags, given: dict, table: tuple):
-    """Of the flags that were given a value, each that the table calls idle, and when it is."""
-    for names, when, words in table:
-        for name in names.split():
-            if given.get(name) and when(flags):
-                yield name, words
+    """Of the flags that were given a value, each that the table calls idle, and what would use it."""
+    for names, conditions in table:
+        used = False
+        for how, name, value in re.findall(r"(with|without) --(\w+) ?(?!or )(\S*)", conditions):
+            have = getattr(flags, name)
+            used |= bool(str(have) == value if value else have) == (how == "with")
+        yield from [(name, conditions) for name in names.split() if given.get(name) and not used]
 
 
 # Each of the following yields its rules one after the other: is it broken, and what to say then.

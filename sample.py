@@ -281,9 +281,8 @@ class Flags:
     out: str = ""  # clip.gif or clip.mp4; empty = RUN/samples/<prompt>.gif
 
     IDLE = (  # as in rules.py
-        ("checkpoint batch scale", lambda flags: flags.weights, "with --weights"),
-        ("branch", lambda flags: flags.no_branch, "with --no_branch"),
-        ("negative", lambda flags: flags.guidance == 1, "with --guidance 1"))
+        ("checkpoint batch scale", "without --weights"), ("branch", "without --no_branch"),
+        ("negative", "without --guidance 1.0"))
 
     def check(self) -> None:
         """Raises UserError with the first broken rule."""
@@ -411,13 +410,12 @@ def open_official(flags: Flags):
         raise UserError("--invert_experts needs a semantic router: give --branch, a file trained with "
                         "one.")
     try:
-        tried = f"--steps {flags.steps}"
         model.process.times(flags.steps, model.solver)
         if flags.dynamic:
-            tried = "--dynamic"
             model.process.dynamic(1.0, 0, flags.steps)
     except ValueError as e:
-        raise UserError(f"{tried}: {e}") from None
+        asked = f"--steps {flags.steps}" + " --dynamic" * flags.dynamic
+        raise UserError(f"{asked}: {e}") from None
     return model
 
 

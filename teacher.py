@@ -92,17 +92,15 @@ class Flags:
     sinks: float | None = None  # a map is cut at this quantile of itself
 
     IDLE = (  # as in rules.py
-        ("annotations out frames_shown rate sample windows_taken pixels all",
-         lambda flags: not flags.videos, "without --videos"),
-        ("shard", lambda flags: not (flags.videos or flags.annotate or flags.train_tiny),
-         "without maps to make"),
-        ("minutes steps", lambda flags: not flags.train_tiny, "without --train_tiny"),
-        ("minutes", lambda flags: flags.steps, "with --steps"),
-        ("kind", lambda flags: not flags.annotate, "without --annotate"),
-        ("maps", lambda flags: flags.kind != "shuffled", "without --kind shuffled"),
-        ("clips", lambda flags: not (flags.report or flags.preview), "without --report"),
-        ("dtype batch question background answer words rows layers sinks",
-         lambda flags: flags.kind != "vlm", "without --kind vlm"))
+        ("annotations frames_shown rate sample windows_taken pixels all", "with --videos"),
+        ("minutes steps", "with --train_tiny"), ("minutes", "without --steps"),
+        ("shard", "with --videos or with --annotate or with --train_tiny"),
+        ("kind", "with --annotate"), ("maps", "with --kind shuffled"),
+        ("clips", "with --report or with --preview"),
+        ("dtype batch question background answer words rows layers sinks", "with --kind vlm"))
+    READS = (  # fields of Config
+        "config device threads seed pool_dir data_dir world_clips world_seed val_clips decoys two "
+        "colour_cues ood frames height width fps windows patch patch_t")
 
     def check(self) -> None:
         """Raises UserError with the first broken rule."""

@@ -23,7 +23,6 @@ GAP = 8  # pixels between things
 LINE = 17  # pixels of a line of text
 COLUMNS = 4  # heat maps a row
 MOST_LINES = 100  # of a caption; what is longer is cut
-MOST_LETTERS = 1000  # of a word: Pillow refuses a million
 FPS = {".gif": (0.01, 100), ".mp4": (0.01, 1000)}  # what a file can hold; a GIF counts hundredths
 MOST_PIXELS = 2**28  # of all frames of a sheet: 0.8 GB in memory, more than a viewer opens
 
@@ -89,7 +88,7 @@ def wrap(text: str, room, letters=None) -> list[str]:
     letters = letters or font(13)
     lines = [""]
     for word in text.encode("utf-8", "replace").decode().split():
-        word = word[:MOST_LETTERS]
+        word = word[:1000]  # Pillow refuses a million letters
         longer = f"{lines[-1]} {word}".strip()
         if letters.getlength(longer) <= room or not lines[-1]:
             lines[-1] = longer

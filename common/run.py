@@ -291,8 +291,8 @@ def no_trace(*folders: Path) -> Iterator[None]:
     try:
         yield
     except UserError:
-        for folder in new:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # one that is not empty
+            for folder in new:
                 folder.rmdir()
         raise
 
@@ -306,35 +306,21 @@ def only_decorates(what: str) -> Iterator[None]:
         tqdm.write(f"Warning: {what} failed ({type(e).__name__}: {e}).", file=sys.stderr)
 
 
-def machine_memory(device: str) -> float:
-    """Bytes of the memory in which a device computes; infinite where they are not known."""
-    if device == "cuda":
-        return torch.cuda.mem_get_info()[1]
-    if device == "cpu" and hasattr(os, "sysconf"):  # Windows has none
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return math.inf
-
-
 def check_memory(cfg: Config) -> None:
-    """Raises UserError where the model, its optimizer and one batch need more memory than there
-    is. They are counted too low rather than too high, on the meta device, which allocates nothing.
-    """
+    """Raises UserError where model, optimizer and a batch need more memory than this machine has.
+    They are counted too low rather than too high, on the meta device, which allocates nothing."""
+    if cfg.device != "cpu" or not hasattr(os, "sysconf"):  # Windows has none
+        return
     with torch.device("meta"):
         model = build_backbone(cfg, 2)
-        backbone = sum(p.numel() for p in model.parameters())
         if cfg.physics_steps:
             model = ProPhy(model, cfg)
-        branch = sum(p.numel() for p in model.parameters()) - backbone
-    # Float32 weight, gradient, average and a moment take 16 bytes; a frozen weight 2 or 4.
-    frozen = cfg.freeze_backbone and not cfg.base_steps
-    needed = (2 if frozen else 16) * backbone
-    if cfg.physics_steps:
-        needed = max(needed, (2 if cfg.freeze_backbone else 16) * backbone + 16 * branch)
-    # Of each clip its numbers, the targets of its tokens, and the input of each block in bf16.
-    size = math.prod(cfg.grid)
-    clip = 4 * cfg.channels * size * cfg.patch_t * cfg.patch**2
-    needed += cfg.batch_size * (clip + size * (8 * cfg.categories + 2 * cfg.dim * cfg.depth))
-    there = machine_memory(cfg.device)
+    total = sum(p.numel() for p in model.parameters())
+    # A weight takes 2 bytes or 4, and what is trained 12 more: gradient, average and a moment. Of
+    # each clip the inputs of the blocks are kept.
+    trained = 0 if cfg.freeze_backbone and not cfg.base_steps else 6 * total
+    needed = 2 * (total + trained + cfg.batch_size * math.prod(cfg.grid) * cfg.dim * cfg.depth)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > there:
         raise UserError(f"Model, optimizer and a batch need {needed / 1e9:,.0f} GB of memory or more, "
                         f"and there are {there / 1e9:,.0f}: lower --batch_size, the clip's size, "

@@ -277,26 +277,19 @@ class Maps:
         sources: as in a PoolClip. Where one of both does not tell its content, the sizes of the
         upright videos are compared, if they are known.
         """
-        others = []
-        for video, _, size, _, *content in {source[0]: source for source in sources}.values():
-            have = self.content.get(video)
-            if have and any(content):
-                same = have == content[0]
-            elif video in self.of and size:
-                same = self.has_size(self.of[video][0][2], size)
-            else:
-                same = True
-            if not same:
-                others.append(video)
+        videos = {source[0]: source[2:] for source in sources if source[0] in self.of}
+        others = [video for video, known in videos.items() if not self.is_of(video, *known)]
         if others:
             raise UserError(f"The maps in {self.folder} were made of other videos than those of the "
                             f"same names: {join_some(others)}; make maps of these by teacher.py.")
 
-    def has_size(self, file: str, size: list) -> bool:
-        """Is a map of a video of this upright size? A damaged one does not tell."""
+    def is_of(self, video: str, size: list, crop: list, content: str = "") -> bool:
+        """Were the maps of this video made of one like it, as far as they tell?"""
+        if content and self.content[video]:
+            return content == self.content[video]
         try:
-            return list(read_about(self.store.clips / file)["size"]) == list(size)
-        except (OSError, ValueError, KeyError):
+            return not size or read_about(self.store.clips / self.of[video][0][2])["size"] == size
+        except (OSError, ValueError):  # a damaged one does not tell
             return True
 
     def overlaps(self, video: str, when: np.ndarray) -> list[tuple[float, str]]:
