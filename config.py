@@ -306,14 +306,14 @@ def check_fields(flags) -> None:
         if "seed" in f.name:
             most = MOST_SEED
         if SIGNED in marks:
-            right, words = value >= -most, f"{-most:,} or more"
+            right, words = abs(value) <= most, f"a finite number within {most:,}"
         elif SHARE in marks:
             right, words = 0 <= value <= 1, "a share between 0 and 1"
         elif MAY_BE_ZERO in marks or not f.default:
             right, words = value >= 0, "0 or more"
         else:
             right, words = value > 0, "1 or more" if type(value) is int else "more than zero"
-        if not right or math.isnan(value):
+        if not right or not -math.inf < value < math.inf:
             raise UserError(f"--{f.name} must be {words}, not {value}.")
         if value > most:
             raise UserError(f"--{f.name} must be {most:,} or less, not {value}.")

@@ -328,8 +328,8 @@ def check_room(cfg: Config, place: Path) -> None:
     free = shutil.disk_usage(place).free / 1e9
     needed = 3e-9 * (cfg.world_clips + cfg.val_clips) * cfg.frames * cfg.height * cfg.width
     if needed > free:
-        raise UserError(f"The clips need {needed:,.1f} GB, and the disk of --pool_dir has {free:,.1f} "
-                        "GB free: lower --world_clips or --val_clips.")
+        raise UserError(f"The clips need {needed:,.1f} GB, and the disk of --pool_dir {cfg.pool_dir} has "
+                        f"{free:,.1f} GB free: lower --world_clips or --val_clips.")
 
 
 def open_pool(cfg: Config, progress: bool = True) -> Pool:

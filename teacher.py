@@ -111,8 +111,8 @@ class Flags:
         if min(self.sample, self.batch, self.steps) < 0:
             raise UserError("--sample, --batch and --steps must be zero or more.")
         if not self.sample and self.frames_shown % 4 != 1:
-            raise UserError("--frames_shown must be 1 + 4 m, such as 49 or 81, without --sample, not "
-                            f"{self.frames_shown}.")
+            raise UserError("Without --sample, --frames_shown takes 1 + 4 m frames, such as 49 or 81, "
+                            f"not {self.frames_shown}.")
         if self.annotate and not re.fullmatch(r"\w+", self.annotate):
             raise UserError(f"--annotate takes a plain name, not {self.annotate!r}.")
         if self.videos and not self.out:

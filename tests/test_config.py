@@ -194,7 +194,9 @@ def test_their_possible_neighbours_are_not(argv):
 @pytest.mark.parametrize("name", NUMBERS)
 def test_every_number_has_a_most_and_one_more_is_refused(name):
     most = 2**63 - 1 if "seed" in name else next((m for m in FIELDS[name].metadata.get("marks", ()) if type(m) is int), 10**6)
-    if name not in marked(config.SHARE):
+    if name in marked(config.SIGNED):
+        assert "a finite number within 1,000,000" in refused(f"--{name}=-1e7")
+    elif name not in marked(config.SHARE):
         assert f"--{name} must be {most:,} or less" in refused(f"--{name}", most + 1)
     if "seed" in name:  # torch and numpy read the largest
         assert getattr(parse(f"--{name}", most), name) == most
