@@ -2,7 +2,7 @@
 
 A field's line says all that is known of it: default, choices, range, where others must agree in it,
 and its meaning, which `--help` prints. `parse` turns the command line into a checked `Config`;
-`check` holds the rules that tie fields together. Any other command has a small dataclass of its own
+`check` asks rules.py for what ties fields together. Any other command has a small dataclass of its own
 for `parse_flags` or `parse_with`. Nothing here imports torch, so a typo costs no start-up.
 "ours" marks a value that the paper (arXiv 2512.05564) does not state.
 """
@@ -22,6 +22,8 @@ from pathlib import Path
 
 import numpy as np
 
+import rules
+
 
 class UserError(Exception):
     """The user must change something before work can start: one sentence on stderr, exit code 2."""
@@ -39,7 +41,10 @@ CACHE = "cache"  # shapes the latents and text embeddings of a cache
 MAY_CHANGE = "may change"  # may be given anew with --resume, where every other field is fixed
 MAY_BE_ZERO = "may be zero"  # a number whose default is 0 may be zero too; others are above zero
 SHARE = "share"  # a number from 0 to 1
-SIGNED = "signed"  # any finite number
+SIGNED = "signed"  # may be below zero
+# A number among the marks is the most that the field may be. Without one, it is:
+MOST = 10**6
+MOST_SEED = 2**63 - 1  # of fields with "seed" in their name: torch reads no larger ones
 
 
 def flag(default, choices: tuple = (), marks: tuple = ()):
@@ -51,7 +56,7 @@ def flag(default, choices: tuple = (), marks: tuple = ()):
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def knob(default, *marks: str, choices: tuple = ()):
+def knob(default, *marks: str | int, choices: tuple = ()):
     """A field of Config with marks or choices."""
     return flag(default, choices, marks)
 
@@ -64,7 +69,7 @@ class Config:
     out_dir: str = knob("", MAY_CHANGE)  # run folder; empty = runs/<config>
     seed: int = 0  # weights, noise, clip order and caption dropout
     device: str = knob("auto", choices=("auto", "cuda", "mps", "cpu"))  # auto = cuda, else mps, else cpu
-    threads: int = 0  # CPU threads; 0 = every core
+    threads: int = knob(0, 1024)  # CPU threads; 0 = every core
     precision: str = knob("auto", choices=("auto", "fp32", "bf16"))  # bf16: autocast; weights stay fp32
     compile: str = knob("auto", choices=("auto", "on", "off"))  # torch.compile of the blocks
     resume: bool = knob(False, MAY_CHANGE)  # go on from the newest checkpoint in out_dir
@@ -76,15 +81,15 @@ class Config:
     # --- backbone
     lineage: str = knob(  # cogvideox (joint attention with the text) | wan (cross-attention to it)
         "cogvideox", NETWORK, CACHE, choices=("cogvideox", "wan"))
-    dim: int = knob(128, NETWORK)  # width D
-    depth: int = knob(6, NETWORK)  # blocks
+    dim: int = knob(128, NETWORK, 2**15)  # width D
+    depth: int = knob(6, NETWORK, 1000)  # blocks
     heads: int = knob(4, NETWORK)  # attention heads; dim / heads must divide by 16 for 3-axis RoPE
     ffn: int = knob(0, NETWORK)  # hidden width of the feed-forward; 0 = 4 D
     time_dim: int = knob(32, NETWORK)  # cogvideox: width of the time embedding for the expert adaLN
     freq_dim: int = 128  # wan: sines and cosines of the time
     text_dim: int = knob(0, NETWORK, CACHE)  # of stored embeddings (T5: 4096); 0 = learned words
-    text_len: int = knob(24, NETWORK, CACHE)  # text tokens; longer captions are cut with a warning
-    text_depth: int = knob(1, INIT)  # blocks of the encoder of learned words, in place of T5
+    text_len: int = knob(24, NETWORK, CACHE, 2**13)  # text tokens; longer captions are cut with a warning
+    text_depth: int = knob(1, INIT, 1000)  # blocks of the encoder of learned words, in place of T5
     latent: bool = False  # work on latents of a VAE that shrinks time by 4, height and width by 8
     channels: int = knob(3, NETWORK, CACHE)  # of a pixel, or of a latent (16)
     patch_t: int = knob(2, NETWORK)  # frames a token
@@ -100,8 +105,8 @@ class Config:
     refinement: bool = knob(True, BRANCH)  # Refinement Expert Block (Eq. 2)
     injection: str = knob(  # zero (zero-initialised linear; ours) | plain (the figure's bare +)
         "zero", BRANCH, choices=("zero", "plain"))
-    semantic_experts: int = knob(8, BRANCH)  # E_s (ours)
-    refinement_experts: int = knob(16, BRANCH)  # E_r (ours): more than the world has phenomena
+    semantic_experts: int = knob(8, BRANCH, 2**12)  # E_s (ours)
+    refinement_experts: int = knob(16, BRANCH, 2**12)  # E_r (ours): more than the world has phenomena
     top_k: int = knob(2, BRANCH)  # experts a token (ours)
     map_rank: int = knob(0, BRANCH)  # factors of a basis map (ours); 0 = full maps, as the paper's
     residual: bool = knob(True, BRANCH)  # x + REB(x) (ours); false = REB(x) alone
@@ -140,13 +145,13 @@ class Config:
     data_dir: str = ""  # folder of videos; empty = the physics world of world.py
     cache: str = ""  # folder of latents and text embeddings by encode.py, for official models
     annotations: str = ""  # captions.json or a WISA list; empty = the folder's captions.json
-    frames: int = knob(12, BRANCH, CACHE)  # frames a clip
-    height: int = knob(32, BRANCH, CACHE)  # pixels
-    width: int = knob(32, BRANCH, CACHE)  # pixels
-    fps: float = knob(8.0, BRANCH)  # frames a second of a video; a world clip lasts one second
+    frames: int = knob(12, BRANCH, CACHE, 2**14)  # frames a clip
+    height: int = knob(32, BRANCH, CACHE, 2**14)  # pixels
+    width: int = knob(32, BRANCH, CACHE, 2**14)  # pixels
+    fps: float = knob(8.0, BRANCH, 1000)  # frames a second of a video; a world clip lasts one second
     windows: int = 4  # clips cut from one long video at most
     pool_dir: str = knob("data", MAY_CHANGE)  # where drawn or decoded clips wait for like runs
-    world_clips: int = 16000  # clips of the world in the pool
+    world_clips: int = knob(16000, 10**7)  # clips of the world in the pool
     world_seed: int = 0  # which world; runs of several seeds share one
     decoys: float = knob(0.6, SHARE)  # share of scenes with a still object that looks like an actor
     two: float = knob(0.4, SHARE)  # share of scenes with two phenomena
@@ -160,7 +165,7 @@ class Config:
     physics_steps: int = knob(450, MAY_CHANGE, MAY_BE_ZERO)  # stage two: the branch beside it
     checkpointing: bool = False  # keep only each block's input and compute it again going backward
     freeze_backbone: bool = True  # stage two trains the branch only, as the paper does
-    batch_size: int = 16  # clips a step
+    batch_size: int = knob(16, 2**14)  # clips a step
     optimizer: str = knob("muon", choices=("muon", "adamw"))  # muon: block matrices, AdamW the rest
     lr: float = 4e-3  # peak, stage one
     physics_lr: float = 4e-3  # peak, stage two
@@ -173,7 +178,7 @@ class Config:
     eval_every: int = knob(500, MAY_CHANGE)  # steps between validation losses
     save_every: int = knob(500, MAY_CHANGE)  # steps between checkpoints
     preview_every: int = knob(1000, MAY_CHANGE, MAY_BE_ZERO)  # steps between GIFs; 0 = at the end
-    preview_steps: int = knob(25, MAY_CHANGE)  # sampling steps of a preview
+    preview_steps: int = knob(25, MAY_CHANGE, 10**4)  # sampling steps of a preview
     guidance: float = knob(1.5, MAY_CHANGE, MAY_BE_ZERO)  # classifier-free, of previews; 1 = off
 
     @property
@@ -277,8 +282,11 @@ def stored_fields(stored: dict) -> dict:
 def check(cfg: Config) -> Config:
     """Return cfg, or raise UserError with the first broken rule in one sentence."""
     check_fields(cfg)
-    for rules in (latent_rules if cfg.latent else pixel_rules, model_rules, training_rules):
-        for broken, sentence in rules(cfg):
+    if cfg.latent:
+        check_latent_size(cfg)
+    of_clips = rules.latent_rules if cfg.latent else rules.pixel_rules
+    for some in (of_clips, rules.model_rules, rules.training_rules):
+        for broken, sentence in some(cfg):
             if broken:
                 raise UserError(sentence)
     return cfg
@@ -294,8 +302,11 @@ def check_fields(flags) -> None:
         if choices or type(value) not in (int, float):
             continue
         marks = f.metadata.get("marks", ())
+        most = next((mark for mark in marks if type(mark) is int), MOST)
+        if "seed" in f.name:
+            most = MOST_SEED
         if SIGNED in marks:
-            right, words = True, "a finite number"
+            right, words = abs(value) <= most, f"a finite number within {most:,}"
         elif SHARE in marks:
             right, words = 0 <= value <= 1, "a share between 0 and 1"
         elif MAY_BE_ZERO in marks or not f.default:
@@ -304,6 +315,16 @@ def check_fields(flags) -> None:
             right, words = value > 0, "1 or more" if type(value) is int else "more than zero"
         if not right or not -math.inf < value < math.inf:
             raise UserError(f"--{f.name} must be {words}, not {value}.")
+        if value > most:
+            raise UserError(f"--{f.name} must be {most:,} or less, not {value}.")
+
+
+def check_given(flags, given: dict) -> None:
+    """Is every flag of a command line used? flags: the Config, or a command's flags, whose class
+    may have a table IDLE as rules.py has it. Raises UserError."""
+    table = rules.IDLE if isinstance(flags, Config) else getattr(flags, "IDLE", ())
+    for name, conditions in rules.idle(flags, given, table):
+        raise UserError(f"--{name} changes something only {conditions}.")
 
 
 def check_latent_size(cfg: Config) -> None:
@@ -312,71 +333,6 @@ def check_latent_size(cfg: Config) -> None:
     if (cfg.frames - 1) % 4 or cfg.height % side or cfg.width % side:
         raise UserError(f"An official model needs 1 + 4 m frames and sides that divide by {side}, "
                         f"not {cfg.frames} x {cfg.height} x {cfg.width}.")
-
-
-# Each of the following yields its rules one after the other: is it broken, and what to say then.
-def pixel_rules(cfg: Config):
-    """What patches can cut and the world can draw."""
-    for size, patch in (("frames", "patch_t"), ("height", "patch"), ("width", "patch")):
-        n, step = getattr(cfg, size), getattr(cfg, patch)
-        yield n % step, f"--{size} {n} does not divide into patches of {step} (--{patch})."
-    drawn = 16 <= cfg.height <= 128 and 16 <= cfg.width <= 128 and 2 <= cfg.frames <= 256
-    yield not cfg.data_dir and not drawn, (
-        "The world draws 16 to 128 pixels and 2 to 256 frames, not "
-        f"{cfg.frames} x {cfg.height} x {cfg.width}.")
-    yield cfg.ood and cfg.data_dir, (
-        "--ood is for the world; videos from --data_dir are as they are.")
-
-
-def latent_rules(cfg: Config):
-    """What training on latents needs."""
-    check_latent_size(cfg)
-    yield not cfg.text_dim, (
-        "--latent needs --text_dim: text embeddings come from the cache as well.")
-    yield not cfg.dry_run and not (cfg.weights and cfg.cache), (
-        f"{cfg.config} needs --weights DIR (an official model) and --cache DIR (encode.py makes "
-        "it), or --dry_run.")
-    yield cfg.base_steps or cfg.init_from or cfg.data_dir, (
-        "An official backbone comes from --weights and its clips from --cache: --base_steps, "
-        "--init_from and --data_dir are for models trained here.")
-
-
-def model_rules(cfg: Config):
-    """What the backbone, and the branch beside it, can be built with."""
-    yield cfg.dim % cfg.heads or (cfg.dim // cfg.heads) % 16, (
-        f"--dim / --heads must be a multiple of 16, not {cfg.dim} / {cfg.heads}.")
-    yield cfg.time_dim % 2, f"--time_dim must be even, not {cfg.time_dim}."
-    blocks, targets = cfg.physical_blocks, cfg.lora_targets
-    yield not re.fullmatch(r"\s*(\d+\s*(,\s*\d+\s*)*)?", blocks), (
-        f"--physical_blocks is a list such as 1,3,5, not {blocks!r}.")
-    yield not set(targets.split(",")) <= {"to_q", "to_k", "to_v", "to_out"}, (
-        f"--lora_targets is a list of to_q, to_k, to_v, to_out, not {targets!r}.")
-    at = cfg.physical_at
-    yield list(at) != sorted(set(at)) or any(i >= cfg.depth for i in at), (
-        f"--physical_blocks must rise and stay below --depth {cfg.depth}, not {blocks!r}.")
-    experts = cfg.refinement_experts
-    yield cfg.top_k > experts, (
-        f"--top_k {cfg.top_k} is more than --refinement_experts {experts}.")
-
-
-def training_rules(cfg: Config):
-    """What the two stages, the previews and L_coarse need."""
-    yield cfg.physics_steps and not cfg.physical_at and not cfg.lora_rank, (
-        "Stage two has nothing to train: give --physical_blocks or --lora_rank, or "
-        "--physics_steps 0 for the backbone alone.")
-    yield cfg.init_from and not cfg.physics_steps, (
-        "--init_from starts at stage two, which --physics_steps 0 leaves out.")
-    yield not cfg.init_from and not cfg.base_steps and not cfg.latent, (
-        "Stage two needs a trained backbone: give --base_steps or --init_from RUN.")
-    yield cfg.ema == 1, "--ema 1 would keep the initial weights for ever: give less."
-    steps = cfg.preview_steps
-    yield cfg.process == "vpred" and steps > 1000, (
-        f"--process vpred has 1000 steps; --preview_steps {steps} cannot be taken.")
-    router = cfg.physics_steps and cfg.semantic and cfg.physical_at
-    compares = cfg.coarse_weight and cfg.coarse_loss == "relative"
-    yield router and compares and cfg.batch_size == 1, (
-        "--batch_size 1 leaves L_coarse no pair of clips to compare: use more, or --coarse_loss "
-        "bce, or --coarse_weight 0.")
 
 
 # --- the command line -----------------------------------------------------------------------------
@@ -438,10 +394,12 @@ def read_flags(argv: list[str], description: str, *classes) -> dict:
 def take_flags(cls, given: dict):
     """Move the flags of cls out of those given, into a checked instance. Raises UserError."""
     names = [f.name for f in dataclasses.fields(cls)]
-    flags = cls(**{name: given.pop(name) for name in names if name in given})
+    own = {name: given.pop(name) for name in names if name in given}
+    flags = cls(**own)
     check_fields(flags)
     if hasattr(flags, "check"):
         flags.check()
+    check_given(flags, own)
     return flags
 
 
@@ -453,13 +411,20 @@ def parse_flags(cls, argv: list[str], description: str):
 
 def parse_with(cls, argv: list[str], description: str):
     """Command line -> (an instance of cls, checked Config): for a command that has flags of its own
-    beside those of Config. A flag of cls hides Config's of the same name. Raises UserError."""
+    beside those of Config. A flag of cls hides Config's of the same name, and `cls.READS` may name
+    the fields of Config that the command reads. Raises UserError."""
     given = read_flags(argv, description, cls, Config)
     flags = take_flags(cls, given)
+    unread = set(given) - set(getattr(cls, "READS", " ".join(given)).split())
+    if unread:
+        raise UserError(f"--{min(unread)} changes nothing here: it is for other commands.")
     cfg = preset(**given)
     if cfg.resume:  # fields that were not given again are as the run was started
         cfg = dataclasses.replace(load(cfg.run_dir / "config.json"), **given)
-    return flags, check(cfg)
+    check(cfg)
+    if not (cfg.resume or cfg.dry_run):  # a run may be resumed by its own command line again
+        check_given(cfg, given)
+    return flags, cfg
 
 
 def parse(argv: list[str], description: str) -> Config:
@@ -469,6 +434,9 @@ def parse(argv: list[str], description: str) -> Config:
 
 def entry(main, *args) -> None:
     """Run main(*args) as a program: a UserError exits 2, Stopped 1, both with one sentence."""
+    for terminal in (sys.stdout, sys.stderr):  # half a character, or a name that is not UTF-8
+        if hasattr(terminal, "reconfigure"):
+            terminal.reconfigure(errors="backslashreplace")
     try:
         return main(*args)
     except (UserError, Stopped) as e:

@@ -20,6 +20,8 @@ import json
 import math
 import os
 import re
+import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import world
-from common.files import cores, digest, map_in_processes, write_text
+from common.files import cores, digest, join_some, map_in_processes, write_text
 from common.pool import FORMAT, Pool, PoolClip, open_or_build
 from common.video import OTHER_SLOTS, Cut, Folder, pixels, split_by_video
 from config import Config, UserError, stream
@@ -38,6 +40,7 @@ from physics import CATEGORIES
 
 HELD_OUT = 1_000_000_000  # the world's indices from here on are never trained on
 POSITIVE = 0.25  # a token is positive when at least this share of its area is covered
+BLOCK = 2**16  # bytes of a file that are read to know it again
 POOL_FROM = 1000  # fewer synthetic clips are drawn before other processes would have started
 
 
@@ -130,6 +133,33 @@ class Tokenizer:
             raise UserError(f"{path} is not a tokenizer: a JSON object with a list of different "
                             "words is expected.") from None
         return cls(words)
+
+
+def check_words(tokenizer: Tokenizer, captions: Iterable[str], length: int, source: str) -> None:
+    """Say on stderr which words of these captions the vocabulary of `source` lacks.
+
+    All of them would be one and the same word. Raises UserError where that loses most words, every
+    word of a caption, or the difference between two captions, of which `length` words are read.
+    """
+    # Captions that are the same for a model that knows every word are one here.
+    split = {tuple(tokenizer.split(caption)[:length]): caption for caption in captions}
+    words = {word for caption in split for word in caption}
+    lost = sorted(words - tokenizer.ids.keys())
+    if not lost:
+        return
+    why = "most words are lost" if 2 * len(lost) >= len(words) else ""
+    seen = {}
+    for caption, text in split.items():
+        ids = tuple(tokenizer.ids.get(word, 1) for word in caption)
+        other = seen.setdefault(ids, text)
+        if other != text:
+            why = f"{other[:60]!r} and {text[:60]!r} become the same"
+        if set(ids) == {1}:
+            why = f"no word of {text[:60]!r} is known"
+    said = f"{source} never read {len(lost)} of {len(words)} words: {join_some(lost)}"
+    if why:
+        raise UserError(f"{said}; {why}: train a backbone on these captions.")
+    print(f"Warning: {said}; the model takes them all for one.", file=sys.stderr)
 
 
 # --- the token grid -----------------------------------------------------------------------------
@@ -232,6 +262,18 @@ class SyntheticClips:
         return list(range(n)), list(range(n, len(names))), summary
 
 
+def content_of(path: Path) -> str:
+    """What tells a file's content from that of most others: its size, and a hash of three blocks
+    of it. Neither its name nor its times, and not all of its bytes: they may be gigabytes."""
+    size = os.path.getsize(path)
+    found = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as file:
+        for start in (0, size // 2, max(0, size - BLOCK)):
+            file.seek(start)
+            found.update(file.read(BLOCK))
+    return found.hexdigest()[:24]
+
+
 class VideoClips:
     """Clips cut from the videos of a folder."""
     name = "folder"
@@ -256,8 +298,9 @@ class VideoClips:
         read = tqdm(self.folder.read(cut, cores(cfg.threads)), "reading videos",
                     len(self.folder.videos), unit="video", disable=not progress, leave=False)
         for video, windows in read:
+            content = content_of(video.path) if windows else ""
             for window in windows:
-                source = [video.name, window.start, list(window.size), list(window.crop)]
+                source = [video.name, window.start, list(window.size), list(window.crop), content]
                 yield PoolClip(window.video, video.caption, video.categories, source)
 
     def split(self, names: list[str]) -> tuple[list[int], list[int], str]:
@@ -270,6 +313,25 @@ class VideoClips:
         return train, held, summary + skipped + self.folder.unknown_labels()
 
 
+def pool_place(cfg: Config, source) -> tuple[Path, dict]:
+    """The folder of the pool of this source's clips, whether or not it is there, and its settings."""
+    size = (cfg.frames, cfg.height, cfg.width)
+    settings = {"format": FORMAT, "size": size, "val_clips": cfg.val_clips, **source.settings()}
+    return Path(cfg.pool_dir) / f"{source.name}-{digest(settings)[:12]}", settings
+
+
+def check_room(cfg: Config, place: Path) -> None:
+    """Raises UserError where a world's clips are more than the disk of `place` has room for."""
+    place = place.absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free / 1e9
+    needed = 3e-9 * (cfg.world_clips + cfg.val_clips) * cfg.frames * cfg.height * cfg.width
+    if needed > free:
+        raise UserError(f"The clips need {needed:,.1f} GB, and the disk of --pool_dir {cfg.pool_dir} has "
+                        f"{free:,.1f} GB free: lower --world_clips or --val_clips.")
+
+
 def open_pool(cfg: Config, progress: bool = True) -> Pool:
     """The pool of these settings, built if need be (bar and summary when `progress`).
 
@@ -278,8 +340,9 @@ def open_pool(cfg: Config, progress: bool = True) -> Pool:
     """
     source = VideoClips(cfg) if cfg.data_dir else SyntheticClips(cfg)
     size = (cfg.frames, cfg.height, cfg.width)
-    settings = {"format": FORMAT, "size": size, "val_clips": cfg.val_clips, **source.settings()}
-    path = Path(cfg.pool_dir) / f"{source.name}-{digest(settings)[:12]}"
+    path, settings = pool_place(cfg, source)
+    if not (cfg.data_dir or path.exists()):  # how much a folder of videos gives is not known yet
+        check_room(cfg, path.parent)
     pool = open_or_build(path, size, source, settings, progress)
     if progress:
         print(pool.summary)

@@ -34,6 +34,7 @@ from common.run import pick_device, pick_precision
 from common.store import Store
 from common.video import Cut, Folder
 from config import Stopped, UserError, flag
+from data import content_of
 from official.cache import CACHE, EMPTY, CacheRow, Encoder, settings_of
 from official.export import export_run
 from official.folder import Lineage, lineage_of
@@ -137,7 +138,7 @@ def encode_folder(flags: Flags, lineage: Lineage) -> None:
                 encoder.write_videos(folder, todo, have, cut, bar)
             made, cut_captions = encoder.made, encoder.cut_captions
         index = store.write_index(videos, lambda file, video: CacheRow(
-            file, video.name, video.caption, video.categories))
+            file, video.name, video.caption, video.categories, content_of(video.path)))
     except OSError as e:
         raise Stopped(f"{e.filename or store.folder} cannot be read or written any more: "
                       f"{e.strerror or e}.") from None

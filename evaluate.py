@@ -243,13 +243,16 @@ class Flags:
     clips: int = 128  # held-out clips for the localisation
     seed: int = 0  # of the noise
     checkpoint: str = "best"  # best | last | base (end of stage one) | a file in checkpoints/
-    steps: int = 0  # sampling steps; 0 = those of the run's previews
+    steps: int = flag(0, marks=(10**4,))  # sampling steps; 0 = those of the run's previews
     guidance: float = 0.0  # classifier-free guidance; 0 = that of the run's previews
     only: str = flag("", ("", *PARTS))  # one table; empty = both
     ood: str = flag("", config.CHOICES["ood"])  # draw this out of its range, for localisation alone
     batch: int = 16  # clips at a time
     device: str = flag("auto", config.CHOICES["device"])  # auto = cuda, else mps, else cpu
     precision: str = flag("auto", config.CHOICES["precision"])  # auto = the run's, on its device
+
+    IDLE = (  # as in rules.py
+        ("n steps guidance", "without --only localisation"), ("clips ood", "without --only laws"))
 
     def check(self):
         if not self.run:

@@ -39,6 +39,7 @@ import diffusion
 from common.pictures import (
     MOST_PIXELS,
     ClipRouting,
+    check_fps,
     overlay,
     plain_cell,
     routing_cell,
@@ -259,14 +260,14 @@ class Flags:
     prompts: str = ""  # text file with a prompt a line
     n: int | None = None  # clips a prompt; None = 4, with --weights 1
     seed: int = 0  # of the noise; clip i of a prompt depends on (seed, i) alone
-    steps: int | None = None  # sampling steps; None = 25, with --weights 50
+    steps: int | None = flag(None, marks=(10**4,))  # sampling steps; None = 25, with --weights 50
     guidance: float | None = None  # classifier-free; 1 = off; None = 1.5, with --weights 6, Wan 5
     negative: str = ""  # --weights: what guidance leads away from
     solver: str = ""  # --weights: ddim | dpm (CogVideoX), unipc | wan-euler (Wan); empty = the folder's
     dynamic: bool = False  # --weights: CogVideoX's dynamic guidance
-    frames: int = 0  # --weights: frames of the clip; 0 = as the model was trained
-    height: int = 0  # --weights: pixels; 0 = as the model was trained
-    width: int = 0  # --weights: pixels; 0 = as the model was trained
+    frames: int = flag(0, marks=(2**14,))  # --weights: frames of the clip; 0 = as the model was trained
+    height: int = flag(0, marks=(2**14,))  # --weights: pixels; 0 = as the model was trained
+    width: int = flag(0, marks=(2**14,))  # --weights: pixels; 0 = as the model was trained
 
     # --- how they are made and shown
     show_routing: bool = False  # with each clip, a heat map per trained phenomenon, expert weights
@@ -278,6 +279,10 @@ class Flags:
     device: str = flag("auto", config.CHOICES["device"])  # auto = cuda, else mps, else cpu
     precision: str = flag("auto", config.CHOICES["precision"])  # auto = bf16 on cuda, else fp32
     out: str = ""  # clip.gif or clip.mp4; empty = RUN/samples/<prompt>.gif
+
+    IDLE = (  # as in rules.py
+        ("checkpoint batch scale", "without --weights"), ("branch", "without --no_branch"),
+        ("negative", "without --guidance 1.0"))
 
     def check(self) -> None:
         """Raises UserError with the first broken rule."""
@@ -298,6 +303,8 @@ class Flags:
                             "leaves out.")
         if self.out and Path(self.out).suffix.lower() not in (".gif", ".mp4"):
             raise UserError(f"--out must end in .gif or .mp4, not {Path(self.out).name!r}.")
+        if self.fps:
+            check_fps(Path(self.out or "clip.gif"), self.fps)
         for name in ("n", "steps"):
             if getattr(self, name) == 0:
                 raise UserError(f"--{name} must be 1 or more, not 0.")
@@ -309,7 +316,9 @@ def all_prompts(flags: Flags) -> list[str]:
     lines = []
     if flags.prompts:
         try:
-            lines = Path(flags.prompts).read_text(encoding="utf-8").splitlines()
+            # A byte-order mark is no part of the first prompt, and str.splitlines would also end a
+            # line at form feeds and Unicode's separators.
+            lines = Path(flags.prompts).read_text(encoding="utf-8-sig").split("\n")
         except (OSError, UnicodeDecodeError) as e:
             raise UserError(f"--prompts {flags.prompts} cannot be read as UTF-8 text "
                             f"({type(e).__name__}).") from None
@@ -346,8 +355,14 @@ def open_out(flags: Flags) -> Path:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"The folder {out.parent} cannot be made ({e.strerror}).") from None
-    if out.is_dir() or not os.access(out.parent, os.W_OK):
-        raise UserError(f"{out} cannot be written.")
+    probe = out.with_name(f"{out.name}.{os.getpid()}.part")  # as long a name as it will have first
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise UserError(f"{out} cannot be written ({e.strerror}).") from None
+    if out.is_dir():
+        raise UserError(f"{out} cannot be written: it is a folder.")
     return out
 
 
@@ -399,7 +414,8 @@ def open_official(flags: Flags):
         if flags.dynamic:
             model.process.dynamic(1.0, 0, flags.steps)
     except ValueError as e:
-        raise UserError(str(e)) from None
+        asked = f"--steps {flags.steps}" + " --dynamic" * flags.dynamic
+        raise UserError(f"{asked}: {e}") from None
     return model
 
 

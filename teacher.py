@@ -76,7 +76,7 @@ class Flags:
     rate: float = 8.0  # of these frames a second
     sample: int = 0  # frames of a window to show, evenly; 0 = what latents stand for
     windows_taken: int = 4  # windows of one long video at most
-    pixels: int = 350_000  # of a frame at most: 480 x 720 becomes 476 x 728
+    pixels: int = flag(350_000, marks=(10**8,))  # of a frame at most: 480 x 720 becomes 476 x 728
     all: bool = False  # ask for all phenomena, not only those of the annotations
     kind: str = flag("vlm", choices=("vlm", "saliency", "shuffled"))  # whose maps --annotate makes
     maps: str = "tiny_vlm"  # name of the maps that --kind shuffled shuffles
@@ -91,6 +91,17 @@ class Flags:
     layers: str | None = None  # first-last, counted from 0
     sinks: float | None = None  # a map is cut at this quantile of itself
 
+    IDLE = (  # as in rules.py
+        ("annotations frames_shown rate sample windows_taken pixels all", "with --videos"),
+        ("minutes steps", "with --train_tiny"), ("minutes", "without --steps"),
+        ("shard", "with --videos or with --annotate or with --train_tiny"),
+        ("kind", "with --annotate"), ("maps", "with --kind shuffled"),
+        ("clips", "with --report or with --preview"),
+        ("dtype batch question background answer words rows layers sinks", "with --kind vlm"))
+    READS = (  # fields of Config
+        "config device threads seed pool_dir data_dir world_clips world_seed val_clips decoys two "
+        "colour_cues ood frames height width fps windows patch patch_t")
+
     def check(self) -> None:
         """Raises UserError with the first broken rule."""
         for name in ("minutes", "clips", "pixels", "frames_shown", "rate", "windows_taken"):
@@ -99,8 +110,9 @@ class Flags:
         shard_of(self.shard)
         if min(self.sample, self.batch, self.steps) < 0:
             raise UserError("--sample, --batch and --steps must be zero or more.")
-        if not self.sample:
-            maps.aligned_frames(self.frames_shown)
+        if not self.sample and self.frames_shown % 4 != 1:
+            raise UserError("Without --sample, --frames_shown takes 1 + 4 m frames, such as 49 or 81, "
+                            f"not {self.frames_shown}.")
         if self.annotate and not re.fullmatch(r"\w+", self.annotate):
             raise UserError(f"--annotate takes a plain name, not {self.annotate!r}.")
         if self.videos and not self.out:
@@ -226,11 +238,12 @@ def windows_of_videos(flags: Flags, work: Work, todo: dict[str, Video], vlm: qwe
             work.skipped.append(f"{video.name} ({reason_of(e)})")
             continue
         work.bar.total += len(windows) - 1
+        content = data.content_of(video.path)
         for window in windows:
             file = clip_file(name, window.number, window.taken)
             if file not in work.have:
                 yield [maps.clip_for_vlm(window, video.name, names, flags.rate,
-                                         vlm.pictures.temporal_patch, flags.sample, file)]
+                                         vlm.pictures.temporal_patch, flags.sample, file, content)]
 
 
 # --- synthetic clips ----------------------------------------------------------------------------

@@ -4,7 +4,7 @@
     python train.py --config small --resume     go on after Ctrl-C, SIGTERM or a crash, to the bit
     python train.py --init_from runs/small ...  stage two alone, from another run's backbone
 
-    resolve --> open_clips --> start_or_resume --> loop:  once in a while validate, preview, save
+    resolve --> open_clips --> start_or_resume --> loop:  once in a while validate, save, preview
     `auto`      clips, words   State                      one step, fenced
 
 From `main` on the file is a story. Inside its loop everything that happens once in a while comes
@@ -17,6 +17,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import shlex
 import sys
 import time
 import types
@@ -34,8 +35,9 @@ import diffusion
 import sample
 from common.optim import learning_rate, make_optimizers
 from common.run import (
-    Log, averaged_base, by_noise, check_data, describe_run, description, load_newest, million,
-    open_run, resolve, save, save_and_prune, stop_at_full_disk, stop_requests, use_threads)
+    Log, averaged_base, by_noise, check_data, check_memory, describe_run, description, load_newest,
+    million, no_trace, only_decorates, open_run, resolve, save, save_and_prune, stop_at_full_disk,
+    stop_requests, use_threads)
 from config import Config, Stopped, UserError
 from experts import ProPhy
 from model import build_backbone
@@ -261,9 +263,12 @@ def main(cfg: Config) -> None:
     if cfg.init_from:  # stage one is skipped, whatever its length
         cfg = dataclasses.replace(cfg, base_steps=0)
     cfg, why = resolve(use_threads(config.check(cfg)))
-    run = open_run(cfg)  # nothing was written before
-    with stop_at_full_disk(run):
-        train(cfg, run, why)
+    check_memory(cfg)
+    run = cfg.run_dir
+    with no_trace(run / "samples", run / "checkpoints", run, Path(cfg.pool_dir)):
+        run = open_run(cfg)  # nothing was written before
+        with stop_at_full_disk(run):
+            train(cfg, run, why)
 
 
 def open_clips(cfg: Config, run: Path):
@@ -271,6 +276,10 @@ def open_clips(cfg: Config, run: Path):
 
     What an official model learns from was encoded beforehand, words and all: no tokenizer then.
     """
+    if cfg.teacher:
+        from vlm import open_maps
+        if not cfg.resume:  # maps that are not there are missed before the clips are drawn
+            open_maps(cfg)
     if cfg.latent:
         from official import cache
         pool = cache.open_cache(cfg, cfg.cache, cache.identity(cfg.weights))
@@ -280,7 +289,6 @@ def open_clips(cfg: Config, run: Path):
         check_data(cfg, run, pool.key)
     maps = None  # without --teacher there are the world's exact masks, or none
     if cfg.teacher:
-        from vlm import open_maps
         maps = open_maps(cfg, pool)
     if cfg.latent:
         return cache.Latents(cfg, pool, maps), None
@@ -289,13 +297,16 @@ def open_clips(cfg: Config, run: Path):
         tokenizer = data.Tokenizer.load(run / "tokenizer.json")
     elif cfg.init_from:
         tokenizer = data.Tokenizer.load(Path(cfg.init_from) / "tokenizer.json")
+        data.check_words(tokenizer, [pool.captions[row] for row in pool.train], cfg.text_len,
+                         f"--init_from {cfg.init_from}")
     else:
         tokenizer = data.Tokenizer.from_captions([pool.captions[row] for row in pool.train])
     return data.Clips(cfg, pool, tokenizer, maps), tokenizer
 
 
-def start_or_resume(cfg: Config, run: Path, clips: data.Clips, words: int) -> State:
-    """A State with new weights, or another run's, or those this one had. Raises UserError."""
+def start_or_resume(cfg: Config, run: Path, clips: data.Clips, words: int,
+                    base: dict[str, Tensor] | None) -> State:
+    """A State with new weights, or those of `base`, or those this run had. Raises UserError."""
     if cfg.resume:
         check_data(cfg, run, clips.key)
     state = State(cfg, words)
@@ -309,8 +320,8 @@ def start_or_resume(cfg: Config, run: Path, clips: data.Clips, words: int) -> St
         if not possible:
             raise UserError(f"--base_steps {cfg.base_steps} cannot be: {run} stands at step "
                             f"{state.step}, and its stage one had {started_with}.")
-    elif cfg.init_from:
-        state.ema = averaged_base(cfg, state.device)
+    elif base:
+        state.ema = base
         state.model.load_state_dict(state.ema)
     return state
 
@@ -318,8 +329,11 @@ def start_or_resume(cfg: Config, run: Path, clips: data.Clips, words: int) -> St
 def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
     """The whole run, in the order in which things happen: one function, read from top to bottom."""
     # --- what is learned from, and what learns
+    base = None  # weights of another run, which are read before clips are drawn
+    if cfg.init_from and not cfg.resume:
+        base = averaged_base(cfg, torch.device(cfg.device))
     clips, tokenizer = open_clips(cfg, run)
-    state = start_or_resume(cfg, run, clips, len(tokenizer) if tokenizer else 0)
+    state = start_or_resume(cfg, run, clips, len(tokenizer) if tokenizer else 0, base)
 
     # --- the run folder says what was started, and the terminal too
     if cfg.resume:  # nothing is `auto` any more: the reasons are those of the start
@@ -350,16 +364,17 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
             if moved and state.due(cfg.eval_every):
                 validate(state, clips, run, log)
 
-            # Once in a while they draw clips to look at. An official model would take minutes for
-            # each, so that is left to sample.py.
-            if moved and state.due(cfg.preview_every) and not cfg.latent:
-                preview(state, run, tokenizer, prompts)
-
             # Once in a while, and before the program ends, all that is needed to go on is saved.
             if moved and (stopping or state.due(cfg.save_every)):
                 if state.stage_over and state.stage == "base":
                     save(state.state_dict(), run / "checkpoints" / "base.pt")  # for --init_from
                 save_and_prune(state.state_dict(), run / "checkpoints", state.step)
+
+            # Once in a while they draw clips to look at, once all is saved. An official model would
+            # take minutes for each, so that is left to sample.py.
+            if moved and state.due(cfg.preview_every) and not cfg.latent:
+                with only_decorates("The preview"):
+                    preview(state, run, tokenizer, prompts)
             if stopping or state.finished:
                 break
 
@@ -443,15 +458,15 @@ def conclude(state: State, clips: data.Clips, run: Path, prompt: str) -> None:
     if not state.finished:
         print(f"Stopped at step {state.step} of {state.total} and saved; go on with --resume.")
         return
-    from_run = f"--run {run}"
+    from_run = f"--run {shlex.quote(str(run))}"
     if state.publishable:
         branch = run / "branch.safetensors"
-        from_run = f"--weights {state.cfg.weights} --branch {branch}"
+        from_run = shlex.join(["--weights", state.cfg.weights, "--branch", str(branch)])
         if not branch.is_file():  # it was lost: the last step's weights make it again
             publish(state, clips, run, held_out_loss(state, clips)["diffusion"])
     print(f"Done: {run}, held-out diffusion loss {state.best:.4f}.")
     if state.publishable or not state.cfg.latent:
-        print(f"Next:\npython sample.py {from_run} --prompt \"{prompt}\"")
+        print(f"Next:\npython sample.py {from_run} --prompt {shlex.quote(prompt[:300])}")
 
 
 def warn(clips: data.Clips, cfg: Config) -> None:

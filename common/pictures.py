@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from common.files import whole_file
-from config import Stopped
+from config import Stopped, UserError
 
 PAPER = (17, 19, 25)  # colours of a sheet: its ground,
 PLATE = (29, 32, 41)  # a plate on it,
@@ -22,6 +22,8 @@ STRIP_INK = (205, 210, 222)
 GAP = 8  # pixels between things
 LINE = 17  # pixels of a line of text
 COLUMNS = 4  # heat maps a row
+MOST_LINES = 100  # of a caption; what is longer is cut
+FPS = {".gif": (0.01, 100), ".mp4": (0.01, 1000)}  # what a file can hold; a GIF counts hundredths
 MOST_PIXELS = 2**28  # of all frames of a sheet: 0.8 GB in memory, more than a viewer opens
 
 # The colours of a heat map, violet to pale yellow and ever brighter: red, green and blue.
@@ -81,13 +83,18 @@ def font(size=None):
 
 
 def wrap(text: str, room, letters=None) -> list[str]:
-    """Lines of at most `room` pixels in these letters (a font); a wider word stands alone."""
+    """Lines of at most `room` pixels in these letters (a font); a wider word stands alone. What is
+    more than MOST_LINES ends in "...", and half a character becomes a question mark."""
     letters = letters or font(13)
     lines = [""]
-    for word in text.split():
+    for word in text.encode("utf-8", "replace").decode().split():
+        word = word[:1000]  # Pillow refuses a million letters
         longer = f"{lines[-1]} {word}".strip()
         if letters.getlength(longer) <= room or not lines[-1]:
             lines[-1] = longer
+        elif len(lines) == MOST_LINES:
+            lines[-1] = "..."
+            break
         else:
             lines.append(word)
     return lines
@@ -249,6 +256,13 @@ def sheet(cells: list[np.ndarray], pair: int = 1, group: int = 1) -> np.ndarray:
 
 
 # --- files --------------------------------------------------------------------------------------
+def check_fps(path: Path, fps: float) -> None:
+    """Can this file show so many frames a second? Raises UserError."""
+    low, high = FPS[path.suffix.lower()]
+    if not low <= fps <= high:
+        raise UserError(f"--fps must be {low} to {high} for a {path.suffix} file, not {fps}.")
+
+
 def save(path: Path, frames, fps: float) -> None:
     """(F, H, W, 3) -> GIF or MP4 by suffix, the whole file or none.
 
@@ -262,10 +276,15 @@ def save(path: Path, frames, fps: float) -> None:
 
 
 def save_gif(path, frames, fps):
-    """A GIF that loops for ever."""
+    """A GIF that loops for ever. One of more frames a second than it can count plays as fast as it
+    can."""
     import imageio.v3 as iio
+    duration = 1000 / min(fps, FPS[".gif"][1])
+    # In memory first: on a full disk the library's writer fails again when it is thrown away.
+    film = iio.imwrite("<bytes>", frames, extension=".gif", plugin="pillow", duration=duration,
+                       loop=0)
     with whole_file(path) as part:
-        iio.imwrite(part, frames, extension=".gif", plugin="pillow", duration=1000 / fps, loop=0)
+        part.write_bytes(film)
 
 
 def save_mp4(path, frames, fps):

@@ -9,6 +9,7 @@ import dataclasses
 import errno
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -21,10 +22,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import config
 from common.files import whole_file, write_text
 from config import Config, Stopped, UserError
+from experts import ProPhy
+from model import build_backbone
 
 
 BINS = 4  # the log has the loss of so many equal ranges of t: the total hides which one improves
@@ -277,6 +281,50 @@ def stop_at_full_disk(run: Path) -> Iterator[None]:
             raise
         raise Stopped("The disk is full; free some space and go on with --resume "
                       f"({run} keeps its last checkpoint).") from None
+
+
+@contextlib.contextmanager
+def no_trace(*folders: Path) -> Iterator[None]:
+    """Those of these folders that are new, and empty still when the block is refused, are removed
+    again, one after the other."""
+    new = [folder for folder in folders if not folder.exists()]
+    try:
+        yield
+    except UserError:
+        with contextlib.suppress(OSError):  # one that is not empty
+            for folder in new:
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def only_decorates(what: str) -> Iterator[None]:
+    """An error in the block becomes a warning: what it makes is looked at, and nothing needs it."""
+    try:
+        yield
+    except Exception as e:  # odd words and full disks raise errors of many types
+        tqdm.write(f"Warning: {what} failed ({type(e).__name__}: {e}).", file=sys.stderr)
+
+
+def check_memory(cfg: Config) -> None:
+    """Raises UserError where model, optimizer and a batch need more memory than this machine has.
+    They are counted too low rather than too high, on the meta device, which allocates nothing."""
+    if cfg.device != "cpu" or not hasattr(os, "sysconf"):  # Windows has none
+        return
+    with torch.device("meta"):
+        model = build_backbone(cfg, 2)
+        if cfg.physics_steps:
+            model = ProPhy(model, cfg)
+    total = sum(p.numel() for p in model.parameters())
+    # A weight takes 2 bytes or 4, and what is trained 12 more: gradient, average and a moment. Of
+    # each clip the inputs of the blocks are kept.
+    trained = 0 if cfg.freeze_backbone and not cfg.base_steps else 6 * total
+    needed = 2 * (total + trained + cfg.batch_size * math.prod(cfg.grid) * cfg.dim * cfg.depth)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(f"Model, optimizer and a batch need {needed / 1e9:,.0f} GB of memory or more, "
+                        f"and there are {there / 1e9:,.0f}: lower --batch_size, the clip's size, "
+                        "--dim, --depth or the number of experts.")
 
 
 # --- the log, and the end -------------------------------------------------------------------------

@@ -40,6 +40,7 @@ class CacheRow(NamedTuple):
     video: str
     caption: str
     categories: list  # of all 29
+    content: str = ""  # of the video, as data.content_of says it; older rows do not tell
 
 
 CACHE = Kind("cache.json", "encode.py", CacheRow)
@@ -135,7 +136,10 @@ class Cache:
     def __init__(self, store: Store, val_clips: int):
         self.store = store
         rows = map(list, zip(*store.rows))
-        self.files, self.names, self.captions, self.categories = rows  # names are the videos'
+        self.files, self.names, self.captions, self.categories, contents = rows
+        # As in a PoolClip, as far as it is known without opening a clip.
+        self.sources = [[name, 0.0, None, None, content]
+                        for name, content in zip(self.names, contents)]  # names are the videos'
         self.train, self.held, self.summary = split_by_video(self.names, val_clips)
         if store.done < store.total:
             absent = store.total - store.done

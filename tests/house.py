@@ -15,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 ROOMS = ("physics", "official", "vlm", "common")
 METHOD = ("align", "experts", "model", "diffusion", "train", "data", "sample", "config")  # in reading order
 LEVELS = (  # lowest first; a file imports from lower levels, or from its own but never in a circle
-    ("config",), ("align", "experts", "model", "diffusion", "physics", "common"), ("world",), ("data",),
+    ("config", "rules"), ("align", "experts", "model", "diffusion", "physics", "common"), ("world",), ("data",),
     ("official", "vlm"), ("sample",), ("train", "evaluate", "encode", "teacher"), ("bench", "ablate", "report"))
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 KINDS = (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING)

@@ -43,6 +43,7 @@ def another(f):
 @pytest.mark.parametrize("name", [n for n in FIELDS if n not in ("config", "resume")])
 def test_every_field_is_a_flag(name, monkeypatch):
     monkeypatch.setattr(config, "check", lambda cfg: cfg)  # the value need not make sense here
+    monkeypatch.setattr(config, "check_given", lambda cfg, given: None)
     value = another(FIELDS[name])
     assert parse(f"--{name}", value) == config.preset(**{name: value})
 
@@ -78,7 +79,7 @@ def attributes(node) -> set[str]:
 
 def test_every_field_is_read_outside_config():
     files = [p for p in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py"))
-             if p.name != "config.py" and p.parent.name != "tests"]
+             if p.name not in ("config.py", "rules.py") and p.parent.name != "tests"]
     read = set().union(*(attributes(ast.parse(p.read_text())) for p in files))
     tree = ast.parse((ROOT / "config.py").read_text())
     cls = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Config")
@@ -91,7 +92,7 @@ def test_every_field_is_read_outside_config():
 def test_marks_fit_their_fields_and_choices_hold_the_defaults():
     every = {mark for name in FIELDS for mark in FIELDS[name].metadata.get("marks", ())}
     of_numbers = {config.MAY_BE_ZERO, config.SHARE, config.SIGNED}
-    assert every == {config.NETWORK, config.INIT, config.BRANCH, config.CACHE, config.MAY_CHANGE} | of_numbers
+    assert every == {config.NETWORK, config.INIT, config.BRANCH, config.CACHE, config.MAY_CHANGE} | of_numbers | {mark for mark in every if type(mark) is int}
     assert all(name in NUMBERS for mark in of_numbers for name in marked(mark))
     assert all(FIELDS[name].default in choices for name, choices in config.CHOICES.items())
     assert all(set(values) <= set(FIELDS) for values in config.PRESETS.values())
@@ -153,6 +154,7 @@ def test_numbers_out_of_range_are_refused(name):
 
 @pytest.mark.parametrize("name", config.CHOICES)
 def test_choices(name, monkeypatch):
+    monkeypatch.setattr(config, "check_given", lambda cfg, given: None)
     wrong = 18 if FIELDS[name].type is int else "nonsense"
     sentence = refused(f"--{name}", wrong)
     assert all(str(choice) in sentence for choice in config.CHOICES[name])
@@ -186,6 +188,64 @@ def test_impossible_combinations_are_refused(argv, says):
 ])
 def test_their_possible_neighbours_are_not(argv):
     parse(*argv.split())
+
+
+# --- limits
+@pytest.mark.parametrize("name", NUMBERS)
+def test_every_number_has_a_most_and_one_more_is_refused(name):
+    most = 2**63 - 1 if "seed" in name else next((m for m in FIELDS[name].metadata.get("marks", ()) if type(m) is int), 10**6)
+    if name in marked(config.SIGNED):
+        assert "a finite number within 1,000,000" in refused(f"--{name}=-1e7")
+    elif name not in marked(config.SHARE):
+        assert f"--{name} must be {most:,} or less" in refused(f"--{name}", most + 1)
+    if "seed" in name:  # torch and numpy read the largest
+        assert getattr(parse(f"--{name}", most), name) == most
+
+
+@pytest.mark.parametrize("argv", [
+    "--dim 1048576", "--depth 1000000", "--threads 100000", "--world_clips 100000000", "--val_clips 100000000", "--semantic_experts 100000000",
+    "--batch_size 100000000", "--text_len 1000000000", "--seed 36893488147419103232", "--world_seed 36893488147419103232", "--base_steps 100000000000",
+    "--preview_steps 100000000000", "--fps 1e300 --data_dir films", "--time_mean=-1e300", "--base_steps 999000 --physics_steps 1000"])
+def test_what_cannot_be_is_refused_by_name(argv):
+    assert argv.split()[0].split("=")[0] in refused(*argv.split())
+
+
+# --- every given flag is used, or refused
+@pytest.mark.parametrize("argv", [
+    "--annotations half.json", "--windows 2", "--cache latents", "--weights wan", "--fps 9", "--data_dir films --world_clips 10",
+    "--data_dir films --colour_cues", "--data_dir films --negatives 0.1", "--lora_alpha 8", "--lora_targets to_q", "--snr_shift 3",
+    "--process vpred --shift 2", "--process vpred --predict v", "--background divide", "--lineage wan --time_dim 16", "--freq_dim 64",
+    "--fit_height 20", "--init_from runs/a --lr 0.1", "--init_from runs/a --base_steps 9", "--physics_steps 0 --physics_lr 0.1",
+    "--semantic false --semantic_experts 4", "--refinement false --top_k 1", "--refinement false --teacher maps",
+    "--config wan-1.3b --weights w --cache c --guidance 3", "--config wan-1.3b --weights w --cache c --pool_dir p",
+    "--config wan-1.3b --weights w --cache c --annotations a.json"])
+def test_a_flag_that_changes_nothing_is_refused_by_name(argv):
+    assert f"{argv.split()[-2] if not argv.endswith('cues') else '--colour_cues'} changes something only" in refused(*argv.split())
+
+
+@pytest.mark.parametrize("argv", [
+    "--data_dir films --annotations a.json --windows 2 --fps 9", "--negatives 0.5", "--teacher maps --negatives 0.5 --background divide",
+    "--data_dir films --teacher maps --negatives 0.1", "--lora_rank 4 --lora_alpha 8", "--process vpred --snr_shift 3",
+    "--lineage wan --freq_dim 64", "--positions fitted --fit_height 20", "--init_from runs/a --base_steps 0 --physics_lr 0.1",
+    "--config wan-1.3b --dry_run --lr 0.1 --guidance 2", "--data_dir films --colour_cues false --ood="])
+def test_a_flag_that_is_used_or_says_nothing_is_not(argv):
+    parse(*argv.split())
+
+
+def test_the_table_of_idle_flags_names_fields_alone():
+    named = {name for names, *_ in config.rules.IDLE for name in names.split()}
+    assert named <= set(FIELDS)
+
+
+def test_a_run_is_resumed_by_its_own_command_line_again(tmp_path):
+    """Also where it has a flag that an earlier version let pass."""
+    stored_run(tmp_path, snr_shift=3.0)
+    assert parse("--out_dir", tmp_path, "--resume", "--snr_shift", 3).snr_shift == 3
+
+
+def test_what_is_printed_survives_half_a_character_and_a_name_that_is_not_utf_8():
+    done = program(r"config.entry(lambda: print('\ud800', sys.argv[1]))", b"caf\xe9")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\\ud800 caf\\udce9\n", "")
 
 
 # --- the flags of other commands

@@ -87,7 +87,9 @@ def run_folder(folder, cfg=CFG, branch=True):
 
 
 def run_main(*argv):
-    evaluate.main([*map(str, argv), "--n", "1", "--clips", "6", "--batch", "4"])
+    counts = {"laws": ["--n", "1"], "localisation": ["--clips", "6"]}
+    used = [word for part, words in counts.items() if part == argv[-1] or argv[-2] != "--only" for word in words]
+    evaluate.main([*map(str, argv), *used, "--batch", "4"])
 
 
 def test_the_whole_command(tmp_path, capsys):
@@ -208,6 +210,9 @@ def test_mistakes_are_one_sentence(tmp_path):
             ((), "--run"), (("--run", tmp_path / "none"), "no run folder"),
             (("--run", run, "--wrong", 1), "--wrong"),
             (("--run", run, "--only", "looks"), "looks"), (("--run", run, "--steps", -1), "--steps"),
+            (("--run", run, "--only", "laws", "--clips", 9), "--clips"), (("--run", run, "--seed", 2**65), "--seed"),
+            (("--run", run, "--only", "localisation", "--guidance", 2), "--guidance"),
+            (("--run", run, "--clips", 10**11), "--clips"), (("--run", run, "--steps", 10**11), "--steps"),
             (("--run", run, "--seed", "x"), "x"), (("--run", run, "--guidance", "nan"), "--guidance"),
             (("--run", run, "--checkpoint", "last"), "checkpoint"),
             (("--run", sliced, "--steps", 2000), "1000 steps"),

@@ -19,6 +19,7 @@ import data
 import diffusion
 import experts
 import model
+import helpers
 import sample
 from config import UserError
 from helpers import PRESENT, ROOT, perturbed, write_run
@@ -351,6 +352,12 @@ def test_folder_runs_play_at_their_own_rate(tmp_path, command):
     (["--prompt", "a ball", "--out", "clip.avi"], "gif or .mp4"),
     (["--prompt", "a ball", "--out", "clip"], "gif or .mp4"),
     (["--prompts", "nowhere.txt"], "cannot be read"),
+    (["--prompt", "a ball", "--fps", "1e9"], "--fps must be"), (["--prompt", "a ball", "--fps", "120"], "0.01 to 100 for a .gif"),
+    (["--prompt", "a ball", "--fps", "0.001", "--out", "a.mp4"], "0.01 to 1000 for a .mp4"),
+    (["--prompt", "a ball", "--steps", "100000000000"], "--steps"), (["--prompt", "a ball", "--seed", str(2**65)], "--seed"),
+    (["--prompt", "a ball", "--batch", str(10**23)], "--batch"), (["--prompt", "a ball", "--height", "160000"], "--height"),
+    (["--prompt", "a ball", "--out", "/proc/new.gif"], "cannot be written"),
+    (["--prompt", "a ball", "--out", "n" * 250 + ".gif"], "cannot be written"),
     (["--prompt", "a ball", "--checkpoint", "step000777"], "There is no"),
     (["--prompt", "a ball", "--checkpoint", "base"], "step000050.pt"),
     (["--prompt", "a ball", "--no_branch", "--show_routing"], "leaves out"),
@@ -375,6 +382,21 @@ def test_an_out_that_cannot_be_is_refused_before_any_work(run, tmp_path, monkeyp
     for name, sentence in (("empty.txt", "holds no prompt"), ("binary.txt", "as UTF-8 text")):
         with pytest.raises(UserError, match=sentence):
             sample.main(["--run", str(run), "--prompts", str(tmp_path / name)])
+
+
+@pytest.mark.parametrize("argv", ["--checkpoint last", "--batch 4", "--scale 2", "--branch b --no_branch", "--negative x --guidance 1"])
+def test_a_flag_that_another_makes_idle_is_refused(argv):
+    name = argv.split()[0]
+    assert f"{name} changes something only without" in helpers.sentence(
+        sample.main, ["--weights", "w", "--prompt", "a ball", *argv.split()])
+
+
+def test_a_file_of_prompts_has_no_byte_order_mark_and_ends_lines_at_line_ends_alone(tmp_path):
+    """str.splitlines would make seven prompts of the third."""
+    odd = "a ball\u2028falls\x0con\x0bthe\x1cred\x85left\u2029wall"
+    (tmp_path / "p.txt").write_bytes(f"\ufeffa red ball\r\na cube\n\n{odd}\r a disc ".encode())
+    flags = sample.Flags(run="r", prompts=str(tmp_path / "p.txt"))
+    assert sample.all_prompts(flags) == ["a red ball", "a cube", odd, "a disc"]
 
 
 def test_flags_that_the_model_cannot_serve_are_refused(tmp_path):

@@ -34,7 +34,7 @@ def test_a_folder_of_videos_becomes_a_folder_of_maps(maps, films):
     assert sorted(os.listdir(maps / "clips")) == sorted(row[0] for row in index["clips"])
     asked = {"a.mp4": ["combustion", "melting"], "b.mp4": ["collision"], "long.mp4": ["rigid body motion"],
              "quiet.mp4": []}
-    for file, name, start, end in index["clips"]:
+    for file, name, start, end, content in index["clips"]:
         tensors, about = common.store.read_tensors(maps / "clips" / file)
         assert tensors["maps"].dtype == tensors["background"].dtype == torch.float16
         # those of the label
@@ -43,7 +43,7 @@ def test_a_folder_of_videos_becomes_a_folder_of_maps(maps, films):
         assert tensors["maps"].shape == (len(asked[name]), 3, 4, 6)
         assert tensors["background"].shape == (3, 4, 6)
         assert about["times"] == [start, start + 2.5 / 8, start + 6.5 / 8] and about["times"][-1] == end
-        assert about["size"] == [36, 52]
+        assert about["size"] == [36, 52] and about["content"] == content == data.content_of(films / name)
         assert np.allclose(about["crop"], [0, (36 - 52 * 32 / 48) / 2, 52, (36 + 52 * 32 / 48) / 2])
         assert about["file"] == name and all(about["answers"].values()) and about["background"]
         assert np.allclose(tensors["background"].float().mean(), 1, atol=1e-3)
@@ -324,8 +324,12 @@ def test_benchmark_times_real_shapes_made_small(capsys):
     (["--train_tiny", "--vlm", "HERE"], "is there already"),
     (["--preview", "p.txt", "--vlm", "HERE"], ".gif"), (["--preview", "no/p.gif"], ".gif"),
     (["--report", "--truth", "none.json"], "--truth"),
-    (["--videos", "v", "--out", "m", "--fps", "4"], "--rate"),
-    (["--annotate", "x", "--data_dir", "v"], "--videos"), (["--train_tiny", "--steps", "-1"], "--steps"),
+    (["--videos", "v", "--out", "m", "--fps", "4"], "--fps"), (["--videos", "v", "--out", "m", "--frames", "8"], "--rate"),
+    (["--annotate", "x", "--data_dir", "v"], "--data_dir"), (["--report", "--annotations", "a.json"], "--annotations"),
+    (["--annotate", "x", "--minutes", "2"], "--minutes"), (["--annotate", "x", "--maps", "y"], "--maps"),
+    (["--annotate", "x", "--clips", "5"], "--clips"), (["--annotate", "x", "--kind", "saliency", "--rows", "answer"], "--rows"),
+    (["--report", "--clips", "100000000000"], "--clips"), (["--report", "--lr", "0.1"], "--lr"),
+    (["--videos", "v", "--out", "m", "--frames_shown", "12"], "--frames_shown"), (["--train_tiny", "--steps", "-1"], "--steps"),
     ([], "Say what to do")])
 def test_what_is_refused_before_any_work_and_deletes_nothing(tmp_path, monkeypatch, flags, words):
     monkeypatch.chdir(tmp_path)

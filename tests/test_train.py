@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -26,7 +27,7 @@ import sample
 import train
 from config import Stopped, UserError
 from helpers import ROOT
-from helpers import json_of
+from helpers import json_of, sentence
 from runs import (
     SIX, TEN, TERMS, again, backbone_of, checkpoint, differences, held_out, launch, lines, names, settings,
     steps, training_calls)
@@ -210,6 +211,74 @@ def test_init_from_refuses_what_is_no_trained_run(go, tmp_path):
         go(init_from=str(unfinished))
     with pytest.raises(UserError, match="is no run folder|is missing"):
         go(init_from=str(tmp_path / "nowhere"))
+
+
+def test_init_from_counts_the_words_that_the_vocabulary_lacks(capsys):
+    known = data.Tokenizer("a ball falls red rolls left on the".split())
+
+    def check(*captions, length=24):
+        data.check_words(known, captions, length, "--init_from runs/a")
+        return capsys.readouterr().err
+    assert check("a red ball", "A ball, red!") == ""
+    assert "never read 1 of 5 words: cube;" in check("a ball falls", "a cube falls on")
+    assert check("a red ball falls cube cube cube", length=4) == ""  # cut before the odd words
+    said = {"most words": ["a cube slides", "smoke on glass"], "become the same": ["a cube falls on the left",
+            "a disc falls on the left"], "no word of": ["a ball falls on the left", "smoke"]}
+    for why, captions in said.items():
+        assert why in sentence(check, *captions)
+    check("a ball falls on the left", "")  # an empty caption has no word to lose
+    assert "become the same" in sentence(check, "a ball falls", "a cube falls red on left", "a disc falls red on left")
+
+
+def test_init_from_refuses_captions_of_another_language_and_leaves_no_folder(whole, go, tmp_path, monkeypatch):
+    words = data.Tokenizer.load(whole[0] / "tokenizer.json").words
+    monkeypatch.setattr(data.Tokenizer, "load", lambda path: data.Tokenizer([f"{word}x" for word in words]))
+    said = sentence(go, init_from=str(whole[0]))
+    assert f"--init_from {whole[0]} never read" in said and not (tmp_path / "run").exists()
+
+
+# --- refused before any work --------------------------------------------------------------------------------
+@pytest.mark.parametrize("fields, says", [
+    (dict(init_from="nowhere"), "nowhere is no run folder"), (dict(teacher="nowhere"), "There are no maps in"),
+    (dict(teacher="no/where"), "There are no maps in"), (dict(data_dir="nowhere"), "no folder of videos"),
+    (dict(dim=2**15, heads=2**11, depth=8), "GB of memory"), (dict(batch_size=2**14, frames=256, height=128, width=128, physics_steps=0), "GB of memory"),
+    (dict(physical_blocks="0", semantic_experts=2**12, dim=2**13, heads=2**9, height=128, width=128), "GB of memory"),
+    (dict(world_clips=10**7, height=128, width=128, frames=256), "GB free")])
+def test_what_cannot_work_is_refused_before_a_clip_is_drawn_and_leaves_no_folder(fields, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "open_or_build", lambda *_: pytest.fail("clips were drawn"))
+    assert says in sentence(launch, tmp_path / "run", tmp_path / "pools", **fields)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_was_there_stays_when_a_run_is_refused(tmp_path):
+    (tmp_path / "run").mkdir()
+    sentence(launch, tmp_path / "run", tmp_path / "pools", data_dir="nowhere")
+    assert list(tmp_path.rglob("*")) == [tmp_path / "run"]
+
+
+# --- decoration ---------------------------------------------------------------------------------------------
+def test_a_preview_that_fails_costs_a_warning_and_comes_after_the_save(whole, go, tmp_path, monkeypatch, capsys):
+    saved = []
+
+    def broken(path, *_):
+        saved.append((path.stem, (tmp_path / "run" / "checkpoints" / f"{path.stem}.pt").exists()))
+        raise ValueError("too many words")
+    monkeypatch.setattr(sample, "preview", broken)
+    run = go()
+    assert saved == [("step000006", True), ("step000010", True)]
+    assert capsys.readouterr().err.count("Warning: The preview failed (ValueError: too many words).") == 2
+    assert differences(checkpoint(run, "step000010.pt"), checkpoint(whole[0], "step000010.pt")) == []
+
+
+def test_what_is_to_be_pasted_is_quoted_for_the_shell(tmp_path, capsys):
+    state = train.State(settings(tmp_path, ""), 5)
+    state.step, state.best = state.total, 1.0
+    train.conclude(state, None, Path("my runs/it's"), 'a "red" $ball `it` isn\'t')
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert shlex.split(command)[2:] == ["--run", "my runs/it's", "--prompt", 'a "red" $ball `it` isn\'t']
+    train.conclude(state, None, Path("run"), "word " * 25_000)
+    assert len(capsys.readouterr().out) < 600
 
 
 # --- losses that are no numbers -----------------------------------------------------------------------------

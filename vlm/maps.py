@@ -23,11 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from common.files import digest
+from common.files import digest, join_some
 from common.store import Kind, Store, read_about
 from common.video import TOLERANCE, Cut, Window, timeline, upright_size, windows_of
 from config import Config, UserError
-from data import Pool, latent_frames
+from data import Pool, SyntheticClips, latent_frames, pool_place
 from physics import CATEGORIES
 from vlm.qwen import VLM, AnswerAttention, Settings, VLMError
 
@@ -49,6 +49,7 @@ class VLMClip:
     crop: tuple[float, float, float, float]  # left, top, right, bottom in its pixels
     names: list[str]  # phenomena to ask for
     file: str = ""  # of its maps
+    content: str = ""  # of the video, as data.content_of says it; of a world's clip nothing
 
 
 def aligned_frames(n: int) -> np.ndarray:
@@ -76,7 +77,7 @@ def row_middles(frames: np.ndarray, merged: int) -> np.ndarray:
 
 
 def clip_for_vlm(window: Window, source: str, names: list[str], fps: float, merged: int,
-                 uniform: int = 0, file: str = "") -> VLMClip:
+                 uniform: int = 0, file: str = "", content: str = "") -> VLMClip:
     """What of a window the VLM is shown: the frames that latents stand for, or, with `uniform`,
     that many, evenly spread. Raises VLMError."""
     n = len(window.video)
@@ -91,7 +92,7 @@ def clip_for_vlm(window: Window, source: str, names: list[str], fps: float, merg
                        "makes pairs; give --sample N.")
     times = window.start + row_middles(frames, merged) / fps
     return VLMClip(source, window.video[frames], rate, times.tolist(), window.size, window.crop,
-                   names, file)
+                   names, file, content)
 
 
 def windows_for_vlm(path: Path, vlm: VLM, frames: int, fps: float, most_windows: int,
@@ -119,6 +120,7 @@ class MapRow(NamedTuple):
     video: str
     start: float  # when its first and last row of tokens are, in seconds of the video
     end: float
+    content: str = ""  # of the video; older rows do not tell
 
 
 MAPS = Kind("maps.json", "teacher.py", MapRow)
@@ -127,10 +129,11 @@ MAPS = Kind("maps.json", "teacher.py", MapRow)
 def map_row(store: Store, file: str, video: str) -> MapRow:
     """What index.json says of a file of maps of a video."""
     try:
-        times = read_about(store.clips / file)["times"]
+        about = read_about(store.clips / file)
     except ValueError:  # another shard's damaged file, which that shard makes again
-        times = [0.0]
-    return MapRow(file, video, times[0], times[-1])
+        about = {"times": [0.0]}
+    times = about["times"]
+    return MapRow(file, video, times[0], times[-1], about.get("content", ""))
 
 
 COUNTED = {  # by map_answers, for the summary
@@ -188,6 +191,8 @@ def map_file(clip: VLMClip, answers: list[Answer]) -> tuple[dict[str, Tensor], d
              "categories": [CATEGORIES.index(answer.name) for answer in found],
              "answers": {answer.name: answer.text for answer in found},
              "background": background.text}
+    if clip.content:
+        about["content"] = clip.content
     return tensors, about
 
 
@@ -259,10 +264,33 @@ class Maps:
         if not self.store.rows:
             raise UserError(f"There is no map in {folder}: teacher.py made none.")
         self.of = defaultdict(list)  # {video: (start, end, file) of each of its maps}
-        for file, video, start, end in self.store.rows:
+        self.content = {}  # {video: what is known of its content}
+        for file, video, start, end, content in self.store.rows:
             self.of[video].append((start, end, file))
+            self.content[video] = content
         # The key is of the settings and of what is there.
         self.key = digest([self.store.key, sorted(self.of.items())])
+
+    def check_videos(self, sources: list) -> None:
+        """Raises UserError where maps are of other videos than these clips of the same names.
+
+        sources: as in a PoolClip. Where one of both does not tell its content, the sizes of the
+        upright videos are compared, if they are known.
+        """
+        videos = {source[0]: source[2:] for source in sources if source[0] in self.of}
+        others = [video for video, known in videos.items() if not self.is_of(video, *known)]
+        if others:
+            raise UserError(f"The maps in {self.folder} were made of other videos than those of the "
+                            f"same names: {join_some(others)}; make maps of these by teacher.py.")
+
+    def is_of(self, video: str, size: list, crop: list, content: str = "") -> bool:
+        """Were the maps of this video made of one like it, as far as they tell?"""
+        if content and self.content[video]:
+            return content == self.content[video]
+        try:
+            return not size or read_about(self.store.clips / self.of[video][0][2])["size"] == size
+        except (OSError, ValueError):  # a damaged one does not tell
+            return True
 
     def overlaps(self, video: str, when: np.ndarray) -> list[tuple[float, str]]:
         """(seconds in common, file) of each map of this video with a clip whose tokens are at
@@ -284,13 +312,16 @@ class Maps:
         seconds from its start. NaN outside of what the teacher saw, and for categories that it was
         not asked for. Raises UserError for a stale map.
         """
-        video, start, _, crop = source
+        video, start, size, crop, *_ = source
         when = start + times
         overlaps = self.overlaps(video, when)
         found = self.store.read(max(overlaps)[1]) if overlaps else None  # most seconds in common
         if found is None:
             return None
         tensors, about = found
+        if list(about["size"]) != list(size):  # clips of an old cache tell it no earlier
+            raise UserError(f"The map of {video} in {self.folder} was made of another video, of "
+                            f"{about['size']} pixels and not {list(size)}.")
         maps = torch.cat([tensors["maps"], tensors["background"][None]])  # (R + 1, t, h, w)
         maps = regrid(maps.double(), np.asarray(about["times"]), about["crop"], when, crop,
                       grid[1:])
@@ -306,18 +337,22 @@ def world_maps(cfg: Config, pool: Pool, name: str) -> Path:
     return Path(cfg.pool_dir) / f"{pool.key}-{name}"
 
 
-def open_maps(cfg: Config, pool) -> Maps | None:
+def open_maps(cfg: Config, pool=None) -> Maps | None:
     """The maps that --teacher names: a folder, or a name of maps of the synthetic clips. None for
-    exact masks. Raises UserError."""
+    exact masks. pool: where it is open; its maps can be looked for before. Raises UserError."""
     if not cfg.teacher:
         return None
     folder = Path(cfg.teacher)
     named = re.fullmatch(r"\w+", cfg.teacher) and not (cfg.data_dir or cfg.latent)
     if named and not folder.is_dir():
-        folder = world_maps(cfg, pool, cfg.teacher)
+        key = pool.key if pool else pool_place(cfg, SyntheticClips(cfg))[0].name
+        folder = Path(cfg.pool_dir) / f"{key}-{cfg.teacher}"
     if not folder.is_dir():
         how = "teacher.py --out makes one"
         if named:
             how = f"`python teacher.py --annotate {cfg.teacher}` makes them"
         raise UserError(f"There are no maps in {folder}: {how}.")
-    return Maps(folder)
+    maps = Maps(folder)
+    if pool:
+        maps.check_videos(pool.sources)
+    return maps

@@ -1,10 +1,14 @@
 """Pictures show what they were given: overlays, bars, sheets, text, GIF and MP4."""
+import subprocess
+import sys
+
 import imageio.v3 as iio
 import numpy as np
 import pytest
 
 import common.pictures
 from config import Stopped
+from helpers import ROOT
 
 
 # --- pictures and files -------------------------------------------------------------------------------------
@@ -69,6 +73,43 @@ def test_a_file_that_cannot_be_written_stops_with_a_sentence(tmp_path):
     for name in ("clip.gif", "clip.mp4"):
         with pytest.raises(Stopped, match="could not be written"):
             common.pictures.save(tmp_path / "gone" / name, np.zeros((2, 8, 8, 3), np.uint8), 4)
+
+
+def test_a_caption_is_cut_to_what_fits_before_pillow_sees_it():
+    clip = np.zeros((2, 8, 64, 3), np.uint8)
+    normal = common.pictures.wrap("a red ball bounces on the left " * 9, 64)
+    assert " ".join(normal).split() == ("a red ball bounces on the left " * 9).split()
+    for caption in ("word " * 25_000, "w" * 3_000_000, "a \ud800 ball"):
+        lines = common.pictures.wrap(caption, 64)
+        assert len(lines) <= common.pictures.MOST_LINES and max(map(len, lines)) <= 1000
+        cell = common.pictures.plain_cell(clip, caption, "", 1)
+        assert cell.shape[1] <= 17 * common.pictures.MOST_LINES + 20
+        assert common.pictures.annotate(clip, caption).shape[2] == 64
+    assert lines == ["a ? ball"] and common.pictures.wrap("word " * 25_000, 64)[-1] == "..."
+
+
+@pytest.mark.parametrize("fps, duration", [(8, 120), (100, 10), (256, 10)])
+def test_a_gif_plays_as_fast_as_it_is_told_or_as_it_can(tmp_path, fps, duration):
+    """Above 100 frames a second its hundredths would be none, and viewers take that for ten."""
+    frames = np.arange(3, dtype=np.uint8)[:, None, None, None].repeat(8, 1).repeat(8, 2).repeat(3, 3) * 80
+    common.pictures.save(tmp_path / "clip.gif", frames, fps)
+    assert iio.immeta(tmp_path / "clip.gif")["duration"] == duration
+
+
+def test_a_full_disk_is_one_sentence_and_no_destructor_speaks_after_it(tmp_path):
+    code = """
+import resource, sys
+import numpy as np
+import config
+from common import pictures
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+noise = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), dtype=np.uint8)
+config.entry(lambda: pictures.save(pictures.Path(sys.argv[1]), noise, 8))
+"""
+    for name in ("clip.gif", "clip.mp4"):
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path / name)], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and "could not be written" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_picture_helpers():

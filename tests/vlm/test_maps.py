@@ -27,9 +27,9 @@ import data  # noqa: E402
 import teacher  # noqa: E402
 import train  # noqa: E402
 from config import preset  # noqa: E402
-from helpers import sentence, words_of  # noqa: E402
+from helpers import drifting, sentence, words_of  # noqa: E402
 from runs import without_previews  # noqa: E402
-from tiny_vlm import maps_of  # noqa: E402
+from tiny_vlm import FILM, maps_of  # noqa: E402
 
 
 # --------------------------------------------------------------------------------------------- along one axis
@@ -286,7 +286,7 @@ def test_a_batch_carries_the_maps_of_its_clips(films, maps, pools):
         batch, row = clips.batch([position]), clips.row(position)
         assert batch.maps.shape == (1, 4 * 2 * 4, 17) and batch.background.shape == (1, 32)
         assert (batch.target == 0).all() and (batch.target_mask == 0).all()
-        name, start, size, crop = clips.pool.sources[row]
+        name, start, size, crop, *_ = clips.pool.sources[row]
         known = {category for tensors, about in maps_of(maps, name) for category in about["categories"]}
         labels = {c for c in clips.pool.categories[row] if c < 17}
         assert {c for c in range(17) if batch.maps[0, :, c].isfinite().any()} == known == labels
@@ -317,6 +317,47 @@ def test_a_batch_carries_the_maps_of_its_clips(films, maps, pools):
         assert np.allclose(got[~outside], right[~outside], atol=1e-5)
         seen.add(name)
     assert len(seen) >= 3 and clips.unmapped == 0 and clips.key == f"{clips.pool.key}+{clips.maps.key}"
+
+
+def remade(films, folder, **video):
+    """The same films, copied and so of other times; b.mp4 is another one."""
+    folder = shutil.copytree(films, folder, copy_function=shutil.copyfile)
+    if video:
+        (folder / "b.mp4").unlink()
+        drifting(folder / "b.mp4", **{"seed": 9, **FILM, **video})
+    return folder
+
+
+def aged(folder, change=lambda row: row[:4]):
+    """The rows of index.json as an earlier version wrote them: they do not tell a video's content."""
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(index | {"clips": [change(row) for row in index["clips"]]}))
+    return folder
+
+
+def test_maps_of_another_video_of_the_same_name_are_refused(films, maps, pools, tmp_path):
+    """Of the same size and length, so that nothing but the content tells them apart."""
+    clips_of(remade(films, tmp_path / "copies"), maps, pools)  # other times, the same videos
+    said = sentence(clips_of, remade(films, tmp_path / "others", seed=9), maps, pools)
+    assert "other videos" in said and "b.mp4" in said and "a.mp4" not in said and "long.mp4" not in said
+
+
+def test_older_maps_are_told_apart_by_the_size_of_their_videos(films, maps_copy, pools, tmp_path):
+    clips_of(films, aged(maps_copy), pools)
+    clips_of(remade(films, tmp_path / "same size", seed=9), maps_copy, pools)  # not known, so no error
+    said = sentence(clips_of, remade(films, tmp_path / "others", height=64, width=32), maps_copy, pools)
+    assert "other videos" in said and "b.mp4" in said and "a.mp4" not in said
+
+
+def test_clips_of_a_cache_meet_the_maps_of_their_own_videos(maps):
+    """By its index where that tells the content, else when a clip's size is read."""
+    found = vlm_maps.Maps(maps)
+    row = next(row for row in found.store.rows if row.video == "b.mp4")
+    found.check_videos([["b.mp4", 0.0, None, None, content] for content in (row.content, "")])
+    assert "b.mp4" in sentence(found.check_videos, [["b.mp4", 0.0, None, None, "another"]])
+    cfg = preset("debug", data_dir="x", **SIZE)
+    source = ["b.mp4", 0.0, [99, 52], [0, 0, 52, 26]]
+    assert "of another video" in sentence(found.on_tokens, source, data.token_times(cfg), (4, 2, 4), 17)
 
 
 def test_clips_without_a_map_are_counted_and_teach_nothing(films, maps, pools, maps_copy):

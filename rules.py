@@ -1,0 +1,110 @@
+"""Which fields of a Config go together: broken rules as sentences, and flags that nothing reads.
+
+config.py asks this file, and names the fields. Nothing here knows the class Config, only its fields.
+"""
+import re
+
+# Which flags are used only with, or without, another one: one condition of a row is enough, and
+# where flags stand in several rows each of these must hold.
+IDLE = (
+    ("annotations windows", "with --data_dir"),
+    ("weights cache", "with --latent"),
+    ("fps", "with --data_dir or with --latent"),
+    ("world_clips world_seed decoys two colour_cues ood", "without --data_dir"),
+    ("world_clips world_seed decoys two colour_cues ood pool_dir text_depth preview_every "
+     "preview_steps guidance", "without --latent"),
+    ("negatives", "with --teacher or without --data_dir"),  # and with the world's masks
+    ("background", "with --teacher"),
+    ("time_dim", "with --lineage cogvideox"),
+    ("freq_dim", "with --lineage wan"),
+    ("fit_height fit_width", "with --positions fitted or with --latent"),
+    ("snr_shift", "with --process vpred"),
+    ("predict time_mean time_std shift", "with --process flow"),
+    ("base_steps lr", "without --init_from"),  # which skips stage one
+    ("physical_blocks lora_rank physics_lr coarse_weight fine_weight balance_weight teacher",
+     "with --physics_steps"),
+    ("lora_alpha lora_targets", "with --lora_rank"),
+    ("injection semantic_experts refinement_experts top_k map_rank coarse_weight coarse_loss "
+     "fine_weight balance_weight teacher", "with --physical_blocks"),
+    ("semantic_experts coarse_weight coarse_loss", "with --semantic"),
+    ("refinement_experts top_k map_rank renormalise fine_weight balance_weight teacher",
+     "with --refinement"),
+)
+
+
+def idle(flags, given: dict, table: tuple):
+    """Of the flags that were given a value, each that the table calls idle, and what would use it."""
+    for names, conditions in table:
+        used = False
+        for how, name, value in re.findall(r"(with|without) --(\w+) ?(?!or )(\S*)", conditions):
+            have = getattr(flags, name)
+            used |= bool(str(have) == value if value else have) == (how == "with")
+        yield from [(name, conditions) for name in names.split() if given.get(name) and not used]
+
+
+# Each of the following yields its rules one after the other: is it broken, and what to say then.
+def pixel_rules(cfg):
+    """What patches can cut and the world can draw."""
+    for size, patch in (("frames", "patch_t"), ("height", "patch"), ("width", "patch")):
+        n, step = getattr(cfg, size), getattr(cfg, patch)
+        yield n % step, f"--{size} {n} does not divide into patches of {step} (--{patch})."
+    drawn = 16 <= cfg.height <= 128 and 16 <= cfg.width <= 128 and 2 <= cfg.frames <= 256
+    yield not cfg.data_dir and not drawn, (
+        "The world draws 16 to 128 pixels and 2 to 256 frames, not "
+        f"{cfg.frames} x {cfg.height} x {cfg.width}.")
+    yield cfg.ood and cfg.data_dir, (
+        "--ood is for the world; videos from --data_dir are as they are.")
+
+
+def latent_rules(cfg):
+    """What training on latents needs."""
+    yield not cfg.text_dim, (
+        "--latent needs --text_dim: text embeddings come from the cache as well.")
+    yield not cfg.dry_run and not (cfg.weights and cfg.cache), (
+        f"{cfg.config} needs --weights DIR (an official model) and --cache DIR (encode.py makes "
+        "it), or --dry_run.")
+    yield cfg.base_steps or cfg.init_from or cfg.data_dir, (
+        "An official backbone comes from --weights and its clips from --cache: --base_steps, "
+        "--init_from and --data_dir are for models trained here.")
+
+
+def model_rules(cfg):
+    """What the backbone, and the branch beside it, can be built with."""
+    yield cfg.dim % cfg.heads or (cfg.dim // cfg.heads) % 16, (
+        f"--dim / --heads must be a multiple of 16, not {cfg.dim} / {cfg.heads}.")
+    yield cfg.time_dim % 2, f"--time_dim must be even, not {cfg.time_dim}."
+    blocks, targets = cfg.physical_blocks, cfg.lora_targets
+    yield not re.fullmatch(r"\s*(\d+\s*(,\s*\d+\s*)*)?", blocks), (
+        f"--physical_blocks is a list such as 1,3,5, not {blocks!r}.")
+    yield not set(targets.split(",")) <= {"to_q", "to_k", "to_v", "to_out"}, (
+        f"--lora_targets is a list of to_q, to_k, to_v, to_out, not {targets!r}.")
+    at = cfg.physical_at
+    yield list(at) != sorted(set(at)) or any(i >= cfg.depth for i in at), (
+        f"--physical_blocks must rise and stay below --depth {cfg.depth}, not {blocks!r}.")
+    experts = cfg.refinement_experts
+    yield cfg.top_k > experts, (
+        f"--top_k {cfg.top_k} is more than --refinement_experts {experts}.")
+
+
+def training_rules(cfg):
+    """What the two stages, the previews and L_coarse need."""
+    total = cfg.base_steps + cfg.physics_steps
+    yield total >= 10**6, (
+        "A run has at most 999,999 steps, for its checkpoints are named by six digits, not "
+        f"--base_steps {cfg.base_steps} and --physics_steps {cfg.physics_steps}.")
+    yield cfg.physics_steps and not cfg.physical_at and not cfg.lora_rank, (
+        "Stage two has nothing to train: give --physical_blocks or --lora_rank, or "
+        "--physics_steps 0 for the backbone alone.")
+    yield cfg.init_from and not cfg.physics_steps, (
+        "--init_from starts at stage two, which --physics_steps 0 leaves out.")
+    yield not cfg.init_from and not cfg.base_steps and not cfg.latent, (
+        "Stage two needs a trained backbone: give --base_steps or --init_from RUN.")
+    yield cfg.ema == 1, "--ema 1 would keep the initial weights for ever: give less."
+    steps = cfg.preview_steps
+    yield cfg.process == "vpred" and steps > 1000, (
+        f"--process vpred has 1000 steps; --preview_steps {steps} cannot be taken.")
+    router = cfg.physics_steps and cfg.semantic and cfg.physical_at
+    compares = cfg.coarse_weight and cfg.coarse_loss == "relative"
+    yield router and compares and cfg.batch_size == 1, (
+        "--batch_size 1 leaves L_coarse no pair of clips to compare: use more, or --coarse_loss "
+        "bce, or --coarse_weight 0.")
