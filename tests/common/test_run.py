@@ -21,7 +21,7 @@ import config
 import data
 import train
 from config import Stopped, UserError
-from helpers import ROOT, json_of
+from helpers import ROOT, json_of, rewrite
 from runs import (
     TERMS, again, checkpoint, contents, differences, held_out, Interrupted, launch, lines, names, recorded,
     same_run, settings, steps, training_calls)
@@ -379,8 +379,7 @@ def test_data_that_is_not_the_worlds_is_to_be_put_back(half):
     common.run.check_data(config.preset("debug"), half, key)
     assert refused("folder-1", data_dir="films").startswith("The clips of films are not those")
     assert refused(f"{key}+1", teacher="sal").startswith("The maps of --teacher are not those")
-    stored = json_of(half / "config.json") | {"data": f"{key}+2"}
-    (half / "config.json").write_text(json.dumps(stored))
+    rewrite(half / "config.json", data=f"{key}+2")
     common.run.check_data(config.preset("debug"), half, key)  # before the maps are opened
     common.run.check_data(config.preset("debug"), half, f"{key}+2")
     refused(f"{key}+1", teacher="sal")

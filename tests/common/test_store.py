@@ -16,6 +16,7 @@ import pytest
 import common.files
 import data
 from config import Stopped, UserError
+from helpers import rewrite
 from videos import opened, pool_cfg
 
 
@@ -75,8 +76,7 @@ def break_meta(path):
 
 def change_meta(**entries):
     def change(path):
-        meta = json.loads((path / "meta.json").read_text())
-        (path / "meta.json").write_text(json.dumps({**meta, **entries}))
+        rewrite(path / "meta.json", **entries)
     return change
 
 
