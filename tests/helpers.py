@@ -84,6 +84,13 @@ def rewrite(path, **changed):
     path.write_text(json.dumps({**unsealed(path), **changed}))
 
 
+def flip(path, at=-5, bit=6):
+    """Flip one bit of a file."""
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1 << bit
+    path.write_bytes(raw)
+
+
 def shorten(path, n=100):
     """Cut the last n bytes off."""
     path.write_bytes(path.read_bytes()[:-n])

@@ -15,8 +15,10 @@ One line a kind. Exit code 1 when anything was read as something else, or ended 
 import argparse
 import contextlib
 import io
+import json
 import os
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -45,6 +47,7 @@ from official.cache import CACHE, EMPTY, CacheRow  # noqa: E402
 from tiny_weights import make_weights  # noqa: E402
 from vlm.maps import MAPS, MapRow  # noqa: E402
 
+SEAL = re.compile("[0-9a-f]{16}")
 OUTCOMES = ("noticed", "harmless", "other", "traceback")
 
 
@@ -71,11 +74,12 @@ def of_runs(folder: Path) -> dict:
 
     def log():
         common.run.Log(run / "log.jsonl", 10**6)
-        kept = (run / "log.jsonl").read_text().splitlines()
-        return kept if len(kept) >= len(lines) or not set(kept) <= set(lines) else None
+        kept = [unsealed(json.loads(line)) for line in (run / "log.jsonl").read_text().splitlines()]
+        return kept if len(kept) >= lines or not all(entry in entries for entry in kept) else None
 
-    lines = (run / "log.jsonl").read_text().splitlines()
-    write_text(run / "evaluation.json", runs.json.dumps(sealed({"laws": {"rows": {"noise": {"se": .25}}}})))
+    entries = [unsealed(json.loads(line)) for line in (run / "log.jsonl").read_text().splitlines()]
+    lines = len(entries)
+    write_text(run / "evaluation.json", json.dumps(sealed({"laws": {"rows": {"noise": {"se": .25}}}})))
     return {
         "checkpoint": (newest, newest_checkpoint),
         "best.pt": (checkpoints / "best.pt", lambda: state_of(sample.load_run(run))),
@@ -84,17 +88,17 @@ def of_runs(folder: Path) -> dict:
         "pool, masks": (pool / "masks.u8", clips),
         "pool, meta.json": (pool / "meta.json", clips),
         "tokenizer.json": (run / "tokenizer.json", lambda: data.Tokenizer.load(run / "tokenizer.json").words),
-        "config.json": (run / "config.json", lambda: (config.load(run / "config.json"), vars_of(run))),
+        "config.json": (run / "config.json", lambda: (config.load(run / "config.json"), unsealed(common.run.description(run)))),
         "log.jsonl": (run / "log.jsonl", log),
         "evaluation.json": (run / "evaluation.json",
                             lambda: evaluate.read_stored(run / "evaluation.json") or None),
     }
 
 
-def vars_of(run: Path) -> dict:
-    """config.json but for its digest, which may have got another name."""
-    stored = common.run.description(run)
-    return {name: stored[name] for name in ("data", "git", "tokenizer", "categories_present")}
+def unsealed(said: dict) -> dict:
+    """What a file says, but for the digest: where a bit of the word "digest" was flipped, that is an entry
+    of another name, which nobody asks for."""
+    return {name: value for name, value in said.items() if len(name) != 6 or not SEAL.fullmatch(str(value))}
 
 
 def state_of(loaded) -> tuple:
@@ -121,7 +125,8 @@ def of_stores(folder: Path) -> dict:
             return store.settings, store.key, store.rows, store.total, store.done
 
         def open_clip(file=file, folder=folder / name, kind=kind):
-            return Store.open(folder, kind).read(file)
+            found = Store.open(folder, kind).read(file)
+            return found and (found[0], unsealed(found[1]))
 
         found[f"{name}, a clip"] = store.clips / file, open_clip
         found[f"{name}, {kind.manifest}"] = store.folder / kind.manifest, open_store
@@ -129,7 +134,8 @@ def of_stores(folder: Path) -> dict:
 
     def empty():
         try:
-            return Store.open(folder / "cache", CACHE).load(folder / "cache" / EMPTY)
+            tensors, about = Store.open(folder / "cache", CACHE).load(folder / "cache" / EMPTY)
+            return tensors, unsealed(about)
         except (OSError, ValueError):  # of which official/cache.py makes its sentence
             return None
 
