@@ -32,8 +32,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import world
-from common.files import cores, digest, join_some, map_in_processes, write_text
+from common.files import (
+    cores, digest, is_intact, join_some, map_in_processes, sealed, write_text)
 from common.pool import FORMAT, Pool, PoolClip, open_or_build
+from common.run import description
 from common.video import OTHER_SLOTS, Cut, Folder, pixels, split_by_video
 from config import Config, UserError, stream
 from physics import CATEGORIES
@@ -117,22 +119,37 @@ class Tokenizer:
         return list(dict.fromkeys(word for word in self.split(caption) if word not in self.ids))
 
     def save(self, path: Path) -> None:
-        write_text(path, json.dumps({"words": self.words}, ensure_ascii=False))
+        write_text(path, json.dumps(sealed({"words": self.words}), ensure_ascii=False))
+
+    @property
+    def key(self) -> str:
+        """Of the words and their order, which a run's config.json remembers."""
+        return digest(self.words)
 
     @classmethod
     def load(cls, path: Path) -> "Tokenizer":
-        """Raises UserError when the file is missing or broken."""
+        """Raises UserError when the file is missing or broken, or is not of the run beside it."""
+        path = Path(path)
         try:
-            words = json.loads(Path(path).read_text(encoding="utf-8"))["words"]
+            stored = json.loads(path.read_text(encoding="utf-8"))
+            words = stored["words"]
             # They must be text, and all of them different.
             if not isinstance(words, list) or sorted(set(words)) != sorted(map(str, words)):
                 raise ValueError
+            if not is_intact(stored):
+                raise UserError(f"{path} is damaged: its words are not those that were written.")
         except FileNotFoundError:
             raise UserError(f"{path} is missing: no tokenizer was saved there.") from None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise UserError(f"{path} is not a tokenizer: a JSON object with a list of different "
                             "words is expected.") from None
-        return cls(words)
+        tokenizer = cls(words)
+        run = path.parent
+        trained_with = description(run).get("tokenizer") if (run / "config.json").exists() else None
+        if trained_with not in (None, tokenizer.key):
+            raise UserError(f"{path} is not the tokenizer that {run} was trained with: other words, "
+                            "or the same in another order.")
+        return tokenizer
 
 
 def check_words(tokenizer: Tokenizer, captions: Iterable[str], length: int, source: str) -> None:
@@ -451,7 +468,7 @@ class Clips(ClipOrder):
         target, target_mask = self.targets(rows)
         maps, background = self.teacher_maps([self.pool.sources[row] for row in rows])
         return Batch(
-            video=pixels(self.pool.video[rows]), text=text, text_length=length,
+            video=pixels(self.pool.clips(rows)), text=text, text_length=length,
             caption=[self.pool.captions[row] for row in rows], categories=self.categories[rows],
             target=target, target_mask=target_mask, index=torch.tensor(positions),
             maps=maps, background=background)

@@ -33,7 +33,7 @@ from common.files import shard_of
 from common.run import pick_device, pick_precision
 from common.store import Store
 from common.video import Cut, Folder
-from config import Stopped, UserError, flag
+from config import UserError, flag
 from data import content_of
 from official.cache import CACHE, EMPTY, CacheRow, Encoder, settings_of
 from official.export import export_run
@@ -117,9 +117,8 @@ def encode_folder(flags: Flags, lineage: Lineage) -> None:
     encoder = None
     if not (Path(flags.out) / CACHE.manifest).exists():  # bad weights must leave no folder behind
         encoder = Encoder(weights, device, dtype, flags.tiled, flags.text_batch)
-    store = Store.create(flags.out, CACHE, settings, (first, shards))
     made = cut_captions = 0
-    try:
+    with Store.create(flags.out, CACHE, settings, (first, shards)) as store:
         # What is there.
         videos = {store.name(video.identity()): video for video in folder.videos.values()}
         mine = list(videos)[first::shards]
@@ -139,9 +138,6 @@ def encode_folder(flags: Flags, lineage: Lineage) -> None:
             made, cut_captions = encoder.made, encoder.cut_captions
         index = store.write_index(videos, lambda file, video: CacheRow(
             file, video.name, video.caption, video.categories, content_of(video.path)))
-    except OSError as e:
-        raise Stopped(f"{e.filename or store.folder} cannot be read or written any more: "
-                      f"{e.strerror or e}.") from None
 
     # What came of it.
     skipped = folder.skipped_sentence()

@@ -33,7 +33,7 @@ import config
 import data
 import sample
 import world
-from common.files import read_json, write_text
+from common.files import is_intact, read_json, sealed, write_text
 from common.run import pick_device
 from common.score import auc, markdown, over_runs
 from common.video import pixels
@@ -304,7 +304,9 @@ def read_stored(path) -> dict:
         stored = read_json(path)
     except UserError:
         return {}
-    return stored if all(isinstance(part, dict) for part in stored.values()) else {}
+    intact = is_intact(stored)
+    stored.pop("digest", None)
+    return stored if intact and all(isinstance(part, dict) for part in stored.values()) else {}
 
 
 def evaluate_run(run, flags) -> dict:
@@ -324,9 +326,11 @@ def evaluate_run(run, flags) -> dict:
         if stored.get(part, {}).get("settings") == made_with:
             print(f"{run}: {part} as {path.name} has them.")
             continue
-        stored[part] = {"settings": made_with, **PARTS[part](loaded, flags)}
+        table = {"settings": made_with, **PARTS[part](loaded, flags)}
+        # Another process may have written another part meanwhile.
+        stored = {**read_stored(path), part: table}
         try:
-            write_text(path, json.dumps(stored, indent=2))
+            write_text(path, json.dumps(sealed(stored), indent=2))
         except OSError as e:
             raise Stopped(f"{path} could not be written ({e.strerror or e}).") from None
     return {part: stored[part] for part in parts}

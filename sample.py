@@ -47,7 +47,7 @@ from common.pictures import (
     save_gif,
     sheet,
 )
-from common.run import description, pick_device, pick_precision
+from common.run import description, pick_device, pick_precision, read_checkpoint
 from common.video import to_bytes
 from config import Config, UserError, flag
 from experts import ProPhy, invert
@@ -173,7 +173,7 @@ def load_run(run_dir, checkpoint: str = "best", device: str = "cpu"):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch remarks on what it then refuses
-            stored = torch.load(path, map_location="cpu", weights_only=True)
+            stored = read_checkpoint(path)
     except Exception as e:  # a damaged archive raises one of many types
         raise UserError(f"{path} is damaged or no checkpoint ({type(e).__name__}).") from None
 

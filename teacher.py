@@ -42,7 +42,7 @@ from common.files import cores, join_some, shard_of
 from common.run import pick_device, pick_precision
 from common.store import Store, clip_file
 from common.video import Folder, Video, reason_of
-from config import Config, Stopped, UserError, flag, stream
+from config import Config, UserError, flag, stream
 from physics import CATEGORIES
 from vlm import maps, qwen, report, speed, tiny
 
@@ -170,18 +170,14 @@ def make_maps(folder, asked: dict, shard: str, items: list[tuple[list, str, obje
     Raises UserError and Stopped.
     """
     first, shards = shard_of(shard)
-    store = Store.create(folder, maps.MAPS, asked, (first, shards))
-    named = {store.name(identity): (video, item) for identity, video, item in items}
-    missing, have = store.missing(list(named)[first::shards])
-    try:
+    with Store.create(folder, maps.MAPS, asked, (first, shards)) as store:
+        named = {store.name(identity): (video, item) for identity, video, item in items}
+        missing, have = store.missing(list(named)[first::shards])
         with tqdm(total=len(missing), desc=desc, unit="clip") as bar:
             work = Work(store, have, skipped, bar)
             make(work, {name: named[name][1] for name in missing})
         work.index = store.write_index(
             named, lambda file, item: maps.map_row(store, file, item[0]))
-    except OSError as e:
-        raise Stopped(f"{e.filename or store.folder} cannot be read or written any more: "
-                      f"{e.strerror or e}.") from None
     return work
 
 
@@ -291,7 +287,7 @@ def groups_of_clips(pool: data.Pool, todo: dict[str, int], merged: int
     for name, row in todo.items():
         source, _, size, crop = pool.sources[row]
         names = [CATEGORIES[c] for c in pool.categories[row]]
-        video = np.asarray(pool.video[row])
+        video, = pool.clips([row])
         file = clip_file(name, 0, 1)
         group.append(maps.VLMClip(source, video, n, times, size, crop, names, file))
         if len(group) == GROUP:

@@ -36,7 +36,7 @@ import sample
 from common.optim import learning_rate, make_optimizers
 from common.run import (
     Log, averaged_base, by_noise, check_data, check_memory, describe_run, description, load_newest,
-    million, no_trace, only_decorates, open_run, resolve, save, save_and_prune, stop_at_full_disk,
+    million, only_decorates, only_run, resolve, save, save_and_prune, stop_at_full_disk,
     stop_requests, use_threads)
 from config import Config, Stopped, UserError
 from experts import ProPhy
@@ -264,11 +264,8 @@ def main(cfg: Config) -> None:
         cfg = dataclasses.replace(cfg, base_steps=0)
     cfg, why = resolve(use_threads(config.check(cfg)))
     check_memory(cfg)
-    run = cfg.run_dir
-    with no_trace(run / "samples", run / "checkpoints", run, Path(cfg.pool_dir)):
-        run = open_run(cfg)  # nothing was written before
-        with stop_at_full_disk(run):
-            train(cfg, run, why)
+    with only_run(cfg) as run, stop_at_full_disk(run):  # nothing was written before
+        train(cfg, run, why)
 
 
 def open_clips(cfg: Config, run: Path):
@@ -340,7 +337,8 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
         why = description(run).get("resolved", why)
     if tokenizer:
         tokenizer.save(run / "tokenizer.json")
-    describe_run(run, cfg, why, clips.categories_present, clips.key)
+    describe_run(run, cfg, why, clips.categories_present, clips.key,
+                 tokenizer.key if tokenizer else None)
     log = Log(run / "log.jsonl", state.step)  # without the steps that will be taken again
     prompts = preview_prompts(clips)
     for sentence in why.values():

@@ -71,30 +71,61 @@ def whole_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+# --- one writer at a time -------------------------------------------------------------------------
+@contextlib.contextmanager
+def handle_of(path: Path, flags: int = os.O_RDONLY) -> Iterator[int | None]:
+    """A file or a folder, open while the block lasts; None where it cannot be opened."""
+    try:
+        handle = os.open(path, flags)
+    except OSError:  # Windows opens no folders
+        yield None
+        return
+    try:
+        yield handle
+    finally:
+        os.close(handle)
+
+
+def take(handle: int | None, shared: bool = False, wait: bool = False) -> bool | None:
+    """Lock what is open, until it is closed or this process dies, in whatever way.
+
+    False where another process holds it. None on a system or a network drive without locks.
+    """
+    if not fcntl or handle is None:
+        return None
+    how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(handle, how if wait else how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[bool]:
     """One process at a time builds in `folder`; a second one says so and waits.
 
-    The lock of a killed process vanishes with it, and no file is left behind. Yields False on a
-    system or a network drive without locks: there both build, in folders of their own, and the
-    work is only done twice.
+    Yields False without locks: there both build, in folders of their own, and the work is only
+    done twice.
     """
-    if not fcntl:
-        yield False
-        return
-    with contextlib.ExitStack() as opened:
-        try:
-            handle = os.open(folder, os.O_RDONLY)
-            opened.callback(os.close, handle)  # closing it ends the lock
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"Another run is building clips in {folder}; waiting for it.", flush=True)
-                fcntl.flock(handle, fcntl.LOCK_EX)
-            locked = True
-        except OSError:
-            locked = False
-        yield locked
+    with handle_of(folder) as handle:
+        locked = take(handle)
+        if locked is False:
+            print(f"Another run is building clips in {folder}; waiting for it.", flush=True)
+            locked = take(handle, wait=True)
+        yield bool(locked)
+
+
+@contextlib.contextmanager
+def only_writer(path: Path, refusal: str) -> Iterator[None]:
+    """Hold a file or a folder while the block lasts. Raises UserError(refusal) where another process
+    does."""
+    with handle_of(path) as handle:
+        if take(handle) is False:
+            raise UserError(refusal)
+        yield
 
 
 # --- what is in them ----------------------------------------------------------------------------
@@ -116,6 +147,18 @@ def read_json(path: Path) -> dict:
 def digest(value) -> str:
     """A hash of a value that JSON can hold."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(value: dict) -> dict:
+    """The same with a digest of it, so that `is_intact` notices a bit that the disk changed."""
+    rest = {name: part for name, part in value.items() if name != "digest"}
+    return {**rest, "digest": digest(rest)[:16]}
+
+
+def is_intact(value: dict) -> bool:
+    """Is this as `sealed` gave it? What an earlier version wrote has no digest, and counts as
+    intact."""
+    return value.get("digest") in (None, sealed(value)["digest"])
 
 
 def join_some(items: Iterable[str], most: int = 8) -> str:

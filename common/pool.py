@@ -2,23 +2,26 @@
 
     video.u8     every clip (F, H, W, 3) uint8, one after the other
     masks.u8     where the phenomena of synthetic clips are, as packed bits; empty for videos
-    meta.json    captions, categories, where each clip is from, and which clips are held out
+    meta.json    captions, categories, where each clip is from, and which clips are held out;
+                 a checksum of each clip, and one of all this
 
 Reading clips costs a seventh of drawing synthetic ones or less, and training reads each often.
 A pool is a folder that is whole or absent; one that was damaged later counts as absent. Reader,
 builder and writer are here; what clips go into it is the business of a source (data.py).
 """
 import concurrent.futures
+import contextlib
 import json
 import math
 import os
 import shutil
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from common.files import lock, whole_folder
+from common.files import is_intact, lock, sealed, whole_folder
 from config import Stopped, UserError
 
 FORMAT = 2  # of these files
@@ -48,7 +51,14 @@ class Pool:
     held: list[int]
     sources: list[list]  # as in a PoolClip
     summary: str
-    key: str  # the folder's name, with a hash of all that shapes the clips
+    path: Path  # the folder
+    checksums: list[int]  # of each clip's bytes; none in an older pool
+    unread: set[int]  # rows whose checksum this process has not seen to be right
+
+    @property
+    def key(self) -> str:
+        """The folder's name, with a hash of all that shapes the clips."""
+        return self.path.name
 
     @property
     def names(self) -> list[str]:
@@ -67,12 +77,35 @@ class Pool:
             if meta["masks"]:
                 mask_bytes = -(-math.prod(size) // 8)
                 masks = np.memmap(path / "masks.u8", np.uint8, "r").reshape(n, MASKS, mask_bytes)
-            if not is_consistent(meta):
+            checksums = meta.get("checksums", [])
+            if not (is_intact(meta) and is_consistent(meta)):
                 return None
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
         return cls(video, masks, mask_category, meta["captions"], meta["categories"], meta["train"],
-                   meta["held"], meta["sources"], meta["summary"], path.name)
+                   meta["held"], meta["sources"], meta["summary"], path, checksums,
+                   set(range(len(checksums))))
+
+    def clips(self, rows: list[int]) -> np.ndarray:
+        """(B, F, H, W, 3) uint8: the pixels of these rows.
+
+        Raises Stopped where pixels or masks are not those that were written. The pool is then put
+        out of use, so that the next start builds it anew.
+        """
+        for row in self.unread.intersection(rows):
+            packed = b"" if self.masks is None else self.masks[row]
+            if checksum(self.video[row], packed) != self.checksums[row]:
+                with contextlib.suppress(OSError):
+                    (self.path / "meta.json").unlink()
+                raise Stopped(f"Clip {row} in {self.path} is damaged; the next start builds the "
+                              "clips anew, and a training run goes on with --resume.")
+            self.unread.discard(row)
+        return self.video[rows]
+
+
+def checksum(video, masks) -> int:
+    """Of a clip's bytes, as they are on the disk."""
+    return zlib.crc32(masks, zlib.crc32(video))
 
 
 def is_consistent(meta: dict) -> bool:
@@ -132,24 +165,28 @@ def write(folder: Path, source, settings: dict, progress: bool) -> None:
 
     Plain files: writing to one that is mapped into memory kills the process when the disk is full.
     """
-    rows = []  # of each clip: caption, categories, those of its masks, and where it is from
+    rows = []  # of each clip: caption, categories, those of its masks, where it is from, checksum
     with open(folder / "video.u8", "wb") as video, open(folder / "masks.u8", "wb") as masks:
         for clip in source.clips(progress):
-            video.write(clip.video.tobytes())
+            pixels = clip.video.tobytes()
+            packed = b""
             if clip.masks is not None:
                 nothing = np.zeros(clip.video.shape[:3], bool)
-                for mask in [*clip.masks.values(), *[nothing] * MASKS][:MASKS]:
-                    masks.write(np.packbits(mask))
+                some = [*clip.masks.values(), *[nothing] * MASKS][:MASKS]
+                packed = b"".join(np.packbits(mask).tobytes() for mask in some)
+            video.write(pixels)
+            masks.write(packed)
             mask_category = [*(clip.masks or ()), *[-1] * MASKS][:MASKS]
-            rows.append((clip.caption, sorted(set(clip.categories)), mask_category, clip.source))
+            rows.append((clip.caption, sorted(set(clip.categories)), mask_category, clip.source,
+                         checksum(pixels, packed)))
         has_masks = masks.tell() > 0
 
         # The folder's final name must not survive a power cut that its bytes do not.
         for file in (video, masks):
             file.flush()
             os.fsync(file.fileno())
-    train, held, summary = source.split([name for *_, (name, *_) in rows])
-    columns = "captions", "categories", "mask_category", "sources"
+    train, held, summary = source.split([name for *_, (name, *_), _ in rows])
+    columns = "captions", "categories", "mask_category", "sources", "checksums"
     meta = {**dict(zip(columns, zip(*rows))), "masks": has_masks, "train": train, "held": held,
             "summary": summary, "settings": settings}
-    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
+    (folder / "meta.json").write_text(json.dumps(sealed(meta)), encoding="utf-8")

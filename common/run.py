@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import timeit
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import config
-from common.files import whole_file, write_text
+from common.files import is_intact, only_writer, read_json, sealed, whole_file, write_text
 from config import Config, Stopped, UserError
 from experts import ProPhy
 from model import build_backbone
@@ -115,6 +116,7 @@ def open_run(cfg: Config) -> Path:
     run = cfg.run_dir
     if cfg.resume:
         stored = config.load(run / "config.json")
+        description(run)  # which refuses a damaged one
         may_change = config.marked(config.MAY_CHANGE)
         changed = [f"--{name}" for name, value in dataclasses.asdict(cfg).items()
                    if name not in may_change and value not in (getattr(stored, name), "auto")]
@@ -133,6 +135,20 @@ def open_run(cfg: Config) -> Path:
     except OSError as e:
         raise UserError(f"The run folder {run} cannot be made ({e.strerror}).") from None
     return run
+
+
+@contextlib.contextmanager
+def only_run(cfg: Config) -> Iterator[Path]:
+    """The run folder, held while the block lasts. Raises UserError where another process trains in
+    it, or has done so since it was looked at."""
+    run = cfg.run_dir
+    folders = run / "samples", run / "checkpoints", run, Path(cfg.pool_dir)
+    new = [folder for folder in folders if not folder.exists()]
+    open_run(cfg)
+    refusal = f"Another process trains in {run}: wait until it ends, or give another --out_dir."
+    # What is new is another process's too, until the lock is had.
+    with only_writer(run / "checkpoints", refusal), no_trace(new):
+        yield open_run(cfg)
 
 
 def check_data(cfg: Config, run: Path, key: str) -> None:
@@ -161,11 +177,11 @@ def check_data(cfg: Config, run: Path, key: str) -> None:
 
 
 def describe_run(run: Path, cfg: Config, why: dict[str, str], categories: list[int],
-                 key: str) -> None:
+                 key: str, words: str | None) -> None:
     """Write config.json: every field, and with what the run is made.
 
     why: the reasons of `resolve`. categories: indices of those in the training clips. key: of clips
-    and maps.
+    and maps. words: the key of the tokenizer, if there is one.
     """
     extra = {
         "resolved": why,
@@ -176,13 +192,20 @@ def describe_run(run: Path, cfg: Config, why: dict[str, str], categories: list[i
         "world_size": 1,  # processes that train together
         "categories_present": categories,
         "data": key,
+        "tokenizer": words,
     }
-    write_text(run / "config.json", json.dumps(dataclasses.asdict(cfg) | extra, indent=2))
+    text = json.dumps(sealed(dataclasses.asdict(cfg) | extra), indent=2)
+    write_text(run / "config.json", text)
 
 
 def description(run: Path) -> dict:
-    """config.json as it is, with what `describe_run` wrote beside the fields of the config."""
-    return json.loads((run / "config.json").read_text())
+    """config.json as it is, with what `describe_run` wrote beside the fields of the config. Raises
+    UserError where it is damaged."""
+    stored = read_json(run / "config.json")
+    if not is_intact(stored):
+        raise UserError(f"{run / 'config.json'} is not as it was written: it is damaged, or somebody "
+                        "changed it, who must then delete its last entry, the digest.")
+    return stored
 
 
 def git_revision() -> str:
@@ -226,12 +249,25 @@ def save_and_prune(contents: dict, folder: Path, step: int) -> None:
         old.unlink()
 
 
+def read_checkpoint(path: Path, device="cpu") -> dict:
+    """What `save` wrote, without unpickling code. Raises errors of many types where the file is
+    damaged, FileNotFoundError where there is none.
+
+    A checkpoint is a zip archive, whose parts have checksums that torch.load does not look at.
+    """
+    with zipfile.ZipFile(path) as archive:
+        # Nor has a part the mark of a folder, for which torch would leave the memory as it is.
+        if archive.testzip() or any(part.external_attr for part in archive.infolist()):
+            raise zipfile.BadZipFile("its checksum is another")
+    return torch.load(path, map_location=device, weights_only=True)
+
+
 def load_newest(folder: Path, device: torch.device) -> dict:
     """The newest checkpoint that reads; a damaged one is named and passed over. Raises UserError
     when none does."""
     for path in sorted(folder.glob("step*.pt"), reverse=True):
         try:
-            return torch.load(path, map_location=device, weights_only=True)
+            return read_checkpoint(path, device)
         except Exception as e:  # a truncated zip raises one of many types
             print(f"{path} is damaged ({type(e).__name__}); trying the one before.",
                   file=sys.stderr)
@@ -260,10 +296,11 @@ def averaged_base(cfg: Config, device: torch.device) -> dict[str, Tensor]:
     """--init_from: the averaged backbone of another run of the same shape. Raises UserError."""
     other = Path(cfg.init_from)
     theirs = config.load(other / "config.json")
+    description(other)  # which refuses a damaged one
     same_architecture(f"--init_from {other}", theirs, cfg, config.NETWORK, config.INIT)
     path = other / "checkpoints" / "base.pt"
     try:
-        return torch.load(path, map_location=device, weights_only=True)["ema"]
+        return read_checkpoint(path, device)["ema"]
     except FileNotFoundError:
         raise UserError(f"{other} has not finished its stage one: it has no checkpoints/base.pt."
                         ) from None
@@ -284,10 +321,9 @@ def stop_at_full_disk(run: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def no_trace(*folders: Path) -> Iterator[None]:
-    """Those of these folders that are new, and empty still when the block is refused, are removed
-    again, one after the other."""
-    new = [folder for folder in folders if not folder.exists()]
+def no_trace(new: list[Path]) -> Iterator[None]:
+    """Those of these folders that are empty still when the block is refused are removed again, one
+    after the other."""
     try:
         yield
     except UserError:
@@ -330,19 +366,23 @@ def check_memory(cfg: Config) -> None:
 # --- the log, and the end -------------------------------------------------------------------------
 class Log:
     """log.jsonl, one object a line. A resumed run first drops the lines of steps that it is about
-    to take again."""
+    to take again, and damaged ones."""
 
     def __init__(self, path: Path, step: int):
         self.path = path
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _before(line, step)]
-            write_text(path, "".join(line + "\n" for line in lines))
+            lines = path.read_text(errors="replace").splitlines()
+            entries = [_entry(line) for line in lines]
+            if damaged := entries[:-1].count({}):  # a killed run may have left the last half-written
+                print(f"{damaged} damaged lines of {path} are left out.", file=sys.stderr)
+            kept = [line for line, entry in zip(lines, entries) if entry and _before(entry, step)]
+            write_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, **values) -> None:
         # What is not finite becomes null, because JSON has no NaN.
         finite = json.loads(json.dumps(values), parse_constant=lambda name: None)
         with self.path.open("a") as f:
-            f.write(json.dumps(finite) + "\n")
+            f.write(json.dumps(sealed(finite)) + "\n")
 
 
 def by_noise(per_clip: Tensor, t: Tensor) -> list[float | None]:
@@ -352,14 +392,19 @@ def by_noise(per_clip: Tensor, t: Tensor) -> list[float | None]:
     return [round(losses.mean().item(), 4) if len(losses) else None for losses in found]
 
 
-def _before(line: str, step: int) -> bool:
-    """Was this line written before the checkpoint of `step`? Its validation was; its training step
-    is still to come."""
+def _entry(line: str) -> dict:
+    """What a line of the log says; {} where it is damaged."""
     try:
         entry = json.loads(line)
-        return entry["step"] < step or (entry["step"] == step > 0 and "held_out" in entry)
-    except (ValueError, KeyError):  # the last line of a killed run may be half-written
-        return False
+        return entry if "step" in entry and is_intact(entry) else {}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _before(entry: dict, step: int) -> bool:
+    """Was this entry written before the checkpoint of `step`? Its validation was; its training step
+    is still to come."""
+    return entry["step"] < step or (entry["step"] == step > 0 and "held_out" in entry)
 
 
 @contextlib.contextmanager

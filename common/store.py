@@ -8,16 +8,19 @@ An item is what clips are made of: a video, or a clip of the physics world. NAME
 key and of all that identifies the item. So a file that is there is the right one: a run that was
 killed is started again and makes what is missing, and several processes can share the work.
 
-Every file is written whole or not at all, and holds the key and a checksum. A reader leaves a
+Every file is written whole or not at all, and holds the key and checksums. A reader leaves a
 damaged file out, which is said once, and refuses a *stale* one, whose key is another.
+
+Whoever writes holds a lock on the folder. Several shards hold it together, if their settings agree.
 """
 import collections
+import contextlib
 import json
 import os
 import re
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,8 +29,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common.files import digest, read_json, whole_file, write_text
-from config import UserError
+from common.files import (
+    digest, handle_of, is_intact, only_writer, read_json, sealed, take, whole_file, write_text)
+from config import Stopped, UserError
 
 CLIP_FILE = re.compile(r"([0-9a-f]{24})-(\d+)of(\d+)\.safetensors")  # NAME, N and M
 
@@ -42,10 +46,17 @@ def checksum(tensors: dict[str, Tensor]) -> int:
     return total
 
 
+def shapes_of(tensors: dict[str, Tensor]) -> dict:
+    """Their names and shapes, as a digest includes them."""
+    return {"shapes": {name: list(tensor.shape) for name, tensor in tensors.items()}}
+
+
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict, tag: str) -> None:
     """A safetensors file with `about` in its header: whole or absent, and the same bytes for the
     same contents. Until it is whole its name ends in TAG.part. Raises OSError."""
-    header = json.dumps({**about, "checksum": checksum(tensors)}, sort_keys=True)
+    about = {**about, "checksum": checksum(tensors)}
+    digest = sealed(about | shapes_of(tensors))["digest"]  # of what the header says elsewhere, too
+    header = json.dumps(about | {"digest": digest}, sort_keys=True)
     with whole_file(path, tag) as part:
         part.write_bytes(safetensors.torch.save(tensors, {"about": header}))
 
@@ -55,12 +66,17 @@ def read_about(path: Path) -> dict:
     OSError where the disk cannot be read."""
     try:
         with safetensors.safe_open(path, "pt") as file:
-            return json.loads((file.metadata() or {})["about"])
+            about = json.loads((file.metadata() or {})["about"])
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}
+            intact = is_intact(about | {"shapes": shapes})
     except FileNotFoundError:
         raise ValueError("missing") from None
-    except (safetensors.SafetensorError, KeyError, ValueError) as e:
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RecursionError) as e:
         reason = "cut short" if "ncomplete" in str(e) else "no safetensors file of encode.py"
         raise ValueError(reason) from None
+    if not intact:
+        raise ValueError("the checksum of its header is another")
+    return about
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict]:
@@ -97,27 +113,62 @@ class Store:
 
     # --- writing
     @classmethod
-    def create(cls, folder, kind: Kind, settings: dict, shard: tuple[int, int] = (0, 1)) -> "Store":
-        """Makes the folder, or goes on with it. Raises UserError where it is of other settings."""
+    @contextlib.contextmanager
+    def create(cls, folder, kind: Kind, settings: dict, shard: tuple[int, int] = (0, 1)
+               ) -> Iterator["Store"]:
+        """Makes the folder, or goes on with it, and holds its lock while the block lasts.
+
+        Raises UserError where it is of other settings, or another process makes the same shard;
+        Stopped where the block can no longer read or write.
+        """
         first, shards = shard
         store = cls(Path(folder), kind, settings, f"{first + 1}of{shards}")
-        manifest = store.folder / kind.manifest
-        try:
-            store.clips.mkdir(parents=True, exist_ok=True)
-            for leftover in store.folder.rglob(f"*.{store.tag}.part"):  # of this shard's killed run
-                leftover.unlink()
-            if manifest.exists() and any(store.clips.iterdir()):
-                old = read_json(manifest).get("settings") or {}
-                changed = [f"{field} {old.get(field)!r}, now {value!r}"
-                           for field, value in settings.items() if old.get(field) != value]
-                if changed:
-                    raise UserError(f"{store.folder} holds clips of other settings "
-                                    f"({'; '.join(changed)}): give another --out.")
-            else:
-                store.write_json(kind.manifest, {"key": store.key, "settings": settings})
-        except OSError as e:
-            raise UserError(f"--out {folder} cannot hold a cache: {e.strerror or e}.") from None
-        return store
+        with contextlib.ExitStack() as locks:
+            try:
+                store.hold(locks)
+            except OSError as e:
+                raise UserError(f"--out {folder} cannot hold a cache: {e.strerror or e}.") from None
+            try:
+                yield store
+            except OSError as e:
+                raise Stopped(f"{e.filename or store.folder} cannot be read or written any more: "
+                              f"{e.strerror or e}.") from None
+
+    def hold(self, locks: contextlib.ExitStack) -> None:
+        """The locks on shard and folder, then the manifest. Raises UserError and OSError."""
+        self.clips.mkdir(parents=True, exist_ok=True)
+        locks.enter_context(self.only_shard())
+        for leftover in self.folder.rglob(f"*.{self.tag}.part"):  # of this shard's killed run
+            leftover.unlink()
+
+        # Who is alone may begin with other settings, as long as there is no clip.
+        handle = locks.enter_context(handle_of(self.folder))
+        alone = take(handle) is not False
+        manifest = self.folder / self.kind.manifest
+        if alone and not (manifest.exists() and any(self.clips.iterdir())):
+            self.write_json(manifest.name, {"key": self.key, "settings": self.settings})
+        # Between the two locks another process may have been alone, so the manifest is read in any
+        # case. It stays as it is while anybody holds the folder.
+        take(handle, shared=True, wait=True)
+        old = read_json(manifest).get("settings") or {}
+        changed = [f"{field} {old.get(field)!r}, now {value!r}"
+                   for field, value in self.settings.items() if old.get(field) != value]
+        if changed:
+            raise UserError(f"{self.folder} holds clips of other settings ({'; '.join(changed)}): "
+                            "give another --out.")
+
+    @contextlib.contextmanager
+    def only_shard(self) -> Iterator[None]:
+        """Holds this shard. Its file is gone afterwards; that of a killed process is found again."""
+        path = self.folder / f"{self.tag}.lock"
+        path.touch()
+        shard = self.tag.replace("of", "/")
+        with only_writer(path, f"Another process makes shard {shard} of {self.folder}: wait until it "
+                               "ends, or give another --shard or --out."):
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
 
     def write_json(self, name: str, value) -> None:
         write_text(self.folder / name, json.dumps(value), self.tag)
@@ -173,7 +224,7 @@ class Store:
             # what stays lacks nothing that was there by then.
             if index == before:
                 return index
-            self.write_json("index.json", index)
+            self.write_json("index.json", sealed(index))
 
     # --- reading
     @classmethod
@@ -191,7 +242,7 @@ class Store:
             store.total = index.get("videos", 0)
             store.done = index.get("done", 0)
             stale = index["key"] != store.key
-            if stored["key"] != store.key or not all(map(fits, store.rows)):
+            if stored["key"] != store.key or not is_intact(index) or not all(map(fits, store.rows)):
                 raise ValueError
         except FileNotFoundError as e:
             raise UserError(f"There is no {e.filename}: {kind.command} makes it, once it has gone "

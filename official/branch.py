@@ -11,9 +11,9 @@ from torch import Tensor
 
 import config
 import data
-from common.files import join_some, write_text
+from common.files import is_intact, join_some, write_text
 from common.libraries import fingerprint
-from common.store import checksum, write_tensors
+from common.store import checksum, shapes_of, write_tensors
 from config import BRANCH, NETWORK, Config, UserError, marked
 from experts import ProPhy
 from model import build_backbone
@@ -64,7 +64,7 @@ def read_branch(path: Path, weights: Path) -> tuple[Config, dict[str, Tensor]]:
                         f"{join_some(odd, 3)}.")
 
     # The numbers themselves.
-    if checksum(tensors) != about.get("checksum"):
+    if checksum(tensors) != about.get("checksum") or not is_intact(about | shapes_of(tensors)):
         raise UserError(f"{path} is damaged: its checksum is another.")
     if bad := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise UserError(f"{path} holds numbers that are not finite: {join_some(bad, 3)}.")

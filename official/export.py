@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 
 import config
-from common.files import read_json, whole_folder
+from common.files import whole_folder
 from common.libraries import fingerprint
+from common.run import description, read_checkpoint
 from config import Config, Stopped, UserError
 from experts import ProPhy, merge_lora
 from official.branch import write_branch
@@ -36,7 +37,7 @@ def export_run(run: Path, out: Path) -> None:
     if out.exists():
         raise UserError(f"{out} is there already: give another --out.")
     model, stored = trained_model(cfg, run / "checkpoints" / "best.pt")
-    present = read_json(run / "config.json").get("categories_present", [])
+    present = description(run).get("categories_present", [])
 
     # LoRA's corrections become part of the matrices they correct: nobody else's tools know of them.
     branch = {name: p for name, p in model.branch_state().items()
@@ -62,7 +63,7 @@ def export_run(run: Path, out: Path) -> None:
 def trained_model(cfg: Config, path: Path) -> tuple[ProPhy, dict]:
     """The averaged model of a checkpoint, and the checkpoint. Raises UserError."""
     try:
-        stored = torch.load(path, map_location="cpu", weights_only=True)
+        stored = read_checkpoint(path)
     except FileNotFoundError:
         raise UserError(f"There is no {path}: the run has not been validated yet.") from None
     except Exception as e:  # a damaged archive raises one of many types

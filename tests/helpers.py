@@ -74,9 +74,21 @@ def json_of(path):
     return json.loads(path.read_text())
 
 
+def unsealed(path):
+    """The same without its digest, as an earlier version wrote it."""
+    return {name: value for name, value in json_of(path).items() if name != "digest"}
+
+
 def rewrite(path, **changed):
-    """Some entries of a file of JSON replaced."""
-    path.write_text(json.dumps({**json_of(path), **changed}))
+    """Some entries of a file of JSON replaced, and no digest to tell of it."""
+    path.write_text(json.dumps({**unsealed(path), **changed}))
+
+
+def flip(path, at=-5, bit=6):
+    """Flip one bit of a file."""
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1 << bit
+    path.write_bytes(raw)
 
 
 def shorten(path, n=100):

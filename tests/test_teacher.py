@@ -104,7 +104,8 @@ def test_a_full_disk_is_one_sentence(small_vlm, films, tmp_path, monkeypatch):
 def test_one_bad_clip_of_a_group_costs_itself_alone(tmp_path):
     def look(empty):
         return vlm_qwen.AnswerAttention("" if empty else "words", torch.rand(1, 1, 2, 2, 2), empty)
-    store = common.store.Store.create(tmp_path / "out", vlm_maps.MAPS, {})
+    store = common.store.Store(tmp_path / "out", vlm_maps.MAPS, {})
+    store.clips.mkdir(parents=True)
     group = [vlm_maps.VLMClip(f"clip {i}", None, 4.0, [0.0, 0.5], (8, 8), (0, 0, 8, 8), ["melting"],
                               f"{i}.safetensors") for i in range(4)]
     asked = []

@@ -2,6 +2,7 @@
 what resuming refuses."""
 import dataclasses
 import errno
+import functools
 import json
 import os
 import platform
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -19,9 +21,10 @@ import torch
 import common.run
 import config
 import data
+import sample
 import train
 from config import Stopped, UserError
-from helpers import ROOT, json_of
+from helpers import ROOT, flip, json_of, rewrite, sentence
 from runs import (
     TERMS, again, checkpoint, contents, differences, held_out, Interrupted, launch, lines, names, recorded,
     same_run, settings, steps, training_calls)
@@ -238,6 +241,59 @@ def test_a_damaged_checkpoint_does_not_push_out_a_good_one(go):
     assert {"step000003.pt", "step000004.pt"} <= set(names(run))  # the last two that read
 
 
+def weight_of(path):
+    """Where in a checkpoint the numbers of its largest weight stand."""
+    largest = max(zipfile.ZipFile(path).infolist(), key=lambda part: part.file_size)
+    return largest.header_offset + largest.file_size // 2
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed_and_the_one_before_is_taken(whole, go, capsys):
+    run = go(save_every=2, stop_at=5)
+    newest = run / "checkpoints" / "step000005.pt"
+    flip(newest, weight_of(newest))
+    torch.load(newest, weights_only=True)  # torch does not notice
+    capsys.readouterr()
+    again(run, "--stop_at", 0)
+    assert "step000005.pt is damaged (BadZipFile); trying the one before" in capsys.readouterr().err
+    assert differences(checkpoint(run, "step000010.pt"), checkpoint(whole[0], "step000010.pt")) == []
+
+
+def test_a_part_of_a_checkpoint_that_calls_itself_a_folder_is_noticed(go):
+    """A bit of the archive's list, which no checksum covers: torch leaves the memory of that part as it is."""
+    path = go(stop_at=3) / "checkpoints" / "step000003.pt"
+    entry = path.read_bytes().rindex(b"PK\x01\x02")
+    flip(path, entry + 38, bit=4)  # MS-DOS's mark of a folder
+    with pytest.raises(zipfile.BadZipFile):
+        common.run.read_checkpoint(path)
+
+
+def test_a_flipped_bit_in_best_or_base_is_one_sentence(whole, tmp_path, pools):
+    run = shutil.copytree(whole[0], tmp_path / "copy")
+    for name in ("best.pt", "base.pt"):
+        flip(run / "checkpoints" / name, weight_of(run / "checkpoints" / name))
+    assert "best.pt is damaged" in sentence(sample.load_run, run)
+    assert "base.pt cannot be read" in sentence(launch, tmp_path / "new", pools, init_from=str(run))
+
+
+def test_a_damaged_line_of_the_log_is_left_out_and_said(whole, go, capsys):
+    run = go(stop_at=3)
+    log = run / "log.jsonl"
+    flip(log, log.read_bytes().index(b'"loss": ') + 11, bit=0)  # another digit of a loss
+    flip(log, log.read_bytes().index(b"\n") + 5, bit=7)  # no UTF-8 any more
+    again(run)
+    assert f"2 damaged lines of {log} are left out." in capsys.readouterr().err
+    assert len(lines(run)) == len(lines(whole[0])) - 2
+
+
+def test_a_log_of_before_has_no_digests_and_is_kept(whole, go):
+    run = go(stop_at=3)
+    entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    old = [{name: value for name, value in entry.items() if name != "digest"} for entry in entries]
+    (run / "log.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in old))
+    again(run)
+    assert lines(run) == lines(whole[0])
+
+
 def test_no_readable_checkpoint_is_said(go):
     run = go(stop_at=3)
     os.truncate(run / "checkpoints" / "step000003.pt", 1000)
@@ -356,6 +412,80 @@ def test_resume_of_a_half_written_run_folder(name, share, half):
         again(half)
 
 
+def test_words_in_another_order_are_noticed(half, tmp_path, pools):
+    """The list of another run: as long, whole in itself, and other ids for all words."""
+    words = json_of(half / "tokenizer.json")["words"]
+    data.Tokenizer(words[1:] + words[:1]).save(half / "tokenizer.json")
+    said = "tokenizer.json is not the tokenizer that .* was trained with"
+    with pytest.raises(UserError, match=said):
+        again(half)
+    with pytest.raises(UserError, match=said):
+        sample.load_run(half)
+    shutil.copy(half / "checkpoints" / "step000003.pt", half / "checkpoints" / "base.pt")
+    with pytest.raises(UserError, match=said):
+        launch(tmp_path / "new", pools, init_from=str(half))
+
+
+def test_words_that_changed_within_the_file_are_noticed(half, tmp_path):
+    lone = shutil.copy(half / "tokenizer.json", tmp_path / "tokenizer.json")  # without a config.json beside it
+    words = json_of(lone)["words"]
+    lone.write_text(json.dumps(json_of(lone) | {"words": words[::-1]}))
+    assert "is damaged: its words are not those" in sentence(data.Tokenizer.load, lone)
+
+
+def test_a_setting_that_changed_in_config_json_is_noticed(half):
+    """A resumed run would take the new value for the one it was started with."""
+    path = half / "config.json"
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(UserError, match="config.json is not as it was written"):
+        again(half)
+    with pytest.raises(UserError, match="config.json is not as it was written"):
+        sample.load_run(half)
+
+
+def test_a_run_of_before_without_digests_goes_on(half, whole):
+    rewrite(half / "config.json", tokenizer=None)
+    rewrite(half / "tokenizer.json")
+    again(half)
+    assert same_run(half, whole[0]) and "digest" in json_of(half / "tokenizer.json")
+    stored = json_of(half / "config.json")
+    assert stored["tokenizer"] == data.Tokenizer.load(half / "tokenizer.json").key
+
+
+# --- two writers
+def test_a_second_training_in_a_folder_is_refused_and_the_first_goes_on(whole, go, tmp_path, monkeypatch):
+    """Also before the first save, when the folder looks as if it held no run."""
+    refused = []
+
+    def second(n, *_):
+        if n in (2, 7):
+            start = functools.partial(go, seed=1) if n == 2 else functools.partial(again, tmp_path / "run")
+            before = contents(tmp_path / "run")
+            with pytest.raises(UserError, match="Another process trains in .*/run: wait until it ends, or give"):
+                start()
+            refused.append(contents(tmp_path / "run") == before)
+    with monkeypatch.context() as patch:
+        training_calls(patch, second)
+        run = go()
+    assert refused == [True, True] and same_run(run, whole[0])
+
+
+def test_a_second_training_is_refused_where_the_first_ended_meanwhile(go, monkeypatch):
+    """Between its look at the folder and its lock."""
+    real, looks = common.run.open_run, []
+
+    def looked(cfg):
+        run = real(cfg)
+        looks.append(cfg.seed)
+        if looks == [1]:
+            go(stop_at=1)
+        return run
+    monkeypatch.setattr(common.run, "open_run", looked)
+    with pytest.raises(UserError, match="already holds a run"):
+        go(seed=1)
+    assert looks[0] == 1
+
+
 def test_resume_refuses_other_clips(half, monkeypatch):
     # as another world.py would, these clips get another key
     monkeypatch.setattr(data, "FORMAT", data.FORMAT + 1)
@@ -379,8 +509,7 @@ def test_data_that_is_not_the_worlds_is_to_be_put_back(half):
     common.run.check_data(config.preset("debug"), half, key)
     assert refused("folder-1", data_dir="films").startswith("The clips of films are not those")
     assert refused(f"{key}+1", teacher="sal").startswith("The maps of --teacher are not those")
-    stored = json_of(half / "config.json") | {"data": f"{key}+2"}
-    (half / "config.json").write_text(json.dumps(stored))
+    rewrite(half / "config.json", data=f"{key}+2")
     common.run.check_data(config.preset("debug"), half, key)  # before the maps are opened
     common.run.check_data(config.preset("debug"), half, f"{key}+2")
     refused(f"{key}+1", teacher="sal")

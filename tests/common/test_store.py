@@ -3,6 +3,7 @@ files, and folders of clips that runs share, break off and find again."""
 import concurrent.futures
 import json
 import os
+import random
 import resource
 import subprocess
 import sys
@@ -12,10 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 
 import common.files
+import common.pool
 import data
+import runs
+from common.store import Store
 from config import Stopped, UserError
+from drills import flips
+from helpers import ROOT, flip, rewrite, sentence, unsealed
+from official.cache import CACHE, CacheRow
 from videos import opened, pool_cfg
 
 
@@ -75,8 +84,7 @@ def break_meta(path):
 
 def change_meta(**entries):
     def change(path):
-        meta = json.loads((path / "meta.json").read_text())
-        (path / "meta.json").write_text(json.dumps({**meta, **entries}))
+        rewrite(path / "meta.json", **entries)
     return change
 
 
@@ -206,3 +214,146 @@ def wait_for(condition, seconds=240):
         assert time.monotonic() < end
         time.sleep(0.05)
     return answer
+
+
+# ------------------------------------------------------------------------------------- bytes that the disk changed
+def test_no_file_that_a_run_reads_back_is_read_as_something_else(tmp_path, monkeypatch):
+    """The drill in short: each kind of file with eight flipped bits and two cuts."""
+    runs.without_previews(monkeypatch)
+    for kind, (path, read) in flips.kinds_in(tmp_path).items():
+        tally = flips.drill(path, read, 8, 2, random.Random(kind))
+        assert not tally["other"] and not tally["traceback"] and tally["noticed"], (kind, tally)
+
+
+@pytest.mark.parametrize("file", ["video.u8", "masks.u8"])
+def test_a_damaged_clip_of_a_pool_stops_the_run_and_the_next_start_builds_it_anew(file, tmp_path, monkeypatch):
+    cfg = pool_cfg(tmp_path)
+    right = opened(cfg)
+    whole = right.clips(range(16)).copy()
+    path = right.path / file
+    path.write_bytes(bytes(100) + path.read_bytes()[100:])  # a block that the disk gives back as zeros
+    pool = opened(cfg)
+    assert np.array_equal(pool.clips([15, 3]), whole[[15, 3]])  # those are sound
+    clips = data.Clips(cfg, pool, data.Tokenizer(["c"]))
+    first = pool.train.index(0)
+    monkeypatch.setattr(clips, "row", lambda position: pool.train[position])
+    said = sentence(clips.batch, [first + 1, first], error=Stopped)
+    assert "Clip 0 in" in said and "--resume" in said and str(right.path) in said
+    assert np.array_equal(opened(cfg).clips(range(16)), whole)
+
+
+def test_a_label_that_changed_in_meta_json_is_noticed(tmp_path):
+    cfg = pool_cfg(tmp_path)
+    path = opened(cfg).path
+    meta = json.loads((path / "meta.json").read_text())
+    meta["categories"][3] = [7]
+    (path / "meta.json").write_text(json.dumps(meta))
+    assert data.Pool.open(path, (4, 16, 16)) is None
+
+
+def test_a_pool_of_before_has_no_checksums_and_is_read(tmp_path):
+    cfg = pool_cfg(tmp_path)
+    pool = opened(cfg)
+    meta = unsealed(pool.path / "meta.json")
+    del meta["checksums"]
+    (pool.path / "meta.json").write_text(json.dumps(meta))
+    before = (pool.path / "meta.json").read_bytes()
+    old = opened(cfg)
+    assert old.key == pool.key and np.array_equal(old.clips(range(16)), pool.clips(range(16)))
+    assert (pool.path / "meta.json").read_bytes() == before
+
+
+def test_a_clip_is_looked_at_once(tmp_path, monkeypatch):
+    pool, seen = opened(pool_cfg(tmp_path)), []
+    monkeypatch.setattr(common.pool, "checksum", lambda *_, real=common.pool.checksum: seen.append(1) or real(*_))
+    for rows in ([1, 2], [2, 3, 3], [1]):
+        pool.clips(rows)
+    assert len(seen) == 3
+
+
+# -------------------------------------------------------------------------------------------------- two writers
+def made(folder, shard=(0, 1), clip="a", **settings):
+    """One clip written to a store of these settings."""
+    with Store.create(folder, CACHE, settings, shard) as store:
+        file = f"{store.name([clip])}-0of1.safetensors"
+        store.write(store.clips / file, {"mean": torch.ones(2)}, {"text_length": 1})
+        store.write_index({store.name([clip]): None}, lambda file, _: CacheRow(file, clip, clip, []))
+
+
+def test_a_store_that_is_written_to_refuses_other_settings(tmp_path):
+    """Before there is any clip that the second could see."""
+    with Store.create(tmp_path, CACHE, {"fps": 8}):
+        manifest = (tmp_path / "cache.json").read_bytes()
+        said = sentence(made, tmp_path, (1, 2), fps=9)
+        assert "fps 8, now 9" in said and (tmp_path / "cache.json").read_bytes() == manifest
+    made(tmp_path, fps=9)  # nobody wrote a clip
+    assert "fps 9, now 8" in sentence(made, tmp_path, fps=8)
+
+
+def test_the_same_shard_twice_is_refused_and_others_go_on(tmp_path):
+    with Store.create(tmp_path, CACHE, {"fps": 8}, (0, 2)) as store:
+        half = store.clips / "x.1of2.part"
+        half.write_bytes(b"what the first is writing")
+        assert "makes shard 1/2 of" in sentence(made, tmp_path, (0, 2), fps=8)
+        made(tmp_path, (1, 2), fps=8)
+        assert half.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache.json", "clips", "index.json"]
+    made(tmp_path, (0, 2), fps=8)
+    assert not half.exists()
+
+
+HOLD = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from common.files import only_writer
+with only_writer(Path(sys.argv[2]), "held"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
+    (tmp_path / "1of1.lock").touch()
+    line = [sys.executable, "-c", HOLD, str(ROOT), str(tmp_path / "1of1.lock")]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as owner:
+        assert owner.stdout.readline() == "held\n"
+        assert "makes shard 1/1" in sentence(made, tmp_path, fps=8)
+        owner.kill()
+    made(tmp_path, fps=8)
+    assert not (tmp_path / "1of1.lock").exists()
+
+
+def test_without_locks_stores_are_written_all_the_same(tmp_path, monkeypatch):
+    def refuses(*_):
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuses)
+    made(tmp_path, fps=8)
+    monkeypatch.setattr(common.files, "fcntl", None)  # as on Windows
+    made(tmp_path, clip="b", fps=8)
+    assert len(os.listdir(tmp_path / "clips")) == 2
+
+
+@pytest.mark.parametrize("field", ["text_length", "mean", "caption"])
+def test_what_a_clip_says_beside_its_numbers_is_checked(field, tmp_path):
+    """Its header, and index.json: one bit of a length, a name, a caption."""
+    made(tmp_path, clip="caption", fps=8)
+    store = Store.open(tmp_path, CACHE)
+    path = tmp_path / "index.json" if field == "caption" else store.clips / store.rows[0].file
+    flip(path, path.read_bytes().rindex(field.encode()) + 1, bit=0)
+    if field == "caption":
+        assert "index.json is damaged" in sentence(Store.open, tmp_path, CACHE)
+    else:
+        assert store.read(store.rows[0].file) is None and not store.is_sound(path)
+
+
+def test_a_store_of_before_has_no_digests_and_is_read(tmp_path):
+    made(tmp_path, fps=8)
+    rewrite(tmp_path / "index.json")  # without its digest
+    store = Store.open(tmp_path, CACHE)
+    path = store.clips / store.rows[0].file
+    tensors, about = store.read(path.name)
+    old = {name: value for name, value in about.items() if name != "digest"}
+    safetensors.torch.save_file(tensors, path, {"about": json.dumps(old)})
+    assert Store.open(tmp_path, CACHE).read(path.name)[1] == old

@@ -143,7 +143,7 @@ SUBJECTS = dict(train=Train, encode=Encode, teacher=Teacher)
 
 def differences(a, b, at: str) -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
-        return [d for key in a if key != "seconds" for d in differences(a[key], b[key], f"{at}/{key}")]
+        return [d for key in a if key not in ("seconds", "digest") for d in differences(a[key], b[key], f"{at}/{key}")]
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         return [d for i, pair in enumerate(zip(a, b)) for d in differences(*pair, f"{at}/{i}")]
     same = torch.equal(a, b) if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) else a == b

@@ -22,7 +22,7 @@ import experts
 import model
 import sample
 from config import UserError
-from helpers import ROOT, shaken, shorten, tiny_official, trained_branch
+from helpers import ROOT, flip, shaken, shorten, tiny_official, trained_branch
 
 LINEAGES = ("cogvideox", "wan")
 SIZE = dict(frames=9, height=16, width=32)
@@ -134,12 +134,6 @@ def rewritten(path, about=lambda about: None, tensors=lambda tensors: None):
     common.store.write_tensors(path, found, header, "test")
 
 
-def flip(path, at=-5):
-    raw = bytearray(path.read_bytes())
-    raw[at] ^= 64
-    path.write_bytes(raw)
-
-
 def header(change):
     return lambda path: rewritten(path, about=change)
 
@@ -162,6 +156,7 @@ BROKEN = {  # {what is wrong: (what makes it so, a word of the sentence)}
     "pickled": (lambda path: torch.save(ONE, path), "pickled"),
     "cut short": (lambda path: shorten(path, 9), "damaged"),
     "one bit": (flip, "checksum"),
+    "one bit of the header": (lambda path: flip(path, path.read_bytes().index(b"held_out") + 2), "checksum"),
     "no header": (saved(ONE), "no branch of format"),
     "other header": (header(lambda about: about.clear()), "no branch of format"),
     "list for header": (saved(ONE, {"about": "[1]"}), "no branch of format"),

@@ -27,7 +27,7 @@ import data  # noqa: E402
 import teacher  # noqa: E402
 import train  # noqa: E402
 from config import preset  # noqa: E402
-from helpers import drifting, sentence, words_of  # noqa: E402
+from helpers import drifting, rewrite, sentence, words_of  # noqa: E402
 from runs import without_previews  # noqa: E402
 from tiny_vlm import FILM, maps_of  # noqa: E402
 
@@ -364,8 +364,7 @@ def test_clips_without_a_map_are_counted_and_teach_nothing(films, maps, pools, m
     whole = clips_of(films, maps, pools)
     name = whole.pool.sources[whole.row(0)][0]
     index = json.loads((maps_copy / "index.json").read_text())
-    index["clips"] = [row for row in index["clips"] if row[1] != name]
-    (maps_copy / "index.json").write_text(json.dumps(index))
+    rewrite(maps_copy / "index.json", clips=[row for row in index["clips"] if row[1] != name])
     clips = clips_of(films, maps_copy, pools)
     assert clips.unmapped == sum(whole.pool.sources[row][0] == name for row in whole.pool.train) > 0
     batch, full = clips.batch(range(len(clips))), whole.batch(range(len(clips)))
