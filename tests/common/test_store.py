@@ -306,8 +306,8 @@ HOLD = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from common.files import only_writer
-with only_writer(Path(sys.argv[2]), "held"):
+from common.files import lock
+with lock(Path(sys.argv[2]), "held"):
     print("held", flush=True)
     time.sleep(60)
 """
