@@ -142,7 +142,7 @@ class Store:
         own.touch()
         shard = self.tag.replace("of", "/")
         locks.enter_context(lock(own, f"Another process makes shard {shard} of {self.folder}: wait "
-                                      "until it ends, or give another --shard or --out."))
+                                      "until it ends, or give another --out."))
         locks.callback(own.unlink, missing_ok=True)
         for leftover in self.folder.rglob(f"*.{self.tag}.part"):  # of this shard's killed run
             leftover.unlink()

@@ -19,19 +19,19 @@ from tiny_weights import RECORDS, encode_flags, fill_cache, latents_of, make_wei
 
 
 # ------------------------------------------------------------------------------------------------ the command
-def test_a_second_encode_with_other_settings_is_refused_and_the_first_goes_on(weights, videos, caches, tmp_path,
-                                                                              monkeypatch):
+def test_a_second_encode_with_other_settings_is_refused(weights, videos, caches, tmp_path, monkeypatch):
     """Before there is any clip; without a lock both would write, and orphan each other's clips."""
     refused = []
 
     def begun(encoder, real=official.cache.Encoder.write_empty):
-        refused.append(sentence(fill_cache, videos, weights["wan"], tmp_path / "out", windows=1))
+        for shard in ("1/1", "1/2"):
+            refused.append(sentence(fill_cache, videos, weights["wan"], tmp_path / "out", windows=1, shard=shard))
         real(encoder)
 
     monkeypatch.setattr(official.cache.Encoder, "write_empty", begun)
     fill_cache(videos, weights["wan"], tmp_path / "out")
-    said, = refused
-    assert "windows 4, now 1" in said and files_of(tmp_path / "out") == files_of(caches["wan"])
+    assert "makes shard 1/1" in refused[0] and "windows 4, now 1" in refused[1]
+    assert files_of(tmp_path / "out") == files_of(caches["wan"])  # the first went on
 
 
 def test_shards_make_what_one_process_makes(weights, videos, caches, tmp_path, capsys):
