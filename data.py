@@ -147,8 +147,8 @@ class Tokenizer:
         run = path.parent
         trained_with = description(run).get("tokenizer") if (run / "config.json").exists() else None
         if trained_with not in (None, tokenizer.key):
-            raise UserError(f"{path} is not the tokenizer that {run} was trained with: other words, "
-                            "or the same in another order.")
+            raise UserError(f"{path} is not the tokenizer that {run} was trained with: it has "
+                            "other words, or the same in another order.")
         return tokenizer
 
 

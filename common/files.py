@@ -73,17 +73,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 # --- one writer at a time -------------------------------------------------------------------------
 @contextlib.contextmanager
-def handle_of(path: Path, flags: int = os.O_RDONLY) -> Iterator[int | None]:
-    """A file or a folder, open while the block lasts; None where it cannot be opened."""
-    try:
-        handle = os.open(path, flags)
-    except OSError:  # Windows opens no folders
-        yield None
-        return
-    try:
+def handle_of(path: Path) -> Iterator[int | None]:
+    """A file or a folder to lock, open while the block lasts; None where that cannot be."""
+    handle = None
+    with contextlib.ExitStack() as opened:
+        with contextlib.suppress(OSError):
+            if fcntl:
+                handle = os.open(path, os.O_RDONLY)
+                opened.callback(os.close, handle)  # which ends the lock
         yield handle
-    finally:
-        os.close(handle)
 
 
 def take(handle: int | None, shared: bool = False, wait: bool = False) -> bool | None:
@@ -91,7 +89,7 @@ def take(handle: int | None, shared: bool = False, wait: bool = False) -> bool |
 
     False where another process holds it. None on a system or a network drive without locks.
     """
-    if not fcntl or handle is None:
+    if handle is None:
         return None
     how = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
@@ -104,28 +102,21 @@ def take(handle: int | None, shared: bool = False, wait: bool = False) -> bool |
 
 
 @contextlib.contextmanager
-def lock(folder: Path) -> Iterator[bool]:
-    """One process at a time builds in `folder`; a second one says so and waits.
+def lock(path: Path, refusal: str = "") -> Iterator[bool]:
+    """One process at a time writes to `path`, a file or a folder: a second one waits, which it says,
+    or, with a refusal, raises UserError.
 
-    Yields False without locks: there both build, in folders of their own, and the work is only
-    done twice.
+    Yields False without locks: there both write. Those who build in folders of their own only do
+    the work twice.
     """
-    with handle_of(folder) as handle:
+    with handle_of(path) as handle:
         locked = take(handle)
+        if locked is False and refusal:
+            raise UserError(refusal)
         if locked is False:
-            print(f"Another run is building clips in {folder}; waiting for it.", flush=True)
+            print(f"Another run is building clips in {path}; waiting for it.", flush=True)
             locked = take(handle, wait=True)
         yield bool(locked)
-
-
-@contextlib.contextmanager
-def only_writer(path: Path, refusal: str) -> Iterator[None]:
-    """Hold a file or a folder while the block lasts. Raises UserError(refusal) where another process
-    does."""
-    with handle_of(path) as handle:
-        if take(handle) is False:
-            raise UserError(refusal)
-        yield
 
 
 # --- what is in them ----------------------------------------------------------------------------

@@ -52,8 +52,7 @@ class Pool:
     sources: list[list]  # as in a PoolClip
     summary: str
     path: Path  # the folder
-    checksums: list[int]  # of each clip's bytes; none in an older pool
-    unread: set[int]  # rows whose checksum this process has not seen to be right
+    unread: dict[int, int]  # rows that this process has not read yet: their checksums, if known
 
     @property
     def key(self) -> str:
@@ -77,14 +76,13 @@ class Pool:
             if meta["masks"]:
                 mask_bytes = -(-math.prod(size) // 8)
                 masks = np.memmap(path / "masks.u8", np.uint8, "r").reshape(n, MASKS, mask_bytes)
-            checksums = meta.get("checksums", [])
+            unread = dict(enumerate(meta.get("checksums", ())))  # older pools have none
             if not (is_intact(meta) and is_consistent(meta)):
                 return None
         except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return None
         return cls(video, masks, mask_category, meta["captions"], meta["categories"], meta["train"],
-                   meta["held"], meta["sources"], meta["summary"], path, checksums,
-                   set(range(len(checksums))))
+                   meta["held"], meta["sources"], meta["summary"], path, unread)
 
     def clips(self, rows: list[int]) -> np.ndarray:
         """(B, F, H, W, 3) uint8: the pixels of these rows.
@@ -92,14 +90,14 @@ class Pool:
         Raises Stopped where pixels or masks are not those that were written. The pool is then put
         out of use, so that the next start builds it anew.
         """
-        for row in self.unread.intersection(rows):
+        for row in self.unread.keys() & rows:
             packed = b"" if self.masks is None else self.masks[row]
-            if checksum(self.video[row], packed) != self.checksums[row]:
+            if checksum(self.video[row], packed) != self.unread[row]:
                 with contextlib.suppress(OSError):
                     (self.path / "meta.json").unlink()
                 raise Stopped(f"Clip {row} in {self.path} is damaged; the next start builds the "
                               "clips anew, and a training run goes on with --resume.")
-            self.unread.discard(row)
+            del self.unread[row]
         return self.video[rows]
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import config
-from common.files import is_intact, only_writer, read_json, sealed, whole_file, write_text
+from common.files import is_intact, lock, read_json, sealed, whole_file, write_text
 from config import Config, Stopped, UserError
 from experts import ProPhy
 from model import build_backbone
@@ -147,7 +147,7 @@ def only_run(cfg: Config) -> Iterator[Path]:
     open_run(cfg)
     refusal = f"Another process trains in {run}: wait until it ends, or give another --out_dir."
     # What is new is another process's too, until the lock is had.
-    with only_writer(run / "checkpoints", refusal), no_trace(new):
+    with lock(run / "checkpoints", refusal), no_trace(new):
         yield open_run(cfg)
 
 
@@ -203,8 +203,8 @@ def description(run: Path) -> dict:
     UserError where it is damaged."""
     stored = read_json(run / "config.json")
     if not is_intact(stored):
-        raise UserError(f"{run / 'config.json'} is not as it was written: it is damaged, or somebody "
-                        "changed it, who must then delete its last entry, the digest.")
+        raise UserError(f"{run / 'config.json'} is not as it was written: it is damaged, or "
+                        "somebody changed it, who must then delete its last entry, the digest.")
     return stored
 
 
@@ -373,7 +373,8 @@ class Log:
         if path.exists():
             lines = path.read_text(errors="replace").splitlines()
             entries = [_entry(line) for line in lines]
-            if damaged := entries[:-1].count({}):  # a killed run may have left the last half-written
+            # The last one a killed run may have left half-written.
+            if damaged := entries[:-1].count({}):
                 print(f"{damaged} damaged lines of {path} are left out.", file=sys.stderr)
             kept = [line for line, entry in zip(lines, entries) if entry and _before(entry, step)]
             write_text(path, "".join(line + "\n" for line in kept))

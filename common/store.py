@@ -30,7 +30,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from common.files import (
-    digest, handle_of, is_intact, only_writer, read_json, sealed, take, whole_file, write_text)
+    digest, handle_of, is_intact, lock, read_json, sealed, take, whole_file, write_text)
 from config import Stopped, UserError
 
 CLIP_FILE = re.compile(r"([0-9a-f]{24})-(\d+)of(\d+)\.safetensors")  # NAME, N and M
@@ -137,7 +137,13 @@ class Store:
     def hold(self, locks: contextlib.ExitStack) -> None:
         """The locks on shard and folder, then the manifest. Raises UserError and OSError."""
         self.clips.mkdir(parents=True, exist_ok=True)
-        locks.enter_context(self.only_shard())
+        # The shard's file is gone afterwards; that of a killed process is taken over.
+        own = self.folder / f"{self.tag}.lock"
+        own.touch()
+        shard = self.tag.replace("of", "/")
+        locks.enter_context(lock(own, f"Another process makes shard {shard} of {self.folder}: wait "
+                                      "until it ends, or give another --out."))
+        locks.callback(own.unlink, missing_ok=True)
         for leftover in self.folder.rglob(f"*.{self.tag}.part"):  # of this shard's killed run
             leftover.unlink()
 
@@ -156,19 +162,6 @@ class Store:
         if changed:
             raise UserError(f"{self.folder} holds clips of other settings ({'; '.join(changed)}): "
                             "give another --out.")
-
-    @contextlib.contextmanager
-    def only_shard(self) -> Iterator[None]:
-        """Holds this shard. Its file is gone afterwards; that of a killed process is found again."""
-        path = self.folder / f"{self.tag}.lock"
-        path.touch()
-        shard = self.tag.replace("of", "/")
-        with only_writer(path, f"Another process makes shard {shard} of {self.folder}: wait until it "
-                               "ends, or give another --shard or --out."):
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
 
     def write_json(self, name: str, value) -> None:
         write_text(self.folder / name, json.dumps(value), self.tag)

@@ -13,11 +13,27 @@ diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip instal
 pytest.importorskip("ftfy", reason="needs ftfy: pip install -r requirements-extra.txt")
 
 import common.store  # noqa: E402
+import official.cache  # noqa: E402
 from helpers import ROOT, drifting, files_of, killed_when, sentence, shorten, words_of, written  # noqa: E402
 from tiny_weights import RECORDS, encode_flags, fill_cache, latents_of, make_weights  # noqa: E402
 
 
 # ------------------------------------------------------------------------------------------------ the command
+def test_a_second_encode_with_other_settings_is_refused(weights, videos, caches, tmp_path, monkeypatch):
+    """Before there is any clip; without a lock both would write, and orphan each other's clips."""
+    refused = []
+
+    def begun(encoder, real=official.cache.Encoder.write_empty):
+        for shard in ("1/1", "1/2"):
+            refused.append(sentence(fill_cache, videos, weights["wan"], tmp_path / "out", windows=1, shard=shard))
+        real(encoder)
+
+    monkeypatch.setattr(official.cache.Encoder, "write_empty", begun)
+    fill_cache(videos, weights["wan"], tmp_path / "out")
+    assert "makes shard 1/1" in refused[0] and "windows 4, now 1" in refused[1]
+    assert files_of(tmp_path / "out") == files_of(caches["wan"])  # the first went on
+
+
 def test_shards_make_what_one_process_makes(weights, videos, caches, tmp_path, capsys):
     for shard in ("1/2", "2/2"):
         fill_cache(videos, weights["wan"], tmp_path / "halves", shard=shard)

@@ -19,7 +19,7 @@ import model
 import sample
 import world
 from config import UserError
-from helpers import ROOT, perturbed, write_run
+from helpers import ROOT, perturbed, rewrite, write_run
 
 
 # --- localisation -------------------------------------------------------------------------------------------
@@ -201,6 +201,29 @@ def test_exact_maps_score_one(tmp_path, monkeypatch):
             assert set(table["rows"][row].values()) == {np.mean(values)}
 
 
+def test_two_that_measure_one_run_keep_each_others_tables(tmp_path, monkeypatch):
+    run = run_folder(tmp_path / "run")
+    flags = evaluate.Flags(run=[str(run)])
+
+    def laws(*_):  # takes so long that another process measures and writes the other table
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, "PARTS", {"localisation": lambda *_: {"rows": {"maps": {"clean": 0.75}}}})
+            evaluate.evaluate_run(run, flags)
+        return {"rows": {"noise": {"se": 0.25}}}
+
+    monkeypatch.setattr(evaluate, "PARTS", {"laws": laws})
+    evaluate.evaluate_run(run, flags)
+    assert set(evaluate.read_stored(run / "evaluation.json")) == {"laws", "localisation"}
+
+    # A number that changed on the disk is measured again, and tables of before have no digest.
+    path = run / "evaluation.json"
+    rewrite(path)
+    assert set(evaluate.read_stored(path)) == {"laws", "localisation"}
+    evaluate.evaluate_run(run, dataclasses.replace(flags, n=17))
+    path.write_text(path.read_text().replace("0.75", "0.95"))
+    assert evaluate.read_stored(path) == {}
+
+
 def test_mistakes_are_one_sentence(tmp_path):
     run = run_folder(tmp_path / "run")
     small = run_folder(tmp_path / "small", config.preset("debug", preview_steps=2))
@@ -221,7 +244,7 @@ def test_mistakes_are_one_sentence(tmp_path):
             evaluate.main(list(map(str, argv)))
         assert "\n" not in str(told.value)
     run_main("--run", small, "--only", "localisation")
-    assert list(json.loads((small / "evaluation.json").read_text())) == ["localisation"]
+    assert list(evaluate.read_stored(small / "evaluation.json")) == ["localisation"]
     command = [sys.executable, ROOT / "evaluate.py", "--run", run, "--n", "0"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.strip() == "--n must be 1 or more, not 0." and not done.stdout

@@ -259,7 +259,7 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed_and_the_one_before_is_taken(wh
 
 
 def test_a_part_of_a_checkpoint_that_calls_itself_a_folder_is_noticed(go):
-    """A bit of the archive's list, which no checksum covers: torch leaves the memory of that part as it is."""
+    """A bit of the archive's list, which no checksum covers: torch then leaves its memory as it is."""
     path = go(stop_at=3) / "checkpoints" / "step000003.pt"
     entry = path.read_bytes().rindex(b"PK\x01\x02")
     flip(path, entry + 38, bit=4)  # MS-DOS's mark of a folder
@@ -427,7 +427,7 @@ def test_words_in_another_order_are_noticed(half, tmp_path, pools):
 
 
 def test_words_that_changed_within_the_file_are_noticed(half, tmp_path):
-    lone = shutil.copy(half / "tokenizer.json", tmp_path / "tokenizer.json")  # without a config.json beside it
+    lone = shutil.copy(half / "tokenizer.json", tmp_path / "tokenizer.json")  # without a config.json
     words = json_of(lone)["words"]
     lone.write_text(json.dumps(json_of(lone) | {"words": words[::-1]}))
     assert "is damaged: its words are not those" in sentence(data.Tokenizer.load, lone)
@@ -461,7 +461,7 @@ def test_a_second_training_in_a_folder_is_refused_and_the_first_goes_on(whole, g
         if n in (2, 7):
             start = functools.partial(go, seed=1) if n == 2 else functools.partial(again, tmp_path / "run")
             before = contents(tmp_path / "run")
-            with pytest.raises(UserError, match="Another process trains in .*/run: wait until it ends, or give"):
+            with pytest.raises(UserError, match="Another process trains in .*/run: wait until it ends"):
                 start()
             refused.append(contents(tmp_path / "run") == before)
     with monkeypatch.context() as patch:

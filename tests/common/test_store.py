@@ -216,9 +216,10 @@ def wait_for(condition, seconds=240):
     return answer
 
 
-# ------------------------------------------------------------------------------------- bytes that the disk changed
+# ------------------------------------------------------------------------------- bytes that the disk changed
 def test_no_file_that_a_run_reads_back_is_read_as_something_else(tmp_path, monkeypatch):
     """The drill in short: each kind of file with eight flipped bits and two cuts."""
+    pytest.importorskip("diffusers", reason="needs diffusers: pip install -r requirements-extra.txt")
     runs.without_previews(monkeypatch)
     for kind, (path, read) in flips.kinds_in(tmp_path).items():
         tally = flips.drill(path, read, 8, 2, random.Random(kind))
@@ -226,7 +227,7 @@ def test_no_file_that_a_run_reads_back_is_read_as_something_else(tmp_path, monke
 
 
 @pytest.mark.parametrize("file", ["video.u8", "masks.u8"])
-def test_a_damaged_clip_of_a_pool_stops_the_run_and_the_next_start_builds_it_anew(file, tmp_path, monkeypatch):
+def test_a_damaged_clip_stops_the_run_and_the_next_start_builds_the_pool_anew(file, tmp_path, monkeypatch):
     cfg = pool_cfg(tmp_path)
     right = opened(cfg)
     whole = right.clips(range(16)).copy()
@@ -264,8 +265,8 @@ def test_a_pool_of_before_has_no_checksums_and_is_read(tmp_path):
 
 
 def test_a_clip_is_looked_at_once(tmp_path, monkeypatch):
-    pool, seen = opened(pool_cfg(tmp_path)), []
-    monkeypatch.setattr(common.pool, "checksum", lambda *_, real=common.pool.checksum: seen.append(1) or real(*_))
+    pool, seen, real = opened(pool_cfg(tmp_path)), [], common.pool.checksum
+    monkeypatch.setattr(common.pool, "checksum", lambda *bytes: seen.append(1) or real(*bytes))
     for rows in ([1, 2], [2, 3, 3], [1]):
         pool.clips(rows)
     assert len(seen) == 3
@@ -306,8 +307,8 @@ HOLD = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from common.files import only_writer
-with only_writer(Path(sys.argv[2]), "held"):
+from common.files import lock
+with lock(Path(sys.argv[2]), "held"):
     print("held", flush=True)
     time.sleep(60)
 """

@@ -44,7 +44,6 @@ from common.store import Store  # noqa: E402
 from config import Stopped, UserError  # noqa: E402
 from helpers import tiny_official, trained_branch  # noqa: E402
 from official.cache import CACHE, EMPTY, CacheRow  # noqa: E402
-from tiny_weights import make_weights  # noqa: E402
 from vlm.maps import MAPS, MapRow  # noqa: E402
 
 SEAL = re.compile("[0-9a-f]{16}")
@@ -72,6 +71,9 @@ def of_runs(folder: Path) -> dict:
         rows = list(range(len(opened.captions))) if opened else []
         return opened and (opened.clips(rows), np.array(opened.masks), vars(opened) | {"unread": 0})
 
+    def settings():
+        return config.load(run / "config.json"), unsealed(common.run.description(run))
+
     def log():
         common.run.Log(run / "log.jsonl", 10**6)
         kept = [unsealed(json.loads(line)) for line in (run / "log.jsonl").read_text().splitlines()]
@@ -88,7 +90,7 @@ def of_runs(folder: Path) -> dict:
         "pool, masks": (pool / "masks.u8", clips),
         "pool, meta.json": (pool / "meta.json", clips),
         "tokenizer.json": (run / "tokenizer.json", lambda: data.Tokenizer.load(run / "tokenizer.json").words),
-        "config.json": (run / "config.json", lambda: (config.load(run / "config.json"), unsealed(common.run.description(run)))),
+        "config.json": (run / "config.json", settings),
         "log.jsonl": (run / "log.jsonl", log),
         "evaluation.json": (run / "evaluation.json",
                             lambda: evaluate.read_stored(run / "evaluation.json") or None),
@@ -114,8 +116,10 @@ def of_stores(folder: Path) -> dict:
     for name, kind in (("cache", CACHE), ("maps", MAPS)):
         with Store.create(folder / name, kind, {"fps": 8, "height": 32}) as store:
             file = f"{store.name(['a.mp4'])}-0of1.safetensors"
-            tensors = {"mean": torch.randn(4, 3, 2, 2, generator=rng), "text": torch.randn(3, 8, generator=rng)}
-            about = {"caption": "a red ball falls", "times": [0.0, 1.5], "crop": [0, 0, 8, 8], "text_length": 3}
+            tensors = {"mean": torch.randn(4, 3, 2, 2, generator=rng),
+                       "text": torch.randn(3, 8, generator=rng)}
+            about = {"caption": "a red ball falls", "times": [0.0, 1.5], "crop": [0, 0, 8, 8],
+                     "text_length": 3}
             store.write(store.clips / file, tensors, about)
             store.write(store.folder / EMPTY, {"text": torch.randn(2, 8, generator=rng)}, {"text_length": 0})
             store.write_index({store.name(["a.mp4"]): None}, lambda file, _: row[name]._replace(file=file))
@@ -144,6 +148,7 @@ def of_stores(folder: Path) -> dict:
 
 def of_branches(folder: Path) -> dict:
     """The same of a published branch."""
+    from tiny_weights import make_weights  # which needs diffusers
     weights = make_weights(folder / "weights", "wan")
     trained_branch(tiny_official("wan", weights=str(weights), cache="none", out_dir=str(folder / "branch")))
     path = folder / "branch" / "branch.safetensors"

@@ -525,9 +525,7 @@ def test_resume_with_other_maps_is_refused(runs, saliency, tmp_path):
     kept = Path(shutil.copytree(folder, tmp_path / "kept"))
     try:
         for name in ("maps.json", "index.json"):
-            (folder / name).write_text(
-                json.dumps({**json.loads((folder / name).read_text()), "settings": {},
-                            "key": common.files.digest({})}))
+            rewrite(folder / name, settings={}, key=common.files.digest({}))
         said = sentence(train.main, config.parse(again, ""))
         assert "The maps of --teacher" in said
     finally:
