@@ -6,6 +6,7 @@ import av
 import numpy as np
 import pytest
 
+import common.annotations
 import common.files
 import common.video
 import physics.phenomena
@@ -184,7 +185,7 @@ def test_bad_files_are_skipped_counted_named_and_silent(tmp_path, capfd):
     usable = 3 if "scrambled" in pool.captions else 2
     assert f"{usable} clips from {usable} videos" in pool.summary
     assert f"skipped {12 - usable}:" in pool.summary
-    folder_again = common.video.Folder(folder)
+    folder_again = common.annotations.Folder(folder)
     for _ in folder_again.read(common.video.Cut(frames=4, fps=8.0, windows=1, height=16, width=16), threads=2):
         pass
     reasons = dict(entry[:-1].split(" (", 1) for entry in folder_again.skipped)
@@ -209,11 +210,11 @@ def folder_of(tmp_path, annotations, names=("a.mp4",)):
     file = tmp_path / "annotations.json"
     file.write_text(annotations if isinstance(annotations, str) else json.dumps(annotations),
                     encoding="utf-8-sig")
-    return common.video.Folder(folder, str(file))
+    return common.annotations.Folder(folder, str(file))
 
 
 def names_of(indices):
-    return [(*physics.phenomena.CATEGORIES, *common.video.OTHER_SLOTS)[i] for i in indices]
+    return [(*physics.phenomena.CATEGORIES, *common.annotations.OTHER_SLOTS)[i] for i in indices]
 
 
 FLAT = {"phys_law": "stress", "n0": "soil: 1.2 to 1.6 g/cm3", "file": "a.mp4", "label": "Deformation ",
@@ -261,7 +262,7 @@ WISA = [  # the answers of WISA's three published examples, and their collection
 
 @pytest.mark.parametrize("answers, names", WISA)
 def test_wisas_published_answers_parse_without_a_guess(answers, names):
-    known, unknown = common.video.parse_labels(answers)
+    known, unknown = common.annotations.parse_labels(answers)
     assert sorted(names_of(known)) == sorted(names) and unknown == []
     seventeen = [name for name in names_of(known) if name in data.category_names(preset("debug"))]
     assert seventeen == [name for name in physics.phenomena.CATEGORIES if name in names]
@@ -274,7 +275,7 @@ def test_captions_long_or_short_with_or_without_the_law(tmp_path):
                        names=("a.mp4", "b.mp4", "c.mp4"))
 
     def read(*how):
-        again = common.video.Folder(folder.dir, str(tmp_path / "annotations.json"), *how)
+        again = common.annotations.Folder(folder.dir, str(tmp_path / "annotations.json"), *how)
         return [video.caption for video in again.videos.values()], again.skipped
 
     assert read() == read("long", False) == (["the long one", "the only one", "long alone"], [])
@@ -284,7 +285,7 @@ def test_captions_long_or_short_with_or_without_the_law(tmp_path):
 
 
 def test_labels_match_as_whole_names_only():
-    known, unknown = common.video.parse_labels({
+    known, unknown = common.annotations.parse_labels({
         "q0": "rigid-body motion; no collision, 2) Elastic Motions", "q1": ["melting", "vaporisation"],
         "q2": "interference and diffraction\nunnatural light source. reflection", "q3": "Yes.",
         "q4": "1. no change 2. yes"})
@@ -292,7 +293,7 @@ def test_labels_match_as_whole_names_only():
                                "interference and diffraction",
                                "camera motion yes", "no change"]
     assert unknown == ["no collision", "vaporisation", "unnatural light source. reflection", "yes"]
-    assert len(common.video.LABELS) == 29
+    assert len(common.annotations.LABELS) == 29
 
 
 def test_records_that_cannot_be_used_are_named(tmp_path):
