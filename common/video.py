@@ -131,17 +131,15 @@ def timeline(path: Path) -> tuple[np.ndarray, float, bool]:
                         decoded.append(packet.dts)
     if not shown:
         raise ValueError("its frames carry no times: convert it to mp4, with its frame rate")
-    steps = np.diff(decoded)
-    back = -steps.min(initial=0) * float(unit)
+    back = -np.diff(decoded).min(initial=0) * float(unit)
     if back > CLOCK_JUMP:  # files that were joined as they are
         raise ValueError(f"its clock jumps back by {back:.3g} s")
 
     # A decoder that reorders is given packets whose times of display fall now and then. Where they
-    # only rise, as in AVI, or where two packets are due at once, they are not times of display.
+    # only rise, as in AVI, they are not times of display.
     times, durations = np.array(sorted(shown)).T
     rise = all(first < second for (first, _), (second, _) in zip(shown, shown[1:]))
-    counted = reorders and (rise or bool((steps <= 0).any()))
-    return times, times[-1] + (durations[-1] or usual_gap(times)), counted
+    return times, times[-1] + (durations[-1] or usual_gap(times)), reorders and rise
 
 
 def usual_gap(times: np.ndarray) -> float:
