@@ -1,6 +1,5 @@
 """Videos of every kind and their annotations:
 pixels at their times, windows, WISA's answers, what cannot be read."""
-import json
 import types
 
 import av
@@ -74,6 +73,40 @@ def test_rotation_metadata_is_honoured(tmp_path, degrees):
     want = np.rot90(quarters_of(upright), -degrees // 90, axes=(1, 2))  # quarter turns clockwise
     assert np.abs(quarters_of(turned) - want).max() < 3
     assert np.abs(quarters_of(turned) - quarters_of(upright)).max() > 100
+
+
+CONTAINERS = {  # name: how it is made
+    "open.mp4": dict(encoder={"x264-params": "open-gop=1:keyint=40:scenecut=0"}),
+    "one_key.mp4": dict(gop=1000),
+    "no_edit_list.mp4": dict(use_editlist="0"),
+    "negative.mp4": dict(start=-4, avoid_negative_ts="disabled"),  # an edit list cuts the first four off
+    "late.mp4": dict(start=48, avoid_negative_ts="disabled"),
+    "late.mkv": dict(start=48),
+    "fragmented.mp4": dict(movflags="frag_keyframe+empty_moov"),
+    "refresh.mp4": dict(encoder={"x264-params": "intra-refresh=1:keyint=40:bframes=0"}),
+    "a.mov": dict(), "a.mkv": dict(), "a.flv": dict(), "a.ts": dict(),
+    "a.webm": dict(codec="libvpx-vp9"),
+    "a.wmv": dict(codec="wmv2"),
+    "a.mpg": dict(codec="mpeg2video", rate=25),
+    "motion.avi": dict(codec="mjpeg", pix_fmt="yuvj420p"),
+    "b.avi": dict(codec="mpeg4", encoder={"bf": "2"}),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_every_container_gives_its_windows_also_after_a_seek(tmp_path, name):
+    how = {"rate": 8, "n": 200, "gop": 40, "height": 32, "width": 32, **CONTAINERS[name]}
+    start = how.pop("start", 0)
+    if start:
+        how["times"] = [(i + start) / 8 for i in range(200)]
+    if how["rate"] == 25:
+        how["n"] = 625
+    movie(tmp_path / name, **how)
+    cut_off = max(0, -start)
+    clips = clips_in(tmp_path / name, windows=2, fps=float(how["rate"]))
+    for clip, part in zip(clips, (.25, .75), strict=True):
+        first = int(part * ((how["n"] - cut_off) // 4)) * 4 + cut_off
+        assert counts(clip) == [(first + k) % 25 for k in range(4)]
 
 
 MIRRORS = {  # display matrix -> where it sends a picture's rows and columns
