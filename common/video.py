@@ -12,6 +12,7 @@ Left out on purpose: sound, non-square pixels, the brightness of HDR (PQ and HLG
 """
 import contextlib
 import functools
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,12 +76,10 @@ def windows_of(path: Path, cut: Cut) -> list[Window]:
         for number in range(taken):
             window = (2 * number + 1) * n // (2 * taken)  # the middles of `taken` equal parts
             shown = times[0] + (window * cut.frames + np.arange(cut.frames)) / cut.fps
-            try:
-                pictures = [player.picture(t, cut.height, cut.width) for t in shown]
-            except ValueError as e:
-                reason = str(e)
-                continue
-            if all(picture is not None for picture in pictures):
+            pictures = [player.picture(t, cut.height, cut.width) for t in shown]
+            if player.odd_at >= shown[0]:
+                reason = "its time stamps make no sense"
+            elif all(picture is not None for picture in pictures):
                 size = upright_size(player.now)
                 crop = central_crop(*size, cut.height, cut.width)
                 found.append(Window(np.stack(pictures), number, taken, float(shown[0]), size, crop,
@@ -91,10 +90,10 @@ def windows_of(path: Path, cut: Cut) -> list[Window]:
 
 
 def lost_windows(windows: list[Window]) -> str:
-    """How many windows of a video did not decode, "" if none."""
+    """How many windows of a video were left out, "" if none."""
     taken = windows[0].taken
     lost = taken - len(windows)
-    return f"{lost} of {taken} windows do not decode" if lost else ""
+    return f"{lost} of {taken} windows lost: damage, or odd time stamps" if lost else ""
 
 
 def pictures_of(container):
@@ -158,6 +157,7 @@ class Player:
         self.gap = usual_gap(times)
         self.fit = functools.lru_cache(1)(fit_frame)  # a frame may be on show several times
         self.asked = times[0]
+        self.odd_at = -math.inf  # when the stamps of frames made no sense for the last time
         self.open()
 
     def open(self) -> None:
@@ -177,36 +177,34 @@ class Player:
         self.frames = self.container.decode(self.stream)
         self.now = None  # the frame on show
         self.next = None  # the one after it; None at the end
-        self.now_at = self.next_at = self.times[0]  # when they are shown, in seconds
+        self.now_at = self.next_at = -math.inf  # when they are shown, in seconds
         self.count = 0
         self.advance()
 
     def advance(self) -> None:
-        """One frame on. Raises ValueError where times make no sense."""
+        """One frame on."""
         if self.next:
             self.now, self.now_at = self.next, self.next_at
         self.next = None
         with contextlib.suppress(av.FFmpegError):  # what follows the damage is lost
             self.next = next(self.frames, None)
-        if self.next:
-            self.next_at = self.time(self.next)
+        if not self.next:
+            return
+        at = self.time(self.next)
+        odd = not at >= self.now_at  # it falls, or there is none
+        if self.counted:
+            counted = self.times[min(self.count, len(self.times) - 1)]
+            odd = abs(at - counted) > CLOCK_JUMP  # such as two packets a frame
+            at = counted
             self.count += 1
-            if self.now and self.next_at < self.now_at:
-                raise ValueError(f"its time stamps fall at {self.now_at:.3g} s")
+        if odd:
+            at = self.odd_at = max(self.now_at, at)
+        self.next_at = at
 
     def time(self, frame) -> float:
-        """When the frame that was just decoded is shown, in seconds. Raises ValueError where times
-        make no sense."""
+        """When a frame is shown by its own stamp, in seconds; not a number if it has none."""
         stamp = frame.pts if frame.pts is not None else frame.dts
-        at = None if stamp is None else float(stamp * self.stream.time_base)
-        if not self.counted:
-            if at is None:
-                raise ValueError("a frame carries no time")
-            return at
-        counted = self.times[min(self.count, len(self.times) - 1)]
-        if at is not None and abs(at - counted) > CLOCK_JUMP:  # such as two packets a frame
-            raise ValueError("its time stamps contradict the number of its frames")
-        return counted
+        return math.nan if stamp is None else float(stamp * self.stream.time_base)
 
     def enter(self, t: float) -> None:
         """Decode from a key frame that is not behind t seconds.
@@ -216,7 +214,7 @@ class Player:
         """
         ahead = 0.0
         while t - ahead > self.times[0]:
-            with contextlib.suppress(av.FFmpegError, ValueError):
+            with contextlib.suppress(av.FFmpegError):
                 self.container.seek(int((t - ahead) / self.stream.time_base), stream=self.stream)
                 self.start()
                 if self.next and self.next.key_frame and self.next_at <= t + TOLERANCE:
@@ -227,7 +225,7 @@ class Player:
 
     def picture(self, t: float, height: int, width: int) -> np.ndarray | None:
         """The picture (height, width, 3) uint8 on show at t seconds, None where the file does not
-        decode that far. Raises ValueError where times make no sense."""
+        decode that far."""
         # GIF and its like draw changes onto the picture before: one cannot enter in the middle.
         # Nor can one where frames are counted.
         changes = self.stream.codec_context.name in ("gif", "apng", "webp")

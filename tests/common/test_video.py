@@ -161,7 +161,7 @@ def test_a_window_whose_stamps_fall_is_lost_with_a_reason(tmp_path, monkeypatch)
     monkeypatch.setattr(common.video.Player, "time", swapped)
     folder, read = folder_with(tmp_path / "a.mp4")
     assert [w.number for w in read] == [0, 1, *range(3, 10)]
-    assert folder.skipped == ["a.mp4 (1 of 10 windows do not decode)"]
+    assert folder.skipped == ["a.mp4 (1 of 10 windows lost: damage, or odd time stamps)"]
 
 
 @pytest.mark.parametrize("encoder", [
@@ -218,7 +218,7 @@ def test_windows_that_are_lost_are_counted_and_named(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:len(whole) // 2] + bytes(len(whole) - len(whole) // 2))  # as a broken download leaves
     folder, read = folder_with(path)
-    assert 2 <= len(read) <= 8 and folder.skipped == [f"cut.mp4 ({10 - len(read)} of 10 windows do not decode)"]
+    assert 2 <= len(read) <= 8 and folder.skipped == [f"cut.mp4 ({10 - len(read)} of 10 windows lost: damage, or odd time stamps)"]
     assert "1: cut.mp4 (" in folder.skipped_sentence()
 
 
