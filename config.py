@@ -144,7 +144,7 @@ class Config:
     # --- clips
     data_dir: str = ""  # folder of videos; empty = the physics world of world.py
     cache: str = ""  # folder of latents and text embeddings by encode.py, for official models
-    annotations: str = ""  # captions.json or a WISA list; empty = the folder's captions.json
+    annotations: str = ""  # captions or a WISA list: .json, .jsonl, .csv; empty = the folder's
     frames: int = knob(12, BRANCH, CACHE, 2**14)  # frames a clip
     height: int = knob(32, BRANCH, CACHE, 2**14)  # pixels
     width: int = knob(32, BRANCH, CACHE, 2**14)  # pixels

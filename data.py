@@ -32,11 +32,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import world
+from common.annotations import OTHER_SLOTS, Folder, split_by_video
 from common.files import (
     cores, digest, is_intact, join_some, map_in_processes, sealed, write_text)
 from common.pool import FORMAT, Pool, PoolClip, open_or_build
 from common.run import description
-from common.video import OTHER_SLOTS, Cut, Folder, pixels, split_by_video
+from common.video import Cut, pixels
 from config import Config, UserError, stream
 from physics import CATEGORIES
 

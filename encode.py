@@ -29,10 +29,11 @@ import torch
 from tqdm import tqdm
 
 import config
+from common.annotations import Folder
 from common.files import shard_of
 from common.run import pick_device, pick_precision
 from common.store import Store
-from common.video import Cut, Folder
+from common.video import Cut
 from config import UserError, flag
 from data import content_of
 from official.cache import CACHE, EMPTY, CacheRow, Encoder, settings_of
@@ -47,7 +48,7 @@ SIZES = ("frames", "fps", "height", "width")  # the lineage's own where they are
 class Flags:
     """The command line."""
     videos: str = ""  # folder of videos
-    annotations: str = ""  # captions.json or a WISA list; empty = the folder's captions.json
+    annotations: str = ""  # captions or a WISA list: .json, .jsonl, .csv; empty = the folder's
     weights: str = ""  # folder in diffusers' layout: tokenizer, text_encoder, vae
     out: str = ""  # folder of the cache; started again, it goes on where it was stopped
     export: str = ""  # run folder whose trained official backbone is written to --out, in diffusers' layout

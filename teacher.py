@@ -38,10 +38,11 @@ from tqdm import tqdm
 
 import config
 import data
+from common.annotations import Folder, Video
 from common.files import cores, join_some, shard_of
 from common.run import pick_device, pick_precision
 from common.store import Store, clip_file
-from common.video import Folder, Video, reason_of
+from common.video import lost_windows, reason_of
 from config import Config, UserError, flag, stream
 from physics import CATEGORIES
 from vlm import maps, qwen, report, speed, tiny
@@ -69,7 +70,7 @@ class Flags:
     steps: int = 0  # of training it, instead: the same weights on every like machine
 
     # --- which clips
-    annotations: str = ""  # captions.json or a WISA list; empty = the folder's captions.json
+    annotations: str = ""  # captions or a WISA list: .json, .jsonl, .csv; empty = the folder's
     out: str = ""  # folder of the videos' maps; started again, it goes on where it was stopped
     shard: str = "1/1"  # i/n: every n-th video (or clip) from the i-th on; one process a shard
     frames_shown: int = 49  # frames a window of a video, 1 + 4 m
@@ -233,6 +234,9 @@ def windows_of_videos(flags: Flags, work: Work, todo: dict[str, Video], vlm: qwe
         except Exception as e:  # whatever decoders make of a damaged file concerns that file alone
             work.skipped.append(f"{video.name} ({reason_of(e)})")
             continue
+        lost = lost_windows(windows)
+        if lost:
+            work.skipped.append(f"{video.name} ({lost})")
         work.bar.total += len(windows) - 1
         content = data.content_of(video.path)
         for window in windows:

@@ -21,9 +21,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import config
+from common.annotations import LABELS, Folder, Video, split_by_video
 from common.files import cores, digest, read_json
 from common.store import Kind, Store, clip_file
-from common.video import LABELS, Cut, Folder, Video, Window, pixels, reason_of, split_by_video
+from common.video import Cut, Window, pixels, reason_of
 from config import Config, Stopped, UserError, stream
 from data import Batch, ClipOrder
 from official.encoders import VAE, TextEncoder

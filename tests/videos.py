@@ -46,13 +46,14 @@ def picture(level, height=48, width=64):
 
 
 def movie(path, codec="libx264", pix_fmt="yuv420p", n=12, rate=10, step=10, height=48, width=64, times=None,
-          audio=False, noise=False, gop=12, **options):
+          audio=False, noise=False, gop=12, encoder=None, **options):
     """A video whose frame i shows level step * i (mod 250) from i / rate on, or from times[i] seconds on."""
     quality = {"libx264": {"crf": "4"},
                "libvpx-vp9": {"crf": "8", "b": "0", "cpu-used": "8", "deadline": "realtime"}}
     rng = np.random.default_rng(0)
     with av.open(str(path), "w", options=options) as out:
-        stream = out.add_stream(codec, rate=rate, options=quality.get(codec, {"qscale": "2"}))
+        settings = {**quality.get(codec, {"qscale": "2"}), **(encoder or {})}
+        stream = out.add_stream(codec, rate=rate, options=settings)
         stream.height, stream.width, stream.pix_fmt = height, width, pix_fmt
         stream.codec_context.gop_size = gop
         if codec == "mpeg4":
@@ -85,10 +86,11 @@ def gif(path, durations, step=10, height=48, width=64):
     frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
-def turn(path, degrees):
-    """Write a clockwise turn into an mp4's track header, as phones do (ISO 14496-12:
-    x' = ax + cy, y' = bx + dy)."""
-    a, b, c, d = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[degrees]
+def turn(path, how):
+    """Write a clockwise turn, or another display matrix (a, b, c, d), into an mp4's track header, as phones do
+    (ISO 14496-12: x' = ax + cy, y' = bx + dy)."""
+    turns = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}
+    a, b, c, d = turns.get(how, how)
     raw = bytearray(path.read_bytes())
     at = raw.index(b"tkhd") + 4 + 40
     raw[at:at + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)

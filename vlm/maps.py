@@ -25,7 +25,7 @@ from torch import Tensor
 
 from common.files import digest, join_some
 from common.store import Kind, Store, read_about
-from common.video import TOLERANCE, Cut, Window, timeline, upright_size, windows_of
+from common.video import TOLERANCE, Cut, Window, pictures_of, timeline, upright_size, windows_of
 from config import Config, UserError
 from data import Pool, SyntheticClips, latent_frames, pool_place
 from physics import CATEGORIES
@@ -102,13 +102,13 @@ def windows_for_vlm(path: Path, vlm: VLM, frames: int, fps: float, most_windows:
     A frame is not cropped, but for the rest of a patch. Raises ValueError with the reason when
     there are no windows, or what the decoder raises.
     """
-    times, end = timeline(path)
+    times, end, _ = timeline(path)
     has = math.ceil((end - times[0] - TOLERANCE) * fps)
     frames = min(frames, 1 + 4 * ((has - 1) // 4))
     if frames < 5:
         raise ValueError(f"too short, {end - times[0]:.2g} s")
     with av.open(str(path)) as container:
-        size = upright_size(next(container.decode(video=0)))
+        size = upright_size(next(container.decode(pictures_of(container))))
     return windows_of(path, Cut(frames, fps, most_windows,
                                 *vlm.pictures.size_for(*size, most_pixels)))
 

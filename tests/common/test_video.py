@@ -1,16 +1,17 @@
 """Videos of every kind and their annotations:
 pixels at their times, windows, WISA's answers, what cannot be read."""
-import json
+import types
 
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
+from PIL import Image
 
+import common.annotations
 import common.files
 import common.video
-import physics.phenomena
 import data
-from config import UserError, preset
 from videos import (
     CORNERS,
     annotate,
@@ -19,6 +20,7 @@ from videos import (
     gif,
     movie,
     opened,
+    picture,
     pool_cfg,
     quarters_of,
     turn,
@@ -71,6 +73,211 @@ def test_rotation_metadata_is_honoured(tmp_path, degrees):
     want = np.rot90(quarters_of(upright), -degrees // 90, axes=(1, 2))  # quarter turns clockwise
     assert np.abs(quarters_of(turned) - want).max() < 3
     assert np.abs(quarters_of(turned) - quarters_of(upright)).max() > 100
+
+
+CONTAINERS = {  # name: how it is made
+    "open.mp4": dict(encoder={"x264-params": "open-gop=1:keyint=40:scenecut=0"}),
+    "one_key.mp4": dict(gop=1000),
+    "no_edit_list.mp4": dict(use_editlist="0"),
+    "negative.mp4": dict(start=-4, avoid_negative_ts="disabled"),  # an edit list cuts the first four off
+    "late.mp4": dict(start=48, avoid_negative_ts="disabled"),
+    "late.mkv": dict(start=48),
+    "fragmented.mp4": dict(movflags="frag_keyframe+empty_moov"),
+    "refresh.mp4": dict(encoder={"x264-params": "intra-refresh=1:keyint=40:bframes=0"}),
+    "a.mov": dict(), "a.mkv": dict(), "a.flv": dict(), "a.ts": dict(),
+    "a.webm": dict(codec="libvpx-vp9"),
+    "a.wmv": dict(codec="wmv2"),
+    "a.mpg": dict(codec="mpeg2video", rate=25),
+    "motion.avi": dict(codec="mjpeg", pix_fmt="yuvj420p"),
+    "b.avi": dict(codec="mpeg4", encoder={"bf": "2"}),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_every_container_gives_its_windows_also_after_a_seek(tmp_path, name):
+    how = {"rate": 8, "n": 200, "gop": 40, "height": 32, "width": 32, **CONTAINERS[name]}
+    start = how.pop("start", 0)
+    if start:
+        how["times"] = [(i + start) / 8 for i in range(200)]
+    if how["rate"] == 25:
+        how["n"] = 625
+    movie(tmp_path / name, **how)
+    cut_off = max(0, -start)
+    clips = clips_in(tmp_path / name, windows=2, fps=float(how["rate"]))
+    for clip, part in zip(clips, (.25, .75), strict=True):
+        first = int(part * ((how["n"] - cut_off) // 4)) * 4 + cut_off
+        assert counts(clip) == [(first + k) % 25 for k in range(4)]
+
+
+MIRRORS = {  # display matrix -> where it sends a picture's rows and columns
+    (-1, 0, 0, 1): lambda p: p[:, :, ::-1],  # selfies
+    (1, 0, 0, -1): lambda p: p[:, ::-1],
+    (0, 1, 1, 0): lambda p: p.swapaxes(1, 2),  # a selfie of a phone held upright
+    (0, -1, -1, 0): lambda p: p[:, ::-1, ::-1].swapaxes(1, 2),
+}
+
+
+@pytest.mark.parametrize("matrix", MIRRORS)
+def test_mirrors_in_the_display_matrix_are_honoured(tmp_path, matrix):
+    path = tmp_path / "mirrored.mp4"
+    movie(path, height=64, width=48)
+    plain, = clips_in(path, windows=1)
+    turn(path, matrix)
+    mirrored, = clips_in(path, windows=1)
+    assert np.abs(quarters_of(mirrored) - MIRRORS[matrix](quarters_of(plain))).max() < 3
+
+
+@pytest.mark.parametrize("encoder", [{}, {"x264-params": "open-gop=1:keyint=40"}])
+def test_frames_whose_stamps_are_not_of_display_are_counted(tmp_path, encoder):
+    """AVI has no times of display, and H.264 with B-frames is decoded in another order than shown."""
+    path = tmp_path / "b.avi"
+    movie(path, n=160, rate=8, gop=40, encoder=encoder)
+    assert [counts(clip) for clip in clips_in(path, windows=99)] == (np.arange(160) % 25).reshape(-1, 4).tolist()
+    last = clips_in(path, windows=3)[-1]  # also where a seek would save time
+    assert counts(last) == [(132 + k) % 25 for k in range(4)]
+
+
+def test_stamps_that_were_copied_from_an_avi_are_not_believed_either(tmp_path):
+    movie(tmp_path / "b.avi", n=40, rate=8)
+    with av.open(str(tmp_path / "b.avi")) as given, av.open(str(tmp_path / "b.mkv"), "w") as out:
+        stream = out.add_stream_from_template(given.streams.video[0])
+        for packet in given.demux(video=0):
+            if packet.size:
+                packet.stream = stream
+                out.mux(packet)
+    assert [counts(clip) for clip in clips_in(tmp_path / "b.mkv", windows=99)] == (
+        np.arange(40) % 25).reshape(-1, 4).tolist()
+
+
+def test_a_window_whose_stamps_fall_is_lost_with_a_reason(tmp_path, monkeypatch):
+    movie(tmp_path / "a.mp4", n=40, rate=8)
+    stamp, passed = common.video.Player.time, []
+
+    def swapped(self, frame):
+        """The stamps of the frames 9 and 10 are swapped, as program streams of MPEG-1 have them."""
+        passed.append(frame)
+        return stamp(self, frame) + {10: .125, 11: -.125}.get(len(passed), 0)
+
+    monkeypatch.setattr(common.video.Player, "time", swapped)
+    folder, read = folder_with(tmp_path / "a.mp4")
+    assert [w.number for w in read] == [0, 1, *range(3, 10)]
+    assert folder.skipped == ["a.mp4 (1 of 10 windows lost: damage, or odd time stamps)"]
+
+
+@pytest.mark.parametrize("encoder", [
+    {}, {"x264-params": "open-gop=1:keyint=40:scenecut=0"},
+    {"x264-params": "intra-refresh=1:keyint=40:bframes=0"}])
+def test_a_seek_that_lands_behind_its_target_is_tried_from_earlier(tmp_path, encoder):
+    path = tmp_path / "minute.ts"
+    movie(path, n=480, rate=8, gop=40, height=32, width=32, encoder=encoder)
+    clips = clips_in(path, windows=4)
+    assert [counts(clip) for clip in clips] == [[(s + k) % 25 for k in range(4)] for s in (60, 180, 300, 420)]
+
+
+def test_a_seek_that_lands_between_key_frames_is_not_believed(tmp_path, monkeypatch):
+    """Wherever a container lands: with a picture behind the target, or with half of one."""
+    movie(tmp_path / "long.mp4", n=480, rate=8, height=32, width=32, gop=400)
+    right = [counts(clip) for clip in clips_in(tmp_path / "long.mp4", windows=2)]
+    opened = av.open
+
+    class Liar:
+        def __init__(self, path):
+            self.real = opened(path)
+            self.streams = self.real.streams
+            self.format = self.real.format
+            self.demux = self.real.demux
+            self.decode = self.real.decode
+            self.close = self.real.close
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.close()
+
+        def seek(self, at, stream):
+            self.real.seek(at + 10 ** 9, stream=stream)
+
+    monkeypatch.setattr(av, "open", Liar)
+    assert [counts(clip) for clip in clips_in(tmp_path / "long.mp4", windows=2)] == right == [
+        [(start + k) % 25 for k in range(4)] for start in (120, 360)]
+
+
+def folder_with(path, **cut):
+    """A Folder of this file alone, after it was read."""
+    annotate(path.parent, {path.name: "a caption"})
+    folder = common.annotations.Folder(path.parent)
+    clips = {**dict(frames=4, fps=8.0, windows=99, height=16, width=16), **cut}
+    read = [window for _, windows in folder.read(common.video.Cut(**clips), threads=1) for window in windows]
+    return folder, read
+
+
+def test_windows_that_are_lost_are_counted_and_named(tmp_path):
+    path = tmp_path / "cut.mp4"
+    movie(path, n=40, rate=8, step=5, noise=True, movflags="faststart")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:len(whole) // 2] + bytes(len(whole) - len(whole) // 2))  # as a broken download leaves
+    folder, read = folder_with(path)
+    assert 2 <= len(read) <= 8 and folder.skipped == [f"cut.mp4 ({10 - len(read)} of 10 windows lost: damage, or odd time stamps)"]
+    assert "1: cut.mp4 (" in folder.skipped_sentence()
+
+
+def test_streams_that_were_joined_as_they_are_are_named(tmp_path):
+    path = tmp_path / "joined.ts"
+    movie(path, n=40)
+    path.write_bytes(2 * path.read_bytes())
+    folder, read = folder_with(path)
+    assert not read and folder.skipped == ["joined.ts (its clock jumps back by 3.9 s)"]
+
+
+def test_pictures_and_frames_without_times_have_a_reason(tmp_path):
+    frames = [Image.fromarray(picture(10 * i)) for i in range(12)]
+    frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], duration=100)
+    frames[0].save(tmp_path / "a.png")
+    movie(tmp_path / "raw.h264")
+    annotate(tmp_path, {name: name for name in ("a.webp", "a.png", "raw.h264")})
+    folder = common.annotations.Folder(tmp_path)
+    for _ in folder.read(common.video.Cut(4, 8.0, 1, 16, 16), threads=1):
+        pass
+    assert folder.skipped == [
+        *(f"{name} (read as a single picture: convert an animation to mp4)" for name in ("a.webp", "a.png")),
+        "raw.h264 (its frames carry no times: convert it to mp4, with its frame rate)"]
+
+
+def test_the_default_track_is_shown_and_a_cover_is_none(tmp_path):
+    with av.open(str(tmp_path / "two.mp4"), "w") as out:
+        streams = [out.add_stream("libx264", rate=8) for _ in range(2)]
+        for stream in streams:
+            stream.height, stream.width, stream.pix_fmt = 48, 64, "yuv420p"
+        for i in range(8):
+            for stream, level in zip(streams, (0, 10 * i)):
+                out.mux(stream.encode(av.VideoFrame.from_ndarray(picture(level), format="rgb24")))
+        for stream in streams:
+            out.mux(stream.encode())
+    raw = bytearray((tmp_path / "two.mp4").read_bytes())
+    raw[raw.index(b"tkhd") + 7] &= 254  # of both tracks the second is switched on
+    raw[raw.rindex(b"tkhd") + 7] |= 1
+    (tmp_path / "two.mp4").write_bytes(raw)
+    assert [counts(clip) for clip in clips_in(tmp_path / "two.mp4")] == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+    def chosen(*dispositions):
+        streams = [types.SimpleNamespace(disposition=d) for d in dispositions]
+        return streams.index(common.video.pictures_of(types.SimpleNamespace(
+            streams=types.SimpleNamespace(video=streams))))
+
+    none, default, cover = Disposition(0), Disposition.default, Disposition.attached_pic
+    assert chosen(none, none) == 0 and chosen(none, default) == 1 and chosen(default, default) == 0
+    assert chosen(cover | default, none) == 1
+    with pytest.raises(ValueError, match="no picture in it"):
+        chosen(cover)
+
+
+@pytest.mark.parametrize("curve", ["smpte2084", "arib-std-b67", "bt709"])
+def test_hdr_is_read_and_said(tmp_path, curve):
+    movie(tmp_path / "a.mp4", pix_fmt="yuv420p10le", encoder={"x264-params": f"transfer={curve}"})
+    folder, read = folder_with(tmp_path / "a.mp4")
+    said = folder.skipped_sentence()
+    assert len(read) == 2 and said == ("" if curve == "bt709" else "; 1 in HDR, read without its curve: a.mp4")
 
 
 def test_crop_is_central_and_covers(tmp_path):
@@ -184,7 +391,7 @@ def test_bad_files_are_skipped_counted_named_and_silent(tmp_path, capfd):
     usable = 3 if "scrambled" in pool.captions else 2
     assert f"{usable} clips from {usable} videos" in pool.summary
     assert f"skipped {12 - usable}:" in pool.summary
-    folder_again = common.video.Folder(folder)
+    folder_again = common.annotations.Folder(folder)
     for _ in folder_again.read(common.video.Cut(frames=4, fps=8.0, windows=1, height=16, width=16), threads=2):
         pass
     reasons = dict(entry[:-1].split(" (", 1) for entry in folder_again.skipped)
@@ -198,131 +405,3 @@ def test_bad_files_are_skipped_counted_named_and_silent(tmp_path, capfd):
 def test_long_lists_of_bad_files_are_cut():
     assert common.files.join_some(map(str, range(11))) == "0, 1, 2, 3, 4, 5, 6, 7 and 3 more"
     assert common.files.join_some(["\ud800"]) == "?"  # JSON may hold half a surrogate pair, a terminal may not
-
-
-# ------------------------------------------------------------------------------------------------ annotations
-def folder_of(tmp_path, annotations, names=("a.mp4",)):
-    folder = tmp_path / "videos"
-    folder.mkdir(exist_ok=True)
-    for name in names:
-        (folder / name).write_bytes(b"x")
-    file = tmp_path / "annotations.json"
-    file.write_text(annotations if isinstance(annotations, str) else json.dumps(annotations),
-                    encoding="utf-8-sig")
-    return common.video.Folder(folder, str(file))
-
-
-def names_of(indices):
-    return [(*physics.phenomena.CATEGORIES, *common.video.OTHER_SLOTS)[i] for i in indices]
-
-
-FLAT = {"phys_law": "stress", "n0": "soil: 1.2 to 1.6 g/cm3", "file": "a.mp4", "label": "Deformation ",
-        "q0": "Deformation, collision", "q1": "no obvious thermodynamic phenomenon.", "q2": "scattering",
-        "q3": "no",
-        "q4": "1. object decomposition and splitting\n2. liquid objects appearance\n3. no change",
-        "en_caption": "the long one", "en_caption_1": "short"}
-FLAT_NAMES = ["collision", "deformation", "scattering", "no obvious thermodynamic phenomenon",
-              "camera motion no",
-              "liquids objects appearance", "object decomposition and splitting", "no change"]
-
-
-@pytest.mark.parametrize("shape", ["list", "data", "nested"])
-def test_wisa_records(tmp_path, shape):
-    answers = {key: value for key, value in FLAT.items() if key[0] in "qn"}
-    nested = {"captions": "the long one", "video_id": "a", "file": None, "physical_annotation": answers}
-    folder = folder_of(tmp_path, {"list": [FLAT], "data": {"data": [FLAT]}, "nested": [nested]}[shape])
-    video, = folder.videos.values()
-    assert video.caption == "the long one" and video.path.name == "a.mp4"
-    assert names_of(video.categories) == FLAT_NAMES and not folder.unknown and not folder.skipped
-
-
-WISA = [  # the answers of WISA's three published examples, and their collection category
-    (dict(q0="deformation, collision", q1="no obvious thermodynamic phenomenon.", q2="scattering", q3="no",
-          q4="1. object decomposition and splitting\n2. gas objects appearance\n3. no change",
-          label="Deformation "),
-     ["collision", "deformation", "scattering", "no obvious thermodynamic phenomenon", "camera motion no",
-      "gas objects appearance",
-      "object decomposition and splitting", "no change"]),
-    (dict(q0="liquid motion, deformation", q1="solidification, melting", q2="reflection, refraction", q3="no",
-          q4="1. liquid objects appearance\n2. solid objects appearance\n"
-             "3. object decomposition and splitting\n4. no change",
-          label="Solidification"),
-     ["liquid motion", "deformation", "melting", "solidification", "reflection", "refraction",
-      "camera motion no", "liquids objects appearance",
-      "solid objects appearance", "object decomposition and splitting", "no change"]),
-    (dict(q0="liquid motion, deformation", q1="no obvious thermodynamic phenomenon.",
-          q2="no obvious optical phenomenon", q3="no",
-          q4="1. liquids objects appearance\n2. no change", label="Solid Objects Appearance"),
-     ["liquid motion", "deformation", "no obvious thermodynamic phenomenon", "no obvious optical phenomenon",
-      "camera motion no",
-      "liquids objects appearance", "no change"]),
-]
-
-
-@pytest.mark.parametrize("answers, names", WISA)
-def test_wisas_published_answers_parse_without_a_guess(answers, names):
-    known, unknown = common.video.parse_labels(answers)
-    assert sorted(names_of(known)) == sorted(names) and unknown == []
-    seventeen = [name for name in names_of(known) if name in data.category_names(preset("debug"))]
-    assert seventeen == [name for name in physics.phenomena.CATEGORIES if name in names]
-
-
-def test_captions_long_or_short_with_or_without_the_law(tmp_path):
-    folder = folder_of(tmp_path,
-                       [FLAT, {"file": "b.mp4", "caption": "the only one"},
-                        {"file": "c.mp4", "en_caption": "long alone"}],
-                       names=("a.mp4", "b.mp4", "c.mp4"))
-
-    def read(*how):
-        again = common.video.Folder(folder.dir, str(tmp_path / "annotations.json"), *how)
-        return [video.caption for video in again.videos.values()], again.skipped
-
-    assert read() == read("long", False) == (["the long one", "the only one", "long alone"], [])
-    assert read("long", True) == (["the long one stress", "the only one", "long alone"], [])
-    assert read("short", False) == (["short", "the only one"], ["c.mp4 (no caption)"])
-    assert read("short", True) == (["short stress", "the only one"], ["c.mp4 (no caption)"])
-
-
-def test_labels_match_as_whole_names_only():
-    known, unknown = common.video.parse_labels({
-        "q0": "rigid-body motion; no collision, 2) Elastic Motions", "q1": ["melting", "vaporisation"],
-        "q2": "interference and diffraction\nunnatural light source. reflection", "q3": "Yes.",
-        "q4": "1. no change 2. yes"})
-    assert names_of(known) == ["rigid body motion", "elastic motion", "melting",
-                               "interference and diffraction",
-                               "camera motion yes", "no change"]
-    assert unknown == ["no collision", "vaporisation", "unnatural light source. reflection", "yes"]
-    assert len(common.video.LABELS) == 29
-
-
-def test_records_that_cannot_be_used_are_named(tmp_path):
-    folder = folder_of(tmp_path, [
-        {"file": "a.mp4", "caption": "fine"}, {"file": "./a.mp4", "caption": "again"}, {"file": "a.mp4"},
-        {"caption": "no file"}, 7, {"file": "b.mp4", "caption": "b"}, {"video_id": 12, "caption": "number"},
-        {"file": 3.5, "caption": ["x"]}, {"file": "nul\0.mp4", "caption": "b"},
-        {"file": "elsewhere.mp4", "video_id": "second", "caption": [" listed ", "2"]}],
-                       names=("a.mp4", "second.webm"))
-    assert [v.caption for v in folder.videos.values()] == ["fine", "listed"]
-    assert folder.skipped == [
-        "./a.mp4 (named twice)", "a.mp4 (no caption)", "record 4 (names no file)", "record 5 (not an object)",
-        "b.mp4 (missing)", "12 (missing)", "record 8 (names no file)", "nul\0.mp4 (missing)"]
-
-
-def test_paths_that_leave_the_folder_are_refused(tmp_path):
-    outside = tmp_path / "outside.mp4"
-    movie(outside)
-    names = ["../outside.mp4", str(outside), "inner/../../outside.mp4", "..", "inner/../a.mp4"]
-    folder = folder_of(tmp_path, {name: "c" for name in names})
-    assert [video.path.name for video in folder.videos.values()] == ["a.mp4"]
-    assert folder.skipped == [f"{name} (outside the folder)" for name in names[:4]]
-
-
-@pytest.mark.parametrize("text, words", [
-    ("{", "is not JSON"), ("[" * 100000, "is not JSON"), ("3", "another shape"), ('"a"', "another shape"),
-    ("[1, 2]", "another shape"), ('{"a.mp4": 1}', "another shape"), ('{"data": 3}', "another shape"),
-    ("null", "another shape")])
-def test_annotations_of_another_kind_are_one_sentence(tmp_path, text, words):
-    with pytest.raises(UserError, match=words) as error:
-        folder_of(tmp_path, text)
-    assert "annotations.json" in str(error.value) and "{file: caption}" in str(error.value)
-    assert "\n" not in str(error.value)
