@@ -43,7 +43,6 @@ from physics import CATEGORIES
 
 HELD_OUT = 1_000_000_000  # the world's indices from here on are never trained on
 POSITIVE = 0.25  # a token is positive when at least this share of its area is covered
-BLOCK = 2**16  # bytes of a file that are read to know it again
 POOL_FROM = 1000  # fewer synthetic clips are drawn before other processes would have started
 
 
@@ -280,18 +279,6 @@ class SyntheticClips:
         return list(range(n)), list(range(n, len(names))), summary
 
 
-def content_of(path: Path) -> str:
-    """What tells a file's content from that of most others: its size, and a hash of three blocks
-    of it. Neither its name nor its times, and not all of its bytes: they may be gigabytes."""
-    size = os.path.getsize(path)
-    found = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as file:
-        for start in (0, size // 2, max(0, size - BLOCK)):
-            file.seek(start)
-            found.update(file.read(BLOCK))
-    return found.hexdigest()[:24]
-
-
 class VideoClips:
     """Clips cut from the videos of a folder."""
     name = "folder"
@@ -316,7 +303,7 @@ class VideoClips:
         read = tqdm(self.folder.read(cut, cores(cfg.threads)), "reading videos",
                     len(self.folder.videos), unit="video", disable=not progress, leave=False)
         for video, windows in read:
-            content = content_of(video.path) if windows else ""
+            content = video.content() if windows else ""
             for window in windows:
                 source = [video.name, window.start, list(window.size), list(window.crop), content]
                 yield PoolClip(window.video, video.caption, video.categories, source)

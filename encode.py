@@ -35,7 +35,6 @@ from common.run import pick_device, pick_precision
 from common.store import Store
 from common.video import Cut
 from config import UserError, flag
-from data import content_of
 from official.cache import CACHE, EMPTY, CacheRow, Encoder, settings_of
 from official.export import export_run
 from official.folder import Lineage, lineage_of
@@ -138,7 +137,7 @@ def encode_folder(flags: Flags, lineage: Lineage) -> None:
                 encoder.write_videos(folder, todo, have, cut, bar)
             made, cut_captions = encoder.made, encoder.cut_captions
         index = store.write_index(videos, lambda file, video: CacheRow(
-            file, video.name, video.caption, video.categories, content_of(video.path)))
+            file, video.name, video.caption, video.categories, video.content()))
 
     # What came of it.
     skipped = folder.skipped_sentence()

@@ -24,6 +24,7 @@ from config import UserError
 from physics import CATEGORIES
 
 HELD_SHARE = 0.05  # of a folder's videos
+BLOCK = 2**16  # bytes of a file that are read to know it again
 OTHER_SLOTS = (
     "no obvious dynamic phenomenon", "no obvious thermodynamic phenomenon",
     "no obvious optical phenomenon", "camera motion yes", "camera motion no",
@@ -58,6 +59,17 @@ class Video:
         """
         stat = os.stat(self.path)
         return [self.name, stat.st_size, stat.st_mtime_ns, self.caption, self.categories]
+
+    def content(self) -> str:
+        """What tells the file's content from that of most others: its size, and a hash of three
+        blocks of it. Neither its name nor its times, and not all of its bytes. Raises OSError."""
+        size = os.path.getsize(self.path)
+        found = hashlib.sha256(str(size).encode())
+        with open(self.path, "rb") as file:
+            for start in (0, size // 2, max(0, size - BLOCK)):
+                file.seek(start)
+                found.update(file.read(BLOCK))
+        return found.hexdigest()[:24]
 
 
 # --- annotations --------------------------------------------------------------------------------

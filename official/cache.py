@@ -41,7 +41,7 @@ class CacheRow(NamedTuple):
     video: str
     caption: str
     categories: list  # of all 29
-    content: str = ""  # of the video, as data.content_of says it; older rows do not tell
+    content: str = ""  # of the video, as Video.content says it; older rows do not tell
 
 
 CACHE = Kind("cache.json", "encode.py", CacheRow)

@@ -49,7 +49,7 @@ class VLMClip:
     crop: tuple[float, float, float, float]  # left, top, right, bottom in its pixels
     names: list[str]  # phenomena to ask for
     file: str = ""  # of its maps
-    content: str = ""  # of the video, as data.content_of says it; of a world's clip nothing
+    content: str = ""  # of the video, as Video.content says it; of a world's clip nothing
 
 
 def aligned_frames(n: int) -> np.ndarray:
