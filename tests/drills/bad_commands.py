@@ -188,6 +188,7 @@ def runs(at: Path) -> None:
     data.open_pool(config.preset("debug", world_clips=16, val_clips=4, data_dir="films"), progress=False)
     run = at / "run"
     whole = json.loads((run / "config.json").read_text())
+    del whole["digest"]  # as who edits the file is told to
 
     def other(**fields) -> bytes:
         return json.dumps({**whole, **fields}).encode()

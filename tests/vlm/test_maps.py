@@ -331,7 +331,7 @@ def remade(films, folder, **video):
 def aged(folder, change=lambda row: row[:4]):
     """The rows of index.json as an earlier version wrote them: they do not tell a video's content."""
     index = json.loads((folder / "index.json").read_text())
-    (folder / "index.json").write_text(json.dumps(index | {"clips": [change(row) for row in index["clips"]]}))
+    rewrite(folder / "index.json", clips=[change(row) for row in index["clips"]])
     return folder
 
 
