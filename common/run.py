@@ -342,11 +342,19 @@ def only_decorates(what: str) -> Iterator[None]:
         tqdm.write(f"Warning: {what} failed ({type(e).__name__}: {e}).", file=sys.stderr)
 
 
+def refuse_beyond_memory(needed: float, device: str, what: str, remedy: str) -> None:
+    """Raises UserError where something needs more bytes of memory than this machine has."""
+    if str(device) != "cpu" or not hasattr(os, "sysconf"):  # Windows has none
+        return
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        raise UserError(f"{what} {needed / 1e9:,.0f} GB of memory or more, and there are "
+                        f"{there / 1e9:,.0f}: lower {remedy}.")
+
+
 def check_memory(cfg: Config) -> None:
     """Raises UserError where model, optimizer and a batch need more memory than this machine has.
     They are counted too low rather than too high, on the meta device, which allocates nothing."""
-    if cfg.device != "cpu" or not hasattr(os, "sysconf"):  # Windows has none
-        return
     with torch.device("meta"):
         model = build_backbone(cfg, 2)
         if cfg.physics_steps:
@@ -356,11 +364,8 @@ def check_memory(cfg: Config) -> None:
     # each clip the inputs of the blocks are kept.
     trained = 0 if cfg.freeze_backbone and not cfg.base_steps else 6 * total
     needed = 2 * (total + trained + cfg.batch_size * math.prod(cfg.grid) * cfg.dim * cfg.depth)
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > there:
-        raise UserError(f"Model, optimizer and a batch need {needed / 1e9:,.0f} GB of memory or more, "
-                        f"and there are {there / 1e9:,.0f}: lower --batch_size, the clip's size, "
-                        "--dim, --depth or the number of experts.")
+    refuse_beyond_memory(needed, cfg.device, "Model, optimizer and a batch need",
+                         "--batch_size, the clip's size, --dim, --depth or the number of experts")
 
 
 # --- the log, and the end -------------------------------------------------------------------------

@@ -15,6 +15,7 @@ import config
 import diffusion
 from common.files import read_json
 from common.libraries import library
+from common.run import refuse_beyond_memory
 from common.video import to_bytes
 from config import Config, UserError
 from experts import ProPhy
@@ -57,12 +58,15 @@ class OfficialModel:
         self.tiled = tiled
         lineage = lineage_of(self.weights)
         cfg, usual, spacing = scheduled(lineage, self.weights / "scheduler")
+        given = {name: size for name, size in sizes.items() if size}
+        cfg = dataclasses.replace(cfg, **given)
+        # The clip alone, as the VAE decodes it and as it is shown: float32, twice.
+        refuse_beyond_memory(24 * cfg.frames * cfg.height * cfg.width, device, "One clip needs",
+                             "--frames, --height or --width")
         published = read_branch(Path(branch), self.weights) if branch else None
         net = load_pretrained(weights, device, dtype)
         network = {name: getattr(net.cfg, name) for name in config.marked(config.NETWORK)}
-        cfg = dataclasses.replace(cfg, **network)
-        given = {name: size for name, size in sizes.items() if size}
-        self.cfg = dataclasses.replace(cfg, **given)
+        self.cfg = dataclasses.replace(cfg, **network)
         config.check_latent_size(self.cfg)
         if published:
             net = attach_branch(net, *published)

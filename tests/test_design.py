@@ -10,7 +10,8 @@ from house import LEVEL, METHOD, ROOMS, ROOT
 FILES = house.sources()
 STORIES = {"train"}  # told from top to bottom, so it may be long
 TORCHLESS = ("config", "world", "physics", "physics.phenomena", "physics.laws", "common.files", "common.pictures")
-EXCEPTIONS: dict[str, str] = {  # file: why it may be above a ceiling; at most three
+EXCEPTIONS: dict[str, str] = {  # file, or all of them: why it may be above a ceiling; at most three
+    "the whole": "checks of files, writers, videos and flags came after the plan's 72,000 code tokens; 85,000 stay",
 }
 
 by_name = pytest.mark.parametrize("path", FILES, ids=house.name_of)
@@ -103,13 +104,14 @@ def test_exceptions_are_few_and_have_their_reason():
     assert len(EXCEPTIONS) <= 3 and all(len(reason.split()) > 3 for reason in EXCEPTIONS.values())
     over = {house.name_of(path) for path in FILES
             if house.measure(path)["lines"] > 500 or house.measure(path)["tokens"] > 5000}
-    assert set(EXCEPTIONS) == over
+    whole = sum(house.measure(path)["tokens"] for path in FILES)
+    assert set(EXCEPTIONS) == over | ({"the whole"} if whole > 72_000 else set())
 
 
 def test_the_whole_stays_below_its_ceilings():
     counts = [house.measure(path) for path in FILES]
     total = {key: sum(one[key] for one in counts) for key in counts[0]}
-    assert total["tokens"] <= 83_900  # the plan: 72,000 before many GPUs and evidence, 85,000 with them
+    assert total["tokens"] <= (83_900 if "the whole" in EXCEPTIONS else 72_000)
     assert total["tokens"] / total["written lines"] < 9.5
     assert total["packed"] / total["assignments"] < 0.04
 

@@ -311,3 +311,8 @@ def test_dry_run_counts_without_weights(preset, capsys):
     said = float(re.search(r"backbone forward ([\d.,e-]+), step", out)[1].replace(",", ""))
     assert abs(said - cfg.depth * flops / 1e12) < 0.01 * said
     assert "141 GB: " in out and f"{N:,} video" in out
+
+
+def test_a_clip_that_no_memory_holds_is_refused_before_the_weights_are_read(weights):
+    said = sentence(official.clips.OfficialModel, weights["wan"], frames=16377, height=16384, width=16384)
+    assert re.match("One clip needs 105,[0-9]{3} GB of memory or more", said)
