@@ -155,8 +155,8 @@ class Tokenizer:
 def check_words(tokenizer: Tokenizer, captions: Iterable[str], length: int, source: str) -> None:
     """Say on stderr which words of these captions the vocabulary of `source` lacks.
 
-    All of them would be one and the same word. Raises UserError where that loses most words, every
-    word of a caption, or the difference between two captions, of which `length` words are read.
+    All of them would be one and the same word. Raises UserError where that loses half of the words,
+    or in half of the captions, of which `length` words are read, what sets them apart.
     """
     # Captions that are the same for a model that knows every word are one here.
     split = {tuple(tokenizer.split(caption)[:length]): caption for caption in captions}
@@ -164,19 +164,21 @@ def check_words(tokenizer: Tokenizer, captions: Iterable[str], length: int, sour
     lost = sorted(words - tokenizer.ids.keys())
     if not lost:
         return
-    why = "most words are lost" if 2 * len(lost) >= len(words) else ""
     seen = {}
+    harmed = []  # captions that lose what sets them apart
     for caption, text in split.items():
         ids = tuple(tokenizer.ids.get(word, 1) for word in caption)
         other = seen.setdefault(ids, text)
         if other != text:
-            why = f"{other[:60]!r} and {text[:60]!r} become the same"
-        if set(ids) == {1}:
-            why = f"no word of {text[:60]!r} is known"
+            harmed.append(f"{other[:60]!r} and {text[:60]!r} become the same")
+        elif set(ids) == {1}:
+            harmed.append(f"no word of {text[:60]!r} is known")
     said = f"{source} never read {len(lost)} of {len(words)} words: {join_some(lost)}"
-    if why:
-        raise UserError(f"{said}; {why}: train a backbone on these captions.")
-    print(f"Warning: {said}; the model takes them all for one.", file=sys.stderr)
+    if harmed:
+        said += f"; {len(harmed)} of {len(split)} captions are not told apart, such as: {harmed[0]}"
+    if 2 * len(lost) >= len(words) or 2 * len(harmed) >= len(split):
+        raise UserError(f"{said}; these are too many: train a backbone on these captions.")
+    print(f"Warning: {said}; the model takes all these words for one.", file=sys.stderr)
 
 
 # --- the token grid -----------------------------------------------------------------------------
@@ -303,7 +305,7 @@ class VideoClips:
         read = tqdm(self.folder.read(cut, cores(cfg.threads)), "reading videos",
                     len(self.folder.videos), unit="video", disable=not progress, leave=False)
         for video, windows in read:
-            content = video.content() if windows else ""
+            content = video.content if windows else ""
             for window in windows:
                 source = [video.name, window.start, list(window.size), list(window.crop), content]
                 yield PoolClip(window.video, video.caption, video.categories, source)

@@ -136,8 +136,10 @@ def encode_folder(flags: Flags, lineage: Lineage) -> None:
                       desc="encoding", unit="video") as bar:
                 encoder.write_videos(folder, todo, have, cut, bar)
             made, cut_captions = encoder.made, encoder.cut_captions
+        # What was listed before need not be read again: a file's name tells the video's state.
+        known = {file: row.content for file, row in store.listed().items()}
         index = store.write_index(videos, lambda file, video: CacheRow(
-            file, video.name, video.caption, video.categories, video.content()))
+            file, video.name, video.caption, video.categories, known.get(file) or video.content))
 
     # What came of it.
     skipped = folder.skipped_sentence()

@@ -328,7 +328,7 @@ def evaluate_run(run, flags) -> dict:
             continue
         table = {"settings": made_with, **PARTS[part](loaded, flags)}
         # Another process may have written another part meanwhile.
-        stored = {**read_stored(path), part: table}
+        stored = {**stored, **read_stored(path), part: table}
         try:
             write_text(path, json.dumps(sealed(stored), indent=2))
         except OSError as e:

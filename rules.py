@@ -21,8 +21,6 @@ IDLE = (
     ("snr_shift", "with --process vpred"),
     ("predict time_mean time_std shift", "with --process flow"),
     ("base_steps lr", "without --init_from"),  # which skips stage one
-    ("physical_blocks lora_rank physics_lr coarse_weight fine_weight balance_weight teacher",
-     "with --physics_steps"),
     ("lora_alpha lora_targets", "with --lora_rank"),
     ("injection semantic_experts refinement_experts top_k map_rank coarse_weight coarse_loss "
      "fine_weight balance_weight teacher", "with --physical_blocks"),

@@ -281,7 +281,7 @@ class Flags:
     out: str = ""  # clip.gif or clip.mp4; empty = RUN/samples/<prompt>.gif
 
     IDLE = (  # as in rules.py
-        ("checkpoint batch scale", "without --weights"), ("branch", "without --no_branch"),
+        ("checkpoint batch scale", "without --weights"),
         ("negative", "without --guidance 1.0"))
 
     def check(self) -> None:

@@ -238,7 +238,7 @@ def windows_of_videos(flags: Flags, work: Work, todo: dict[str, Video], vlm: qwe
         if lost:
             work.skipped.append(f"{video.name} ({lost})")
         work.bar.total += len(windows) - 1
-        content = video.content()
+        content = video.content
         for window in windows:
             file = clip_file(name, window.number, window.taken)
             if file not in work.have:

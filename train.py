@@ -331,6 +331,7 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
         base = averaged_base(cfg, torch.device(cfg.device))
     clips, tokenizer = open_clips(cfg, run)
     state = start_or_resume(cfg, run, clips, len(tokenizer) if tokenizer else 0, base)
+    del base  # so that stage two frees what it replaces
 
     # --- the run folder says what was started, and the terminal too
     if cfg.resume:  # nothing is `auto` any more: the reasons are those of the start

@@ -60,6 +60,7 @@ class Video:
         stat = os.stat(self.path)
         return [self.name, stat.st_size, stat.st_mtime_ns, self.caption, self.categories]
 
+    @functools.cached_property
     def content(self) -> str:
         """What tells the file's content from that of most others: its size, and a hash of three
         blocks of it. Neither its name nor its times, and not all of its bytes. Raises OSError."""
@@ -197,6 +198,7 @@ class Folder:
         self.caption_fields = CAPTIONS[captions]
         self.phys_law = phys_law
         self.skipped: list[str] = []  # "name (reason)"
+        self.partial: list[str] = []  # likewise, of those that lost some windows
         self.hdr: list[str] = []  # names of videos of high dynamic range
         self.unknown = collections.Counter()  # category names that match none
         self.videos: dict[Path, Video] = {}
@@ -295,7 +297,7 @@ class Folder:
              ) -> Iterator[tuple[Video, list[Window]]]:
         """Each of these videos (None: all) with its windows, decoded by so many threads.
 
-        A video without any, or that lost some, is noted in `skipped`, with the reason.
+        A video without any is noted in `skipped`, one that lost some in `partial`, with the reason.
         """
         def attempt(video: Video):
             try:
@@ -309,7 +311,8 @@ class Folder:
         with concurrent.futures.ThreadPoolExecutor(threads) as executor:
             for video, windows, reason in bounded_map(executor, attempt, wanted, group=threads):
                 if reason:
-                    self.skipped.append(f"{video.name} ({reason})")
+                    noted = self.partial if windows else self.skipped
+                    noted.append(f"{video.name} ({reason})")
                 if windows and windows[0].hdr:
                     self.hdr.append(video.name)
                 yield video, windows
@@ -317,6 +320,8 @@ class Folder:
     def skipped_sentence(self) -> str:
         """What a summary says of the files that were skipped, or whose colours are not right."""
         said = f"; skipped {len(self.skipped)}: {join_some(self.skipped)}" if self.skipped else ""
+        if self.partial:
+            said += f"; {len(self.partial)} used in part: {join_some(self.partial)}"
         if self.hdr:
             said += f"; {len(self.hdr)} in HDR, read without its curve: {join_some(self.hdr)}"
         return said

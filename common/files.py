@@ -101,6 +101,15 @@ def take(handle: int | None, shared: bool = False, wait: bool = False) -> bool |
     return True
 
 
+def is_still(handle: int | None, path: Path) -> bool:
+    """Is what is open what has this name now?"""
+    try:
+        now = os.stat(path)
+    except OSError:
+        return False
+    return handle is None or os.path.samestat(os.fstat(handle), now)
+
+
 @contextlib.contextmanager
 def lock(path: Path, refusal: str = "") -> Iterator[bool]:
     """One process at a time writes to `path`, a file or a folder: a second one waits, which it says,
@@ -111,6 +120,8 @@ def lock(path: Path, refusal: str = "") -> Iterator[bool]:
     """
     with handle_of(path) as handle:
         locked = take(handle)
+        if not is_still(handle, path):  # its owner ended, and removed it, since we opened it
+            locked = False
         if locked is False and refusal:
             raise UserError(refusal)
         if locked is False:

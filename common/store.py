@@ -163,6 +163,15 @@ class Store:
             raise UserError(f"{self.folder} holds clips of other settings ({'; '.join(changed)}): "
                             "give another --out.")
 
+    def listed(self) -> dict:
+        """{file: its row} of the index.json that is there; none where it is missing or damaged."""
+        try:
+            index = json.loads((self.folder / "index.json").read_text(encoding="utf-8"))
+            rows = [self.kind.row(*row) for row in index["clips"]] if is_intact(index) else []
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            rows = []
+        return {row.file: row for row in rows}
+
     def write_json(self, name: str, value) -> None:
         write_text(self.folder / name, json.dumps(value), self.tag)
 

@@ -384,7 +384,7 @@ def test_an_out_that_cannot_be_is_refused_before_any_work(run, tmp_path, monkeyp
             sample.main(["--run", str(run), "--prompts", str(tmp_path / name)])
 
 
-@pytest.mark.parametrize("argv", ["--checkpoint last", "--batch 4", "--scale 2", "--branch b --no_branch", "--negative x --guidance 1"])
+@pytest.mark.parametrize("argv", ["--checkpoint last", "--batch 4", "--scale 2", "--negative x --guidance 1"])
 def test_a_flag_that_another_makes_idle_is_refused(argv):
     name = argv.split()[0]
     assert f"{name} changes something only without" in helpers.sentence(

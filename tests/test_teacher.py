@@ -44,7 +44,7 @@ def test_a_folder_of_videos_becomes_a_folder_of_maps(maps, films):
         assert tensors["maps"].shape == (len(asked[name]), 3, 4, 6)
         assert tensors["background"].shape == (3, 4, 6)
         assert about["times"] == [start, start + 2.5 / 8, start + 6.5 / 8] and about["times"][-1] == end
-        assert about["size"] == [36, 52] and about["content"] == content == Video(name, films / name, "", []).content()
+        assert about["size"] == [36, 52] and about["content"] == content == Video(name, films / name, "", []).content
         assert np.allclose(about["crop"], [0, (36 - 52 * 32 / 48) / 2, 52, (36 + 52 * 32 / 48) / 2])
         assert about["file"] == name and all(about["answers"].values()) and about["background"]
         assert np.allclose(tensors["background"].float().mean(), 1, atol=1e-3)

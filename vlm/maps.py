@@ -353,6 +353,6 @@ def open_maps(cfg: Config, pool=None) -> Maps | None:
             how = f"`python teacher.py --annotate {cfg.teacher}` makes them"
         raise UserError(f"There are no maps in {folder}: {how}.")
     maps = Maps(folder)
-    if pool:
+    if pool and not named:  # the clips of a world are in the name of their maps' folder
         maps.check_videos(pool.sources)
     return maps

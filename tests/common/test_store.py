@@ -325,6 +325,15 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path):
     assert not (tmp_path / "1of1.lock").exists()
 
 
+def test_a_lock_is_not_had_on_a_file_that_its_owner_has_removed(tmp_path, monkeypatch):
+    """Between opening it and locking it: a third process may hold a new file of the same name by then."""
+    path = tmp_path / "1of1.lock"
+    path.touch()
+    monkeypatch.setattr(common.files, "take", lambda handle: path.unlink() or path.touch() or True)
+    with pytest.raises(UserError, match="held"), common.files.lock(path, "held"):
+        pytest.fail("two hold it")
+
+
 def test_without_locks_stores_are_written_all_the_same(tmp_path, monkeypatch):
     def refuses(*_):
         raise OSError(37, "No locks available")

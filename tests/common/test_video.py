@@ -161,7 +161,7 @@ def test_a_window_whose_stamps_fall_is_lost_with_a_reason(tmp_path, monkeypatch)
     monkeypatch.setattr(common.video.Player, "time", swapped)
     folder, read = folder_with(tmp_path / "a.mp4")
     assert [w.number for w in read] == [0, 1, *range(3, 10)]
-    assert folder.skipped == ["a.mp4 (1 of 10 windows lost: damage, or odd time stamps)"]
+    assert folder.partial == ["a.mp4 (1 of 10 windows lost: damage, or odd time stamps)"]
 
 
 @pytest.mark.parametrize("encoder", [
@@ -220,9 +220,9 @@ def test_windows_that_are_lost_are_counted_and_named(tmp_path):
     path.write_bytes(whole[:len(whole) // 2] + bytes(len(whole) - len(whole) // 2))  # as a broken download leaves
     folder, read = folder_with(path)
     lost = f"{10 - len(read)} of 10 windows lost: damage, or odd time stamps"
-    assert 2 <= len(read) <= 8 and folder.skipped == [f"cut.mp4 ({lost})"]
+    assert 2 <= len(read) <= 8 and folder.partial == [f"cut.mp4 ({lost})"] and not folder.skipped
     pool = opened(pool_cfg(tmp_path, data_dir=str(tmp_path), windows=99))
-    assert f"; skipped 1: {folder.skipped[0]}" in pool.summary
+    assert f"; 1 used in part: {folder.partial[0]}" in pool.summary
 
 
 def test_streams_that_were_joined_as_they_are_are_named(tmp_path):
