@@ -17,6 +17,7 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.checkpoint import checkpoint as checkpoint_of_torch
 
 import align
@@ -25,6 +26,7 @@ import config
 import data
 import sample
 import train
+from common.optim import Muon, orthogonalised
 from config import Stopped, UserError
 from helpers import ROOT
 from helpers import json_of, sentence
@@ -432,11 +434,48 @@ def physics(pools):
     return state, data.Clips(cfg, pool, tokenizer).batch(range(4))
 
 
+def test_muon_steps_as_torchs_own_does():
+    """To the bit in bf16, in which torch always computes; in float32 as far as bf16 is exact."""
+    torch.manual_seed(0)
+    shapes = [(24, 24), (64, 24), (24, 64), (24, 24)]
+    start = [torch.randn(shape) for shape in shapes]
+    for dtype, least, most in ((torch.bfloat16, 0, 0), (torch.float32, 1e-4, 0.03)):
+        ours, theirs = [[nn.Parameter(p.clone()) for p in start] for _ in range(2)]
+        optimizers = [Muon(ours, 0.01, 0.1, dtype),
+                      torch.optim.Muon(theirs, 0.01, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")]
+        for _ in range(3):
+            for p, q in zip(ours, theirs):
+                p.grad = torch.randn_like(p)
+                q.grad = p.grad.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        for p, q, before in zip(ours, theirs, start):
+            assert least <= (p - q).norm() / (q - before).norm() <= most
+
+
+def test_muon_takes_a_stack_as_its_matrices_and_leaves_out_what_has_no_gradient():
+    torch.manual_seed(0)
+    stack, idle = nn.Parameter(torch.randn(3, 8, 16)), nn.Parameter(torch.ones(4, 4))
+    single = [nn.Parameter(matrix.clone()) for matrix in stack.detach()]
+    stack.grad = torch.randn_like(stack)
+    for p, grad in zip(single, stack.grad):
+        p.grad = grad
+    for parameters in ([stack, idle], single):
+        Muon(parameters, 0.1, 0.0).step()
+    assert torch.allclose(stack, torch.stack(single), atol=1e-6) and torch.equal(idle, torch.ones(4, 4))
+
+
+def test_muon_makes_singular_values_equal():
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalised(torch.randn(5, 12, 40)))
+    assert 0.5 < values.min() and values.max() < 1.3
+
+
 def test_muon_has_the_block_matrices_and_nothing_is_twice(physics):
     state = physics[0]
     for frozen, trained in ((True, state.trained), (False, dict(state.model.named_parameters()))):
         muon, adamw = train.make_optimizers(trained, dataclasses.replace(state.cfg, weight_decay=0.3), 0.5)
-        assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+        assert isinstance(muon, Muon) and isinstance(adamw, torch.optim.AdamW)
         name_of = {id(p): name for name, p in trained.items()}
         group = lambda g: {name_of[id(p)] for p in g["params"]}
         matrices, (decayed, undecayed) = group(muon.param_groups[0]), map(group, adamw.param_groups)

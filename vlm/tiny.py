@@ -22,6 +22,7 @@ from tqdm import tqdm
 import world
 from common.files import whole_folder, write_text
 from common.libraries import library
+from common.optim import Muon
 from config import Config, Stopped, UserError, stream
 from physics import PHENOMENA
 from vlm.qwen import VLM
@@ -261,7 +262,7 @@ def train_tiny(vlm: VLM, cfg: Config, minutes: float, steps: int = 0) -> None:
     matrices = [p for p in model.parameters() if p.ndim == 2 and p is not words]
     others = [p for p in model.parameters() if p.ndim != 2 or p is words]
     optimizers = [
-        torch.optim.Muon(matrices, weight_decay=1.0, adjust_lr_fn="match_rms_adamw"),
+        Muon(matrices, LR, weight_decay=1.0),
         torch.optim.AdamW(others, betas=(.9, .98), weight_decay=.01)]
 
     step = 0
