@@ -143,6 +143,7 @@ class Config:
 
     # --- clips
     data_dir: str = ""  # folder of videos; empty = the physics world of world.py
+    base_data_dir: str = ""  # folder of general videos for stage one; empty = data_dir for both
     cache: str = ""  # folder of latents and text embeddings by encode.py, for official models
     annotations: str = ""  # captions or a WISA list: .json, .jsonl, .csv; empty = the folder's
     frames: int = knob(12, BRANCH, CACHE, 2**14)  # frames a clip
@@ -157,6 +158,8 @@ class Config:
     two: float = knob(0.4, SHARE)  # share of scenes with two phenomena
     colour_cues: bool = False  # each phenomenon in a colour of its own: an easier world
     ood: str = knob("", choices=("", "speed", "radius", "gravity"))  # draw this outside its usual range
+    physics: str = knob(  # stage one's world: true | weak (any speed and direction of time) | still
+        "weak", choices=("true", "weak", "still"))
     val_clips: int = 64  # held-out clips for the validation loss
     caption_dropout: float = knob(0.1, SHARE)  # share of captions emptied, for guidance
 

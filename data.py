@@ -238,15 +238,17 @@ class SyntheticClips:
     """Clips of the physics world: 0, 1, ... to train on, from HELD_OUT on to validate."""
     name = "world"
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, physics: str = "true"):
+        """physics: true | weak | still, as world.make_clip has it."""
         self.cfg = cfg
+        self.drawing = world.drawing(cfg, physics=physics)
 
     def settings(self) -> dict:
         """All that shapes the clips."""
         # Another line of these files draws another world.
         code = hashlib.sha256(b"".join(path.read_bytes() for path in world.SOURCES)).hexdigest()
         return {"clips": self.cfg.world_clips, "seed": self.cfg.world_seed, "code": code,
-                **world.drawing(self.cfg)}
+                **self.drawing}
 
     def clips(self, progress: bool) -> Iterator[PoolClip]:
         """Every clip, in order."""
@@ -266,7 +268,7 @@ class SyntheticClips:
     def draw(self, indices: list[int]) -> Iterator[world.Clip]:
         """The clips in order, drawn on all cores when they are many."""
         cfg = self.cfg
-        make = functools.partial(world.make_clip, cfg.world_seed, **world.drawing(cfg))
+        make = functools.partial(world.make_clip, cfg.world_seed, **self.drawing)
         workers = min(cores(cfg.threads), 1 + len(indices) // POOL_FROM)
         if workers == 1:
             return map(make, indices)
@@ -277,7 +279,8 @@ class SyntheticClips:
     def split(self, names: list[str]) -> tuple[list[int], list[int], str]:
         """Rows to train on, rows held out, and a summary."""
         n = self.cfg.world_clips
-        summary = f"{n} clips of the world, {self.cfg.val_clips} more held out"
+        kind = self.drawing["physics"]
+        summary = f"{n} clips of the world, {kind} physics, {self.cfg.val_clips} more held out"
         return list(range(n)), list(range(n, len(names))), summary
 
 
@@ -339,13 +342,19 @@ def check_room(cfg: Config, place: Path) -> None:
                         f"{free:,.1f} GB free: lower --world_clips or --val_clips.")
 
 
-def open_pool(cfg: Config, progress: bool = True) -> Pool:
-    """The pool of these settings, built if need be (bar and summary when `progress`).
+def open_pool(cfg: Config, progress: bool = True, stage: str = "physics") -> Pool:
+    """The pool of what a stage (base | physics) learns from, built if need be (bar and summary when
+    `progress`): stage one has its own world, or its own folder of videos where one is given.
 
     UserError: no usable videos, annotations or place for the pool. Stopped: the disk is full, or a
     worker was killed.
     """
-    source = VideoClips(cfg) if cfg.data_dir else SyntheticClips(cfg)
+    if stage == "base" and cfg.base_data_dir:  # captions and labels stand in that folder
+        cfg = replace(cfg, data_dir=cfg.base_data_dir, annotations="")
+    if cfg.data_dir:
+        source = VideoClips(cfg)
+    else:
+        source = SyntheticClips(cfg, cfg.physics if stage == "base" else "true")
     size = (cfg.frames, cfg.height, cfg.width)
     path, settings = pool_place(cfg, source)
     if not (cfg.data_dir or path.exists()):  # how much a folder of videos gives is not known yet
@@ -354,6 +363,17 @@ def open_pool(cfg: Config, progress: bool = True) -> Pool:
     if progress:
         print(pool.summary)
     return pool
+
+
+def open_pools(cfg: Config) -> dict[str, Pool]:
+    """{stage: its pool} of the stages that have steps; one pool where both learn from the same."""
+    pools = {}
+    if cfg.base_steps:
+        pools["base"] = open_pool(cfg, stage="base")
+    if cfg.physics_steps:
+        alike = not cfg.base_data_dir if cfg.data_dir else cfg.physics == "true"
+        pools["physics"] = pools["base"] if pools and alike else open_pool(cfg)
+    return pools
 
 
 # --- the order of clips -------------------------------------------------------------------------

@@ -7,11 +7,11 @@ import re
 # Which flags are used only with, or without, another one: one condition of a row is enough, and
 # where flags stand in several rows each of these must hold.
 IDLE = (
-    ("annotations windows", "with --data_dir"),
+    ("annotations windows base_data_dir", "with --data_dir"),
     ("weights cache", "with --latent"),
     ("fps", "with --data_dir or with --latent"),
-    ("world_clips world_seed decoys two colour_cues ood", "without --data_dir"),
-    ("world_clips world_seed decoys two colour_cues ood pool_dir text_depth preview_every "
+    ("world_clips world_seed decoys two colour_cues ood physics", "without --data_dir"),
+    ("world_clips world_seed decoys two colour_cues ood physics pool_dir text_depth preview_every "
      "preview_steps guidance", "without --latent"),
     ("negatives", "with --teacher or without --data_dir"),  # and with the world's masks
     ("background", "with --teacher"),
@@ -20,7 +20,7 @@ IDLE = (
     ("fit_height fit_width", "with --positions fitted or with --latent"),
     ("snr_shift", "with --process vpred"),
     ("predict time_mean time_std shift", "with --process flow"),
-    ("base_steps lr", "without --init_from"),  # which skips stage one
+    ("base_steps lr physics base_data_dir", "without --init_from"),  # which skips stage one
     ("lora_alpha lora_targets", "with --lora_rank"),
     ("injection semantic_experts refinement_experts top_k map_rank coarse_weight coarse_loss "
      "fine_weight balance_weight teacher", "with --physical_blocks"),
@@ -90,9 +90,11 @@ def training_rules(cfg):
     yield total >= 10**6, (
         "A run has at most 999,999 steps, for its checkpoints are named by six digits, not "
         f"--base_steps {cfg.base_steps} and --physics_steps {cfg.physics_steps}.")
-    yield cfg.physics_steps and not cfg.physical_at and not cfg.lora_rank, (
+    nothing = not (cfg.physical_at or cfg.lora_rank) and cfg.freeze_backbone
+    yield cfg.physics_steps and nothing, (
         "Stage two has nothing to train: give --physical_blocks or --lora_rank, or "
-        "--physics_steps 0 for the backbone alone.")
+        "--freeze_backbone false to train all weights on, or --physics_steps 0 for the backbone "
+        "alone.")
     yield cfg.init_from and not cfg.physics_steps, (
         "--init_from starts at stage two, which --physics_steps 0 leaves out.")
     yield not cfg.init_from and not cfg.base_steps and not cfg.latent, (

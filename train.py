@@ -269,9 +269,11 @@ def main(cfg: Config) -> None:
 
 
 def open_clips(cfg: Config, run: Path):
-    """-> the clips to train on, and the tokenizer of their captions. Raises UserError.
+    """-> {stage: the clips it learns from}, and the tokenizer of their captions. Raises UserError.
 
-    What an official model learns from was encoded beforehand, words and all: no tokenizer then.
+    Stage one learns how things look, from clips whose physics is weak or from general videos, and
+    stage two how they move. A stage without steps has no clips. What an official model learns from
+    was encoded beforehand, words and all: no tokenizer then.
     """
     if cfg.teacher:
         from vlm import open_maps
@@ -279,33 +281,34 @@ def open_clips(cfg: Config, run: Path):
             open_maps(cfg)
     if cfg.latent:
         from official import cache
-        pool = cache.open_cache(cfg, cfg.cache, cache.identity(cfg.weights))
+        pools = {"physics": cache.open_cache(cfg, cfg.cache, cache.identity(cfg.weights))}
     else:
-        pool = data.open_pool(cfg)
+        pools = data.open_pools(cfg)
     if cfg.resume:  # before the maps are opened: those of other clips would not be found
-        check_data(cfg, run, pool.key)
-    maps = None  # without --teacher there are the world's exact masks, or none
+        check_data(cfg, run, {stage: pool.key for stage, pool in pools.items()})
+    maps = {}  # without --teacher there are the world's exact masks, or none
     if cfg.teacher:
-        maps = open_maps(cfg, pool)
+        maps["physics"] = open_maps(cfg, pools["physics"])
     if cfg.latent:
-        return cache.Latents(cfg, pool, maps), None
+        return {"physics": cache.Latents(cfg, pools["physics"], maps.get("physics"))}, None
 
+    captions = [pool.captions[row] for pool in pools.values() for row in pool.train]
     if cfg.resume:  # a resumed run needs its own folder only
         tokenizer = data.Tokenizer.load(run / "tokenizer.json")
     elif cfg.init_from:
         tokenizer = data.Tokenizer.load(Path(cfg.init_from) / "tokenizer.json")
-        data.check_words(tokenizer, [pool.captions[row] for row in pool.train], cfg.text_len,
-                         f"--init_from {cfg.init_from}")
+        data.check_words(tokenizer, captions, cfg.text_len, f"--init_from {cfg.init_from}")
     else:
-        tokenizer = data.Tokenizer.from_captions([pool.captions[row] for row in pool.train])
-    return data.Clips(cfg, pool, tokenizer, maps), tokenizer
+        tokenizer = data.Tokenizer.from_captions(captions)
+    return {stage: data.Clips(cfg, pool, tokenizer, maps.get(stage))
+            for stage, pool in pools.items()}, tokenizer
 
 
-def start_or_resume(cfg: Config, run: Path, clips: data.Clips, words: int,
+def start_or_resume(cfg: Config, run: Path, clips: dict[str, data.Clips], words: int,
                     base: dict[str, Tensor] | None) -> State:
     """A State with new weights, or those of `base`, or those this run had. Raises UserError."""
     if cfg.resume:
-        check_data(cfg, run, clips.key)
+        check_data(cfg, run, keys(clips))
     state = State(cfg, words)
     if cfg.resume:
         state.load_state_dict(load_newest(run / "checkpoints", state.device))
@@ -338,13 +341,15 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
         why = description(run).get("resolved", why)
     if tokenizer:
         tokenizer.save(run / "tokenizer.json")
-    describe_run(run, cfg, why, clips.categories_present, clips.key,
+    last = list(clips.values())[-1]  # of the run's last stage, which it is for
+    describe_run(run, cfg, why, last.categories_present, keys(clips),
                  tokenizer.key if tokenizer else None)
     log = Log(run / "log.jsonl", state.step)  # without the steps that will be taken again
-    prompts = preview_prompts(clips)
+    prompts = preview_prompts(last)
     for sentence in why.values():
         print(sentence)
-    warn(clips, cfg)
+    for some in clips.values():
+        warn(some, cfg)
 
     # --- the loop
     begun = state.step  # where this process started
@@ -384,7 +389,7 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
 
             # --------------------------------- the training step ----------------------------------
             positions = range(state.step * cfg.batch_size, (state.step + 1) * cfg.batch_size)
-            batch = clips.batch(positions).to(state.device)
+            batch = clips[state.stage].batch(positions).to(state.device)
             # Noise belongs to the position too, so that it never depends on the size of a batch.
             t, eps = state.process.draw(cfg.seed, positions, batch.x.shape[1:], state.device)
             lr = learning_rate(cfg, state.stage, state.step - state.start)
@@ -410,18 +415,24 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
                 bar.set_postfix_str(f"{state.stage} loss {values['loss']:.3f}, {rate:.0f} clips/s")
             state.step += 1
             bar.update()
-    conclude(state, clips, run, next(iter(prompts)))
+    conclude(state, last, run, next(iter(prompts)))
 
 
 # --- what the loop does once in a while -----------------------------------------------------------
-def validate(state: State, clips: data.Clips, run: Path, log: Log) -> None:
-    """Log the held-out loss. The best weights so far are saved, or published where they can be."""
-    held_out = held_out_loss(state, clips)
-    log.write(step=state.step, stage=state.stage, seconds=state.seconds, held_out=held_out)
+def validate(state: State, clips: dict[str, data.Clips], run: Path, log: Log) -> None:
+    """Log the held-out loss. The best weights so far are saved, or published where they can be.
+
+    Stage two also logs the loss on stage one's clips: how much of them it forgets.
+    """
+    held_out = held_out_loss(state, clips[state.stage])
+    other = {}
+    if state.stage == "physics" and "base" in clips and clips["base"].key != clips["physics"].key:
+        other["held_out_base"] = held_out_loss(state, clips["base"])["diffusion"]
+    log.write(step=state.step, stage=state.stage, seconds=state.seconds, held_out=held_out, **other)
     if held_out["diffusion"] < state.best:
         state.best = held_out["diffusion"]
         if state.publishable:
-            publish(state, clips, run, state.best)
+            publish(state, clips["physics"], run, state.best)
         else:
             save(state.state_dict(), run / "checkpoints" / "best.pt")
 
@@ -466,6 +477,11 @@ def conclude(state: State, clips: data.Clips, run: Path, prompt: str) -> None:
     print(f"Done: {run}, held-out diffusion loss {state.best:.4f}.")
     if state.publishable or not state.cfg.latent:
         print(f"Next:\npython sample.py {from_run} --prompt {shlex.quote(prompt[:300])}")
+
+
+def keys(clips: dict[str, data.Clips]) -> dict[str, str]:
+    """{stage: key of all that shapes the clips it learns from}."""
+    return {stage: some.key for stage, some in clips.items()}
 
 
 def warn(clips: data.Clips, cfg: Config) -> None:

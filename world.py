@@ -76,7 +76,7 @@ def drawing(cfg: Config, **changed) -> dict:
 
 
 def make_clip(seed, index, *, frames=12, height=32, width=32, decoys=.6, two=.4, colour_cues=False,
-              ood="", phenomenon=None):
+              ood="", physics="true", phenomenon=None):
     """Clip number `index` of world `seed`: a pure function of its arguments, which shows the same
     scene at any frame count and size. Raises ValueError with one sentence.
 
@@ -87,10 +87,13 @@ def make_clip(seed, index, *, frames=12, height=32, width=32, decoys=.6, two=.4,
     colour_cues: every phenomenon has its own colour.
     ood: "speed" | "radius" | "gravity" is drawn outside its training interval, in phenomena that
         have one.
+    physics: "true" | "weak" runs at a random speed and direction of time | "still" shows one
+        moment. All else of the clip is the same: places, sizes, colours and caption.
     phenomenon: show this one alone.
     """
-    _check(seed, index, frames, height, width, decoys, two, ood, phenomenon)
+    _check(seed, index, frames, height, width, decoys, two, ood, physics, phenomenon)
     rng = np.random.default_rng([seed, index])
+    times = _times(seed, index, frames, physics)
 
     # What is to be seen, where, and in which colours.
     two = 0. if phenomenon else two
@@ -108,7 +111,7 @@ def make_clip(seed, index, *, frames=12, height=32, width=32, decoys=.6, two=.4,
     for i, name in enumerate(chosen):
         one = PHENOMENA[name]
         pair = (one.cue, "white") if colour_cues else (colours[i], colours[i + 2])
-        actor, size = _add_actor(video, rng, name, sides[i], pair, ood)
+        actor, size = _add_actor(video, rng, name, sides[i], pair, ood, times)
         actors.append(actor)
         phrase = rng.choice(one.phrases)
         phrases.append(phrase.format(c=pair[0], d=pair[1], s=size if n_actors == 1 else ""))
@@ -126,7 +129,23 @@ def empty_room(height, width):
     return _to_bytes(canvas.backdrop(height, width))
 
 
-def _check(seed, index, frames, height, width, decoys, two, ood, phenomenon):
+def _times(seed, index, frames, physics):
+    """(F,) moments of the true second that the frames show.
+
+    Of weak physics these are a + b t, with b from -1 to 1: a law's constants and signs tell nothing
+    then, and all moments that a clip shows are true ones. They have a stream of their own, so that
+    all else is drawn as in the true world.
+    """
+    t = np.arange(frames) / frames
+    if physics == "true":
+        return t
+    u, speed = np.random.default_rng([seed, index, 1]).random(2)
+    b = 2 * speed - 1 if physics == "weak" else 0.
+    first, last = max(0, -b), min(1, 1 - b)  # a, so that the whole second of t lies in 0 .. 1
+    return first + u * (last - first) + b * t
+
+
+def _check(seed, index, frames, height, width, decoys, two, ood, physics, phenomenon):
     whole = {"frames": (frames, 2, 256), "height": (height, 16, 128), "width": (width, 16, 128),
              "seed": (seed, 0, math.inf), "index": (index, 0, math.inf)}
     for name, (value, low, high) in whole.items():
@@ -138,6 +157,8 @@ def _check(seed, index, frames, height, width, decoys, two, ood, phenomenon):
             raise ValueError(f"{name} is a share from 0 to 1, not {value}")
     if ood not in ("", "speed", "radius", "gravity"):
         raise ValueError(f"ood is speed, radius, gravity or empty, not {ood!r}")
+    if physics not in ("true", "weak", "still"):
+        raise ValueError(f"physics is true, weak or still, not {physics!r}")
     if phenomenon is not None and phenomenon not in PHENOMENA:
         raise ValueError(f"the world has no phenomenon {phenomenon!r}, only {', '.join(PHENOMENA)}")
     if phenomenon and phenomenon not in _phenomena_with(ood):
@@ -188,10 +209,10 @@ def _parameters(one, rng, ood):
     return p, size if said else ""
 
 
-def _add_actor(video, rng, name, side, pair, ood):
+def _add_actor(video, rng, name, side, pair, ood, times):
     """Draw a phenomenon into video (F, H, W, 3): the Actor, and a word for its size.
 
-    pair: names of its colour and of a second body's.
+    pair: names of its colour and of a second body's. times: (F,) when its states are shown.
     """
     one = PHENOMENA[name]
     frames, height, width, _ = video.shape
@@ -199,7 +220,7 @@ def _add_actor(video, rng, name, side, pair, ood):
     box = _cell_box(side, height, width)
     cell = canvas.Cell(box, height, width, *(canvas.CUE_COLOURS[colour] for colour in pair))
     one.furniture(cell)
-    s = one.states(p, np.arange(frames) / frames)
+    s = one.states(p, times)
     one.paint(cell, p, s)
     video[cell.place] = _to_bytes(cell.rgb)
     mask = np.zeros((frames, height, width), bool)

@@ -151,18 +151,28 @@ def only_run(cfg: Config) -> Iterator[Path]:
         yield open_run(cfg)
 
 
-def check_data(cfg: Config, run: Path, key: str) -> None:
-    """Raises UserError, with what to do, unless the run was started with the clips of this key.
+def check_data(cfg: Config, run: Path, keys: dict[str, str]) -> None:
+    """Raises UserError, with what to do, unless the run was started with the clips of these keys.
 
-    key: a pool's, or a pool's and its maps' with a plus between them.
+    keys: {stage: a pool's, or a pool's and its maps' with a plus between them}. A stage that the run
+    had no steps for before has no key to compare with. An older run has one key for both stages.
     """
     before = description(run)
-    pool, _, maps = str(before.get("data")).partition("+")
-    if key in (pool, f"{pool}+{maps}"):
-        return
-    what = f"The clips of {cfg.cache or cfg.data_dir or 'the world'}"
+    stored = before.get("data")
+    for stage, key in keys.items():
+        known = stored.get(stage, key) if isinstance(stored, dict) else str(stored)
+        pool, _, maps = known.partition("+")
+        if key not in (pool, f"{pool}+{maps}"):
+            refuse_data(cfg, run, stage, before, key.startswith(f"{pool}+"))
+
+
+def refuse_data(cfg: Config, run: Path, stage: str, before: dict, has_pool: bool) -> None:
+    """Raise UserError: the clips of a stage are others, or where the run's pool is there its maps
+    are. before: the run's description."""
+    folder = cfg.base_data_dir if stage == "base" else ""
+    what = f"The clips of {cfg.cache or folder or cfg.data_dir or 'the world'}"
     remedy = "put them back as they were, or start anew in another --out_dir"
-    if key.startswith(f"{pool}+"):
+    if has_pool:
         what = "The maps of --teacher"
     elif not (cfg.cache or cfg.data_dir):
         # The settings of a world are fixed, so that the code which draws it must have changed.
@@ -177,11 +187,11 @@ def check_data(cfg: Config, run: Path, key: str) -> None:
 
 
 def describe_run(run: Path, cfg: Config, why: dict[str, str], categories: list[int],
-                 key: str, words: str | None) -> None:
+                 keys: dict[str, str], words: str | None) -> None:
     """Write config.json: every field, and with what the run is made.
 
-    why: the reasons of `resolve`. categories: indices of those in the training clips. key: of clips
-    and maps. words: the key of the tokenizer, if there is one.
+    why: the reasons of `resolve`. categories: indices of those in the training clips. keys: of
+    each stage's clips and maps. words: the key of the tokenizer, if there is one.
     """
     extra = {
         "resolved": why,
@@ -191,7 +201,7 @@ def describe_run(run: Path, cfg: Config, why: dict[str, str], categories: list[i
         "transformers": version_of("transformers"),
         "world_size": 1,  # processes that train together
         "categories_present": categories,
-        "data": key,
+        "data": keys,
         "tokenizer": words,
     }
     text = json.dumps(sealed(dataclasses.asdict(cfg) | extra), indent=2)

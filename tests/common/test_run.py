@@ -158,7 +158,9 @@ def test_config_json_has_every_field_and_the_reasons_also_after_resume(go):
         assert stored["resolved"]["precision"].startswith(stored["precision"] + ": ")
         assert stored["torch"] == torch.__version__ and re.fullmatch(r"[0-9a-f]{40}|", stored["git"])
         assert stored["categories_present"] == sorted(set(stored["categories_present"])) != []
-        assert stored["data"].startswith("world-") and stored["world_size"] == 1
+        worlds = stored["data"]  # true physics in stage two, and weak physics before
+        assert all(key.startswith("world-") for key in worlds.values()) and stored["world_size"] == 1
+        assert worlds.keys() == {"base", "physics"} and worlds["base"] != worlds["physics"]
         assert stored["python"] == platform.python_version()
         assert stored["transformers"] == common.run.version_of("transformers")
     assert common.run.version_of("no such package") == ""
@@ -503,15 +505,15 @@ def test_data_that_is_not_the_worlds_is_to_be_put_back(half):
     """Clips and maps have a key each, with a plus between them."""
     def refused(key, **fields):
         with pytest.raises(UserError, match="put them back as they were, or start anew") as caught:
-            common.run.check_data(config.preset("debug", **fields), half, key)
+            common.run.check_data(config.preset("debug", **fields), half, {"base": key})
         return str(caught.value)
-    key = json_of(half / "config.json")["data"]
-    common.run.check_data(config.preset("debug"), half, key)
+    key = json_of(half / "config.json")["data"]["base"]
+    common.run.check_data(config.preset("debug"), half, {"base": key})
     assert refused("folder-1", data_dir="films").startswith("The clips of films are not those")
     assert refused(f"{key}+1", teacher="sal").startswith("The maps of --teacher are not those")
-    rewrite(half / "config.json", data=f"{key}+2")
-    common.run.check_data(config.preset("debug"), half, key)  # before the maps are opened
-    common.run.check_data(config.preset("debug"), half, f"{key}+2")
+    rewrite(half / "config.json", data=f"{key}+2")  # as an older run has it: of both stages
+    common.run.check_data(config.preset("debug"), half, {"base": key})  # before maps are opened
+    common.run.check_data(config.preset("debug"), half, {"base": f"{key}+2"})
     refused(f"{key}+1", teacher="sal")
 
 

@@ -503,7 +503,7 @@ def test_training_follows_the_teacher(runs, saliency):
     assert all(math.isfinite(value) for value in aligned[1])
     stored = json.loads((runs / "runsal" / "config.json").read_text())
     pool = data.open_pool(saliency, progress=False)
-    assert stored["data"] == f"{pool.key}+{vlm_maps.Maps(vlm_maps.world_maps(saliency, pool, 'sal')).key}"
+    assert stored["data"]["physics"] == f"{pool.key}+{vlm_maps.Maps(vlm_maps.world_maps(saliency, pool, 'sal')).key}"
 
 
 def test_the_targets_are_of_the_kind_that_the_run_names(saliency, tmp_path, monkeypatch):
