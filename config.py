@@ -103,14 +103,13 @@ class Config:
     physical_blocks: str = knob("1,3,5", BRANCH)  # those with a physical block (ours); empty = none
     semantic: bool = knob(True, BRANCH)  # Semantic Expert Block (Eq. 1)
     refinement: bool = knob(True, BRANCH)  # Refinement Expert Block (Eq. 2)
-    injection: str = knob(  # zero (zero-initialised linear; ours) | plain (the figure's bare +)
-        "zero", BRANCH, choices=("zero", "plain"))
+    injection: str = knob(  # place (of its neighbour; ours) | zero (linear from zero) | plain (bare +)
+        "place", BRANCH, choices=("place", "zero", "plain"))
     semantic_experts: int = knob(8, BRANCH, 2**12)  # E_s (ours)
     refinement_experts: int = knob(16, BRANCH, 2**12)  # E_r (ours): more than the world has phenomena
     top_k: int = knob(2, BRANCH)  # experts a token (ours)
     map_rank: int = knob(0, BRANCH)  # factors of a basis map (ours); 0 = full maps, as the paper's
-    residual: bool = knob(True, BRANCH)  # x + REB(x) (ours); false = REB(x) alone
-    renormalise: bool = knob(False, BRANCH)  # divide chosen probabilities by their sum (ours: no)
+    renormalise: bool = knob(True, BRANCH)  # divide chosen probabilities by their sum (ours)
     categories: int = knob(  # 17 laws of WISA | 29 with its "no obvious", camera and state slots
         17, BRANCH, choices=(17, 29))
     lora_rank: int = knob(0, BRANCH)  # LoRA on the backbone's blocks, the paper's rival; 0 = none

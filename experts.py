@@ -1,23 +1,26 @@
 """The physical branch of ProPhy (arXiv 2512.05564): which physics a clip holds, then where it is.
 
-    backbone: embed --> block 0 --> block 1 --(+)--> block 2 --> ... --(+)--> head
-                |                              ^                        ^
-                |                           inject                   inject
-                |                              |                        |
-    branch:     +--> SEB ------------> physical block --> ... --> physical block
-                      ^                                    (attention, REB, feed-forward)
-                   text y
+    embed --> block 0 --(+)--> physical block --> block 2 --> ... --> physical block --> head
+                         ^      in place of 1                    (attention, REB, feed-forward)
+               text --> SEB
 
 * Semantic Expert Block (SEB, Eq. 1): a router reads the text and mixes E_s learnable basis maps,
-  softly, into the tokens.
+  softly, into the tokens in front of the first physical block.
 * Physical blocks: the backbone's own architecture, starting from the weights of the block they
   stand beside.
 * Refinement Expert Block (REB, Eq. 2), inside the last physical block: each token is sent to its
   top-k experts of E_r.
 
-Of a backbone this file knows the block contract alone, which model.py states. The untrained branch
-changes nothing, to the bit: injection is a zero-initialised linear layer (ours, as in ControlNet;
-the paper's figure draws a plain +, which is a switch).
+How a physical block joins is ours, and decides how well the branch learns (docs/experiments.md):
+* `place`: it reads its neighbour's tokens, and its output takes the place of the neighbour's. The
+  sum tokens + (physical(tokens) - block(tokens)) is the same thing, and the neighbour need not be
+  computed. What one physical block adds, the next one reads.
+* `plain` and `zero` are the layout of the paper's figure: the physical blocks are a stream beside
+  the backbone, which starts from the embedded tokens and the basis maps, and the output of each is
+  added to that of its neighbour; as it is, or through a zero-initialised linear layer, as in
+  ControlNet.
+Basis maps and experts start at zero. But for `plain`, the untrained branch therefore changes
+nothing, to the bit. Of a backbone this file knows the block contract alone, which model.py states.
 
 Letters: B clips, N = f h w video tokens on a grid of f times, h rows and w columns, D width,
 L text tokens, S = text and video tokens together, E_s semantic and E_r refinement experts,
@@ -59,8 +62,8 @@ class FullMaps(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        maps = torch.randn(cfg.semantic_experts, cfg.dim, *cfg.grid) * 0.02
-        self.maps = nn.Parameter(maps)  # B_e, (E_s, D, f, h, w)
+        # B_e, (E_s, D, f, h, w). Random maps would be noise that the blocks must first unlearn.
+        self.maps = nn.Parameter(torch.zeros(cfg.semantic_experts, cfg.dim, *cfg.grid))
 
     def forward(self, rho: Tensor, grid: Grid) -> Tensor:
         """Weights rho (B, E_s) and a grid -> the mix of the maps (B, N, D)."""
@@ -84,7 +87,7 @@ class FactoredMaps(nn.Module):
         # Factors of time start nearly constant, so that a fresh map does not flicker.
         self.time = nn.Parameter(1 + 0.02 * torch.randn(experts * R, 1, f))
         self.space = nn.Parameter(torch.randn(experts * R, 1, h, w))
-        self.width = nn.Parameter(torch.randn(experts, R, cfg.dim) * 0.02 * R**-0.5)
+        self.width = nn.Parameter(torch.zeros(experts, R, cfg.dim))  # so that the maps are zero
 
     def forward(self, rho: Tensor, grid: Grid) -> Tensor:
         """Weights rho (B, E_s) and a grid -> the mix of the maps (B, N, D)."""
@@ -135,9 +138,10 @@ class SemanticExpertBlock(nn.Module):
 
 # --- refinement experts: where ----------------------------------------------------------------
 class RefinementExpertBlock(nn.Module):
-    """x' = sum over the top k of rho_r[i] e_i(x), each expert e_i a linear layer (Eq. 2).
+    """x' = x + sum over the top k of rho_r[i] e_i(x), each expert e_i a linear layer (Eq. 2).
 
-    A residual around it and no renormalisation of the chosen weights are ours; both are switches.
+    The residual is ours, and so is the start of all experts at zero. `renormalise` divides the
+    chosen weights by their sum, so that a router that grows sharper does not change the size of x'.
     """
 
     def __init__(self, cfg: Config):
@@ -146,7 +150,7 @@ class RefinementExpertBlock(nn.Module):
         dim, experts = cfg.dim, cfg.refinement_experts
         self.router = nn.Linear(dim, experts)  # its depth is ours
         # All experts stand in one table each of weights and biases: e_i(x) = x W_i + b_i.
-        self.weight = nn.Parameter(torch.randn(experts, dim, dim) * dim**-0.5)
+        self.weight = nn.Parameter(torch.zeros(experts, dim, dim))
         self.bias = nn.Parameter(torch.zeros(experts, dim))
         self.lift = nn.Sequential(nn.Linear(experts, 64), nn.SiLU(), nn.Linear(64, cfg.categories))
 
@@ -160,11 +164,10 @@ class RefinementExpertBlock(nn.Module):
         # To `dispatch` the tokens of all clips are one list (B N, ...).
         y = dispatch(x.flatten(0, 1), gate.flatten(0, 1), chosen.flatten(0, 1),
                      self.weight, self.bias).view_as(x)
-        refined = x + y if self.cfg.residual else y  # Eq. 2
 
         # An MLP learns slowly from inputs of 1 / E_r: times E_r (ours), an even share reads as 1.
         lift = self.lift((rho * len(self.weight)).type_as(self.weight))
-        return refined, rho, lift, chosen
+        return x + y, rho, lift, chosen  # Eq. 2
 
 
 @torch.compiler.disable  # segment sizes depend on the data, so compiled code would stop here anyway
@@ -216,6 +219,7 @@ class ProPhy(nn.Module):
         # Zero-initialised injection: the untrained branch adds nothing to the backbone's tokens.
         # These layers get the first gradient of the diffusion loss, and pass it on once they are
         # not zero; the routers learn from the alignment losses from the first step on.
+        self.in_place = cfg.injection == "place"
         self.inject = nn.ModuleList(
             nn.Linear(cfg.dim, cfg.dim) if cfg.injection == "zero" else nn.Identity()
             for _ in self.at)
@@ -242,13 +246,16 @@ class ProPhy(nn.Module):
         n = condition.n_text  # text tokens stand in front, and no expert touches them
         routing = Routing()
 
-        # Which physics: the branch starts from the backbone's tokens mixed with the basis maps.
-        branch = tokens
+        # Which physics: the weights of the basis maps, and what they add to a stream of tokens.
         if self.semantic is not None:
             found = self.semantic.route(condition.text, condition.text_length, edit)
             routing.semantic_logits, routing.semantic, routing.semantic_lift = found
-            video = self.semantic(tokens[:, n:], routing.semantic, condition.grid)
-            branch = torch.cat([tokens[:, :n], video], dim=1)
+
+        def with_maps(stream: Tensor) -> Tensor:
+            if self.semantic is None:
+                return stream
+            video = self.semantic(stream[:, n:], routing.semantic, condition.grid)
+            return torch.cat([stream[:, :n], video], dim=1)
 
         # Where: this runs in the middle of the last physical block. It returns what it finds and
         # stores nothing outside, because checkpointing calls it twice.
@@ -256,17 +263,27 @@ class ProPhy(nn.Module):
             video, *found = self.refinement(hidden[:, n:])
             return torch.cat([hidden[:, :n], video], dim=1), found
 
-        # Backbone and branch go side by side; after each physical block the backbone gets its share.
+        branch = None if self.in_place else with_maps(tokens)
         for i, block in enumerate(self.backbone.blocks):
-            tokens = block(tokens, condition)
             if i not in self.at:
+                tokens = block(tokens, condition)
                 continue
+
+            # A physical block reads the branch, or in place the tokens that its neighbour would.
             j = self.at.index(i)
+            if self.in_place:
+                branch = with_maps(tokens) if j == 0 else tokens
             if i == self.at[-1] and self.refinement is not None:
                 branch, found = self.physical[j](branch, condition, refine)
                 routing.refinement, routing.refinement_lift, routing.chosen = found
             else:
                 branch = self.physical[j](branch, condition)
+
+            # Its output is what its neighbour's would be, or is added to that.
+            if self.in_place:
+                tokens = branch
+                continue
+            tokens = block(tokens, condition)
             video = tokens[:, n:] + self.inject[j](branch[:, n:])
             tokens = torch.cat([tokens[:, :n], video], dim=1)
         return self.backbone.head(tokens, condition), routing

@@ -179,7 +179,7 @@ def write_run(folder, cfg, captions, branch=True, name="step000050.pt"):
     net = perturbed(experts.ProPhy(net, cfg) if branch else net)
     averaged = {n: p.detach().clone() for n, p in net.named_parameters() if not branch
                 or not n.startswith("backbone.")}
-    averaged["inject.0.bias" if branch else "proj_out.bias"] *= 2
+    averaged["physical.0.ff.2.bias" if branch else "proj_out.bias"] *= 2
     save = dict(step=50, stage="physics" if branch else "base", model=net.state_dict(), ema=averaged,
                 optimizers=[])
     torch.save(save, folder / "checkpoints" / name)

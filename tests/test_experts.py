@@ -36,9 +36,9 @@ def inputs(B: int = 2, seed: int = 1):
 
 
 # --- untrained, the branch changes nothing
-PARTS = [dict(semantic=s, refinement=r, residual=a, renormalise=n, top_k=k)
-         for s, r, a, n, k in itertools.product((True, False), (True, False), (True, False), (True, False),
-                                                (1, 2, 4)) if r or (a, n, k) == (True, False, 2)]
+PARTS = [dict(injection=i, semantic=s, refinement=r, renormalise=n, top_k=k)
+         for i, s, r, n, k in itertools.product(("place", "zero"), (True, False), (True, False),
+                                                (True, False), (1, 2, 4)) if r or (n, k) == (False, 2)]
 LINEAGES = [dict(lineage="wan", **more)
             for more in ({}, dict(map_rank=2), dict(refinement=False), dict(semantic=False),
                          dict(physical_blocks="1"))]
@@ -56,11 +56,12 @@ def test_the_untrained_branch_changes_nothing_to_the_bit(fields):
 
 def test_plain_injection_does_change_it():
     net = build(injection="plain")
+    assert net.inject[0](torch.ones(3)).tolist() == [1, 1, 1]
     assert (net(*inputs())[0] - net.backbone(*inputs())).abs().max() > 0.1
 
 
 def test_the_zero_injection_can_learn_and_then_changes_it():
-    net = build()
+    net = build(injection="zero")
     prediction, _ = net(*inputs())
     (prediction - 1).square().mean().backward()
     assert all(linear.weight.grad.abs().max() > 0 and linear.bias.grad.abs().max() > 0
@@ -69,12 +70,16 @@ def test_the_zero_injection_can_learn_and_then_changes_it():
     assert (net(*inputs())[0] - net.backbone(*inputs())).abs().max() > 0.1
 
 
-def test_a_gradient_reaches_every_parameter_of_the_branch():
-    net = awake(build())
+@pytest.mark.parametrize("injection", ["place", "zero", "plain"])
+def test_a_gradient_reaches_every_parameter_but_those_of_replaced_blocks(injection):
+    net = awake(build(injection=injection))
     prediction, routing = net(*inputs())
     outputs = prediction - 1, routing.semantic_lift, routing.refinement_lift
     sum(output.square().mean() for output in outputs).backward()
-    assert [name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
+    idle = {name for name, p in net.named_parameters() if p.grad is None or not p.grad.abs().max() > 0}
+    replaced = {f"backbone.blocks.{i}.{name}" for i in (0, 2)
+                for name, _ in net.backbone.blocks[i].named_parameters()}
+    assert idle == (replaced if injection == "place" else set())
 
 
 # --- dispatch
@@ -119,11 +124,10 @@ def test_dispatch_is_the_naive_loop_forward_and_backward(case, dtype, tolerance)
 
 
 # --- Eq. 2
-@pytest.mark.parametrize("residual, renormalise, k",
-                         list(itertools.product((True, False), (True, False), (1, 2, 4))))
-def test_eq_2(residual, renormalise, k):
+@pytest.mark.parametrize("renormalise, k", list(itertools.product((True, False), (1, 2, 4))))
+def test_eq_2(renormalise, k):
     block = awake(experts.RefinementExpertBlock(config.preset(
-        dim=D, refinement_experts=4, top_k=k, residual=residual, renormalise=renormalise)))
+        dim=D, refinement_experts=4, top_k=k, renormalise=renormalise)))
     x = torch.randn(2, 7, D)
     y, rho, _, chosen = block(x)
     assert chosen.shape == (2, 7, k) and rho.shape == (2, 7, 4)
@@ -136,7 +140,7 @@ def test_eq_2(residual, renormalise, k):
             assert chosen[b, n].tolist() == best
             total = sum(p[e] for e in best) if renormalise else 1
             expected = sum(p[e] / total * (x[b, n] @ block.weight[e] + block.bias[e]) for e in best)
-            close(y[b, n], expected + x[b, n] if residual else expected)
+            close(y[b, n], expected + x[b, n])
 
 
 # --- Eq. 1
@@ -235,7 +239,7 @@ def test_lora_goes_to_the_named_layers_and_physical_blocks_stay_whole():
     assert not any(isinstance(m, experts.LoRA) for m in net.physical.modules())
     assert torch.equal(net.physical[0].attn1.to_v.weight, net.backbone.blocks[net.at[0]].attn1.to_v.weight)
     names = set(net.branch_state())
-    assert "backbone.blocks.0.attn1.to_v.up" in names and "inject.0.weight" in names
+    assert "backbone.blocks.0.attn1.to_v.up" in names and "refinement.weight" in names
     assert "backbone.blocks.0.attn1.to_v.weight" not in names
 
 
@@ -294,7 +298,7 @@ def test_one_expert_up():
 
 # --- wiring
 def test_text_rows_are_touched_by_no_expert_and_no_injection():
-    net = awake(build(physical_blocks="0,1"))
+    net = awake(build(physical_blocks="0,1", injection="zero"))
     seen = {}
     net.backbone.blocks[0].register_forward_hook(lambda m, args, out: seen.update(tokens=args[0], out=out))
     net.backbone.blocks[1].register_forward_hook(lambda m, args, out: seen.update(injected=args[0]))
@@ -333,6 +337,34 @@ def test_forward_is_the_figure_drawn_by_hand(injection):
     close(net(x, t, text, length)[0], net.backbone.head(tokens, c))
 
 
+def test_in_place_a_physical_block_does_what_its_neighbour_did():
+    """Blocks 0 and 2 are not run at all: the first physical block reads the tokens and the basis maps,
+    the second one what comes out of block 1, and has the REB in its middle."""
+    net = awake(build())
+    x, t, text, length = inputs()
+    tokens, c = net.backbone.embed(x, t, text, length)
+    _, rho, _ = net.semantic.route(net.backbone.text_encoder(text), length)
+    video_only = lambda f, h: torch.cat([h[:, :L], f(h[:, L:])], 1)
+
+    tokens = net.physical[0](video_only(lambda v: net.semantic(v, rho, (3, 2, 5)), tokens), c)
+    tokens = net.backbone.blocks[1](tokens, c)
+    refined = lambda h: video_only(lambda v: net.refinement(v)[0], h)
+    tokens, _ = net.physical[1](tokens, c, lambda h: (refined(h), None))
+    net.backbone.blocks[0].forward = net.backbone.blocks[2].forward = None
+    close(net(x, t, text, length)[0], net.backbone.head(tokens, c))
+
+
+@pytest.mark.parametrize("injection", ["place", "zero"])
+def test_the_first_gradient_reaches_what_starts_the_branch(injection):
+    """At the very first step: in place it reaches copies, basis maps and experts; through a zero
+    injection it reaches that alone."""
+    net = build(injection=injection)
+    (net(*inputs())[0] - 1).square().mean().backward()
+    moved = {name.split(".")[0] for name, p in net.branch_state().items()
+             if p.grad is not None and p.grad.abs().max() > 0}
+    assert moved == ({"physical", "semantic", "refinement"} if injection == "place" else {"inject"})
+
+
 def test_init_from_backbone_copies_exactly_and_shares_nothing():
     net = build()
     awake(net)
@@ -367,7 +399,7 @@ def test_routing_shapes_and_sums():
 def test_switched_off_parts_have_no_routing_and_no_parameters():
     net = build(semantic=False, refinement=False)
     assert set(vars(net(*inputs())[1]).values()) == {None}
-    assert {name.split(".")[0] for name, _ in net.named_parameters()} == {"backbone", "physical", "inject"}
+    assert {name.split(".")[0] for name, _ in net.named_parameters()} == {"backbone", "physical"}
     assert net(*inputs(), edit=experts.invert)[1].semantic is None
 
 

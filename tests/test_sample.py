@@ -160,7 +160,7 @@ def test_load_run_takes_the_averages_where_there_are_any(run, loaded):
     assert info == dict(step=50, stage="physics", categories_present=PRESENT) and not net.training
     assert cfg == CFG
     state = net.state_dict()
-    assert torch.equal(state["inject.0.bias"], 2 * stored["model"]["inject.0.bias"])
+    assert torch.equal(state["physical.0.ff.2.bias"], 2 * stored["model"]["physical.0.ff.2.bias"])
     assert torch.equal(state["backbone.proj_out.weight"], stored["model"]["backbone.proj_out.weight"])
     assert isinstance(process, diffusion.FlowMatching) and tokenizer.unknown("a red zebra") == ["zebra"]
 

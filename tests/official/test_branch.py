@@ -146,7 +146,7 @@ def saved(tensors, metadata=None):
     return lambda path: safetensors.torch.save_file(tensors, path, metadata)
 
 
-ONE = {"inject.0.weight": torch.zeros(2)}
+ONE = {"physical.0.ff.0.weight": torch.zeros(2)}
 NAN, INFINITE = float("nan"), float("inf")
 BROKEN = {  # {what is wrong: (what makes it so, a word of the sentence)}
     "absent": (lambda path: path.unlink(), "There is no"),
@@ -167,12 +167,15 @@ BROKEN = {  # {what is wrong: (what makes it so, a word of the sentence)}
     "field wrong": (header(lambda about: about["branch"].update(physical_blocks="0,9")), "--physical_blocks"),
     "field mad": (header(lambda about: about["branch"].update(semantic_experts=10**17)), "branch"),
     "depth": (header(lambda about: about["fits"].update(depth=30)), "--depth 30"),
-    "lacks": (tensors(lambda found: found.pop("inject.0.weight")), "inject.0.weight"),
+    "lacks": (tensors(lambda found: found.pop("physical.0.ff.0.weight")),
+              "physical.0.ff.0.weight"),
     "more": (tensors(lambda found: found.update(stranger=torch.zeros(2))), "stranger"),
-    "shape": (tensors(lambda found: found.update({"inject.1.bias": torch.zeros(31)})), "inject.1.bias"),
-    "integers": (tensors(lambda found: found.update({"inject.1.bias": torch.zeros(32).int()})),
-                 "inject.1.bias"),
-    "NaN": (tensors(lambda found: found["inject.1.bias"].fill_(NAN)), "not finite: inject.1.bias"),
+    "shape": (tensors(lambda found: found.update({"physical.1.ff.2.bias": torch.zeros(31)})),
+              "physical.1.ff.2.bias"),
+    "integers": (tensors(lambda found: found.update({"physical.1.ff.2.bias": torch.zeros(32).int()})),
+                 "physical.1.ff.2.bias"),
+    "NaN": (tensors(lambda found: found["physical.1.ff.2.bias"].fill_(NAN)),
+            "not finite: physical.1.ff.2.bias"),
     "infinite": (tensors(lambda found: found["physical.0.ff.0.bias"][3:].fill_(INFINITE)), "not finite"),
 }
 

@@ -258,7 +258,7 @@ def test_a_bf16_backbone_with_a_float32_branch_trains(weights, caches, tmp_path,
     train.main(settings(name, weights, caches, tmp_path, precision="bf16", lora_rank=2))
     stored = checkpoint(tmp_path)
     assert all(value.dtype == torch.float32 for part in ("model", "ema") for value in stored[part].values())
-    assert stored["model"]["inject.0.weight"].abs().max() > 0
+    assert stored["model"]["semantic.basis.width"].abs().max() > 0
     assert any(key.endswith(".up") and value.abs().max() > 0 for key, value in stored["model"].items())
 
 
