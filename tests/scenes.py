@@ -1,4 +1,6 @@
 """Clips of the physics world with one phenomenon alone."""
+import numpy as np
+
 import world
 
 SEEDS = range(8)
@@ -10,3 +12,13 @@ def alone(name, index=0, **options):
     """A clip with one phenomenon and no decoy, and that phenomenon."""
     clip = world.make_clip(5, index, phenomenon=name, **{"decoys": 0} | options)
     return clip, clip.actors[0]
+
+
+def times(index, physics, frames=12, seed=5):
+    """The moments a + b t that a clip of these physics shows, from the description: of the world's second stream
+    the first number says where in the room that is left, the second one how fast; -> moments (F,), b."""
+    t = np.arange(frames) / frames
+    place, speed = np.random.default_rng([seed, index, 1]).uniform(size=2)
+    b = {"true": 1., "weak": 2 * speed - 1, "still": 0.}[physics]
+    earliest, latest = max(0., -b), 1 - max(0., b)  # the whole line stays in the second
+    return earliest + place * (latest - earliest) + b * t, b
