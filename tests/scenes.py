@@ -15,8 +15,11 @@ def alone(name, index=0, **options):
 
 
 def times(index, physics, frames=12, seed=5):
-    """The moments a + b t that a clip of these physics shows, from the description: of the world's second stream
-    the first number says where in the room that is left, the second one how fast; -> moments (F,), b."""
+    """The moments (F,) a + b t that a clip of `alone` shows, and b, worked out by the description.
+
+    Of the clip's second stream of random numbers the second one says how fast it runs, the first one where
+    it lies in the room that is left.
+    """
     t = np.arange(frames) / frames
     place, speed = np.random.default_rng([seed, index, 1]).uniform(size=2)
     b = {"true": 1., "weak": 2 * speed - 1, "still": 0.}[physics]
