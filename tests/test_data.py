@@ -95,15 +95,17 @@ def test_each_stage_has_the_videos_of_its_own_folder_and_annotations(tmp_path):
 
 def test_one_pool_is_opened_for_both_and_none_for_a_stage_without_steps(tmp_path, monkeypatch):
     opened_by = []
+    one, two = ({"data_dir": films(tmp_path / name, a="a ball falls")} for name in ("one", "two"))
+    two = one | {"base_data_dir": two["data_dir"]}
     monkeypatch.setattr(data, "open_pool", lambda cfg, stage="physics": opened_by.append(stage) or stage)
 
     def opens(**fields):
         opened_by.clear()
         return data.open_pools(pool_cfg(tmp_path, **fields)), list(opened_by)
     both = {"base": "base", "physics": "physics"}, ["base", "physics"]
-    assert opens() == opens(physics="still") == opens(data_dir="a", base_data_dir="b") == both
-    assert opens(physics="true") == opens(data_dir="a") == ({"base": "base", "physics": "base"}, ["base"])
-    for fields in ({}, {"physics": "true"}, {"data_dir": "a"}, {"data_dir": "a", "base_data_dir": "b"}):
+    assert opens() == opens(physics="still") == opens(**two) == both
+    assert opens(physics="true") == opens(**one) == ({"base": "base", "physics": "base"}, ["base"])
+    for fields in ({}, {"physics": "true"}, one, two):
         assert opens(physics_steps=0, **fields) == ({"base": "base"}, ["base"])
         assert opens(base_steps=0, **fields) == ({"physics": "physics"}, ["physics"])
 
