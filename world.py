@@ -17,7 +17,7 @@ flux, burning rate ...) have one value; sizes, colours, speeds and places vary. 
 objects that look like actors, so that neither colour nor shape tells where something happens.
 Left out on purpose: depth, texture, light and a moving camera.
 
-    python world.py --preview world.gif    every phenomenon with its mask and caption
+    python world.py --preview world.gif    every phenomenon: true, its mask, weak, still; caption
     python world.py --benchmark            how fast clips are drawn
 """
 import math
@@ -132,9 +132,10 @@ def empty_room(height, width):
 def _times(seed, index, frames, physics):
     """(F,) moments of the true second that the frames show.
 
-    Of weak physics these are a + b t, with b from -1 to 1: a law's constants and signs tell nothing
-    then, and all moments that a clip shows are true ones. They have a stream of their own, so that
-    all else is drawn as in the true world.
+    Of weak physics these are a + b t, with b from -1 to 1: how fast things go, and which way, tells
+    nothing of a law then, while every moment shown is a true one. (Gravity keeps its direction: a
+    throw seen backwards is a throw, with b^2 times its acceleration.) a and b have a stream of
+    their own, so that all else is drawn as in the true world.
     """
     t = np.arange(frames) / frames
     if physics == "true":
@@ -280,18 +281,21 @@ def _caption(rng, phrases, sides, decoy):
 
 # --- the command --------------------------------------------------------------------------------
 def preview(flags):
-    """Every phenomenon: its clip, the clip with the mask tinted over it, and its caption.
-    uint8 (F, H', W', 3)."""
+    """Every phenomenon that is asked for: its clip, the mask tinted over it, the same scene of weak
+    and of still physics, and its caption. uint8 (F, H', W', 3)."""
+    names = flags.phenomena.split(",") if flags.phenomena else _phenomena_with(flags.ood)
     tiles = []
-    columns = 3
+    columns = 2
     scale = max(128 // max(flags.size, 1), 1)
-    for i, name in enumerate(_phenomena_with(flags.ood) or PHENOMENA):
-        clip = make_clip(flags.seed, i, frames=flags.frames, height=flags.size, width=flags.size,
-                         decoys=1, colour_cues=flags.colour_cues, ood=flags.ood, phenomenon=name)
-        pair = [clip.video, tint(clip.video, clip.actors[0].mask)]
+    for i, name in enumerate(names or PHENOMENA):  # an `ood` that there is not is refused below
+        clip, weak, still = (
+            make_clip(flags.seed, i, frames=flags.frames, height=flags.size, width=flags.size,
+                      decoys=1, colour_cues=flags.colour_cues, ood=flags.ood, physics=physics,
+                      phenomenon=name) for physics in ("true", "weak", "still"))
+        shown = [clip.video, tint(clip.video, clip.actors[0].mask), weak.video, still.video]
         gap = ((0, 0), (4, 0), (4, 0), (0, 0))
-        tile = np.concatenate([np.pad(enlarge(video, scale), gap) for video in pair], 2)
-        tiles.append(annotate(tile, f"{name}: {clip.caption}", lines=3))
+        tile = np.concatenate([np.pad(enlarge(video, scale), gap) for video in shown], 2)
+        tiles.append(annotate(tile, f"{name}: {clip.caption}", lines=2))
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
     rows = [np.concatenate(tiles[i:i + columns], 2) for i in range(0, len(tiles), columns)]
     return np.concatenate(rows, 1)
@@ -300,7 +304,8 @@ def preview(flags):
 @dataclass(frozen=True)
 class Flags:
     """The command line."""
-    preview: str = ""  # write a GIF of every phenomenon with its mask and caption to this file
+    preview: str = ""  # write a GIF: each phenomenon true, with its mask, weak, and still
+    phenomena: str = ""  # show these alone, such as collision,melting; empty = all
     benchmark: bool = False  # count the clips a CPU-second at 12 x 32 x 32, on one thread
     seed: int = 0  # which world
     size: int = 64  # pixels of a clip's side in the preview

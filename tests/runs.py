@@ -110,6 +110,17 @@ def training_calls(patch, what):
     patch.setattr(train, "losses_of", losses_of)
 
 
+def clips_trained_on(patch):
+    """The sets that the bytes of all clips trained on will be put into: {stage: {of (F, H, W, 3)}}."""
+    seen = {"base": set(), "physics": set()}
+
+    def record(n, state, batch, t, eps, losses):
+        pixels = ((batch.video + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 4, 1)
+        seen[state.stage].update(clip.numpy().tobytes() for clip in pixels)
+    training_calls(patch, record)
+    return seen
+
+
 def recorded(patch):
     """The list that every training batch will be put into: where, what clips and words, which noise."""
     fed = []

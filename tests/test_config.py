@@ -183,6 +183,7 @@ def test_impossible_combinations_are_refused(argv, says):
 @pytest.mark.parametrize("argv", [
     "--physical_blocks= --physics_steps 0", "--base_steps 0 --init_from runs/a",
     "--batch_size 1 --coarse_loss bce", "--batch_size 1 --coarse_weight 0",
+    "--physical_blocks= --freeze_backbone false",
     "--data_dir videos --height 480 --width 720", "--top_k 8", "--time_mean -0.5", "--decoys 1 --two 0",
     "--process vpred --preview_steps 1000",
 ])
@@ -218,7 +219,11 @@ def test_what_cannot_be_is_refused_by_name(argv):
     "--fit_height 20", "--init_from runs/a --lr 0.1", "--init_from runs/a --base_steps 9",
     "--semantic false --semantic_experts 4", "--refinement false --top_k 1", "--refinement false --teacher maps",
     "--config wan-1.3b --weights w --cache c --guidance 3", "--config wan-1.3b --weights w --cache c --pool_dir p",
-    "--config wan-1.3b --weights w --cache c --annotations a.json"])
+    "--config wan-1.3b --weights w --cache c --annotations a.json",
+    "--base_data_dir films", "--data_dir films --physics still", "--init_from runs/a --physics true",
+    "--data_dir films --init_from runs/a --base_data_dir others", "--config wan-1.3b --weights w --cache c --physics true",
+    "--config wan-1.3b --weights w --cache c --base_data_dir films",
+    "--physical_blocks= --freeze_backbone false --top_k 2"])
 def test_a_flag_that_changes_nothing_is_refused_by_name(argv):
     assert f"{argv.split()[-2] if not argv.endswith('cues') else '--colour_cues'} changes something only" in refused(*argv.split())
 
@@ -227,7 +232,8 @@ def test_a_flag_that_changes_nothing_is_refused_by_name(argv):
     "--data_dir films --annotations a.json --windows 2 --fps 9", "--negatives 0.5", "--teacher maps --negatives 0.5 --background divide",
     "--data_dir films --teacher maps --negatives 0.1", "--lora_rank 4 --lora_alpha 8", "--process vpred --snr_shift 3",
     "--lineage wan --freq_dim 64", "--positions fitted --fit_height 20", "--init_from runs/a --base_steps 0 --physics_lr 0.1",
-    "--physics_steps 0 --lora_rank 2 --physics_lr 0.1",
+    "--physics_steps 0 --lora_rank 2 --physics_lr 0.1", "--physics_steps 0 --physics still",
+    "--data_dir films --base_data_dir others",
     "--config wan-1.3b --dry_run --lr 0.1 --guidance 2", "--data_dir films --colour_cues false --ood="])
 def test_a_flag_that_is_used_or_says_nothing_is_not(argv):
     parse(*argv.split())

@@ -59,6 +59,57 @@ def test_pool_is_named_by_what_shapes_it(tmp_path):
     assert len(list((tmp_path / "pools").iterdir())) == len(seen) + 2
 
 
+def test_stage_one_has_a_pool_of_the_worlds_physics_and_stage_two_the_true_one(tmp_path):
+    keys = set()
+    for physics in ("true", "weak", "still"):
+        cfg = pool_cfg(tmp_path, world_clips=3, val_clips=1, physics=physics)
+        base, true = (data.open_pool(cfg, progress=False, stage=stage) for stage in ("base", "physics"))
+        keys |= {base.key, true.key}
+        assert (base.key == true.key) == (physics == "true") and base.captions == true.captions
+        for pool, kind in ((base, physics), (true, "true")):
+            drawn = [world.make_clip(0, index, **world.drawing(cfg, physics=kind)).video
+                     for index in (0, 1, 2, data.HELD_OUT)]
+            assert np.array_equal(pool.video, drawn)
+    assert len(keys) == 3 == len(list((tmp_path / "pools").iterdir()))
+
+
+def films(folder, **captions):
+    """A folder of films of these names with these captions."""
+    folder.mkdir()
+    for name in captions:
+        movie(folder / f"{name}.mp4")
+    annotate(folder, {f"{name}.mp4": caption for name, caption in captions.items()})
+    return str(folder)
+
+
+def test_each_stage_has_the_videos_of_its_own_folder_and_annotations(tmp_path):
+    """--annotations belongs to --data_dir; what is said of general videos stands in their folder."""
+    general = films(tmp_path / "general", a="a street", b="a street at night")
+    physical = films(tmp_path / "physical", a="not read", b="not read")
+    (tmp_path / "said.json").write_text('{"a.mp4": "a ball falls", "b.mp4": "ice melts"}')
+    pools = data.open_pools(pool_cfg(tmp_path, data_dir=physical, base_data_dir=general,
+                                     annotations=str(tmp_path / "said.json")))
+    assert {stage: set(pool.captions) for stage, pool in pools.items()} == {
+        "base": {"a street", "a street at night"}, "physics": {"a ball falls", "ice melts"}}
+
+
+def test_one_pool_is_opened_for_both_and_none_for_a_stage_without_steps(tmp_path, monkeypatch):
+    opened_by = []
+    one, two = ({"data_dir": films(tmp_path / name, a="a ball falls")} for name in ("one", "two"))
+    two = one | {"base_data_dir": two["data_dir"]}
+    monkeypatch.setattr(data, "open_pool", lambda cfg, stage="physics": opened_by.append(stage) or stage)
+
+    def opens(**fields):
+        opened_by.clear()
+        return data.open_pools(pool_cfg(tmp_path, **fields)), list(opened_by)
+    both = {"base": "base", "physics": "physics"}, ["base", "physics"]
+    assert opens() == opens(physics="still") == opens(**two) == both
+    assert opens(physics="true") == opens(**one) == ({"base": "base", "physics": "base"}, ["base"])
+    for fields in ({}, {"physics": "true"}, one, two):
+        assert opens(physics_steps=0, **fields) == ({"base": "base"}, ["base"])
+        assert opens(base_steps=0, **fields) == ({"physics": "physics"}, ["physics"])
+
+
 def test_changed_videos_are_read_again(tmp_path):
     folder = tmp_path / "videos"
     folder.mkdir()

@@ -26,13 +26,14 @@ import config
 import data
 import sample
 import train
+import world
 from common.optim import Muon, orthogonalised
 from config import Stopped, UserError
 from helpers import ROOT
-from helpers import json_of, sentence
+from helpers import drifting, json_of, sentence
 from runs import (
-    SIX, TEN, TERMS, again, backbone_of, checkpoint, differences, held_out, launch, lines, names, settings,
-    steps, training_calls)
+    SIX, TEN, TERMS, again, backbone_of, checkpoint, clips_trained_on, differences, held_out, launch, lines,
+    names, same_run, settings, steps, training_calls)
 
 pytestmark = pytest.mark.usefixtures("no_previews")
 PIPES = dict(cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -240,10 +241,176 @@ def test_init_from_refuses_captions_of_another_language_and_leaves_no_folder(who
     assert f"--init_from {whole[0]} never read" in said and not (tmp_path / "run").exists()
 
 
+# --- what each stage learns from ----------------------------------------------------------------------------
+KINDS = ("true", "weak", "still")
+ALL_WEIGHTS = dict(freeze_backbone=False, physical_blocks="")
+
+
+def world_videos(cfg, physics):
+    """The bytes of the world's training clips."""
+    return {world.make_clip(cfg.world_seed, i, **world.drawing(cfg, physics=physics)).video.tobytes()
+            for i in range(cfg.world_clips)}
+
+
+def judged(run, stage):
+    """The log's lines with held-out losses."""
+    return [line for line in lines(run) if "held_out" in line and line["stage"] == stage]
+
+
+def forgetting(run, stage="physics"):
+    """The losses on stage one's held-out clips that they tell."""
+    return [line["held_out_base"] for line in judged(run, stage) if "held_out_base" in line]
+
+
+def small_films(folder, first, **captions):
+    """A folder of films, which show other things for every number from `first` on; {name: caption}."""
+    folder.mkdir()
+    for seed, name in enumerate(captions, first):
+        drifting(folder / f"{name}.mp4", seed)
+    of_files = {f"{name}.mp4": said for name, said in captions.items()}
+    (folder / "captions.json").write_text(json.dumps(of_files))
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """General videos, and physical ones."""
+    general = small_films(tmp_path / "general", 0, a="a street", b="a cat sleeps", c="one street")
+    physical = small_films(tmp_path / "physical", 9, a="a ball falls", b="ice melts", c="the ice")
+    return dict(base_data_dir=str(general), data_dir=str(physical))
+
+
+@pytest.mark.parametrize("physics", KINDS)
+def test_stage_one_trains_on_its_physics_and_stage_two_on_the_true_one(physics, go, monkeypatch):
+    seen = clips_trained_on(monkeypatch)
+    cfg = settings("", "", physics=physics)
+    run = go(physics=physics)
+    true = world_videos(cfg, "true")
+    assert seen["physics"] <= true and len(seen["physics"]) > 8  # of 16: the last 16 positions of 40
+    assert seen["base"] == world_videos(cfg, physics)
+    assert bool(seen["base"] & true) == (physics == "true")
+    keys = json_of(run / "config.json")["data"]
+    assert keys.keys() == {"base", "physics"} and (keys["base"] == keys["physics"]) == (physics == "true")
+
+
+@pytest.mark.parametrize("physics", KINDS)
+def test_stage_two_logs_what_it_forgets_where_stage_one_had_other_clips(physics, go, pools, monkeypatch):
+    run = go(physics=physics)
+    assert judged(run, "base") and forgetting(run, "base") == []
+    assert len(forgetting(run)) == (0 if physics == "true" else len(judged(run, "physics")))
+
+    # The loss on either stage's held-out clips by the last checkpoint.
+    cfg, tokenizer = config.load(run / "config.json"), data.Tokenizer.load(run / "tokenizer.json")
+    state = train.State(cfg, len(tokenizer))
+    state.load_state_dict(torch.load(run / "checkpoints" / "step000010.pt", weights_only=True))
+    base, true = (train.held_out_loss(state, data.Clips(cfg, data.open_pool(cfg, False, stage), tokenizer))
+                  for stage in ("base", "physics"))
+    assert judged(run, "physics")[-1]["held_out"] == true
+    assert forgetting(run)[-1:] == ([] if physics == "true" else [base["diffusion"]])
+    assert (base == true) == (physics == "true")
+
+
+@pytest.mark.parametrize("physics", ["true", "still"])
+@pytest.mark.parametrize("stop", [4, 8])
+def test_a_run_of_either_physics_resumes_to_the_bit(physics, stop, go):
+    complete = go("complete", physics=physics)
+    assert same_run(again(go(physics=physics, stop_at=stop)), complete)
+
+
+def test_own_videos_train_in_two_stages_and_their_words_are_all_known(folders, go, monkeypatch):
+    seen = clips_trained_on(monkeypatch)
+    fields = dict(folders, val_clips=1, caption_dropout=0.0)
+    run = go(**fields)
+    cfg = config.load(run / "config.json")
+    for stage in ("base", "physics"):
+        pool = data.open_pool(cfg, False, stage)
+        assert seen[stage] and seen[stage] <= {pool.video[row].tobytes() for row in pool.train}
+    assert not seen["base"] & seen["physics"]
+    read = {word for stage in ("base", "physics") for pool in [data.open_pool(cfg, False, stage)]
+            for row in pool.train for word in pool.captions[row].split()}
+    assert set(json_of(run / "tokenizer.json")["words"]) == read
+    assert len(forgetting(run)) == len(judged(run, "physics")) > 0
+    for stop in (4, 8):
+        assert same_run(again(go(f"stopped{stop}", stop_at=stop, **fields)), run)
+
+
+def test_a_resumed_run_needs_the_videos_of_both_stages_as_they_were(folders, go, tmp_path):
+    run = go(stop_at=4, val_clips=1, **folders)
+    captions = Path(folders["base_data_dir"]) / "captions.json"
+    captions.write_text(captions.read_text().replace("cat", "dog"))
+    assert f"The clips of {folders['base_data_dir']} are not those that" in sentence(again, run)
+    captions.write_text(captions.read_text().replace("dog", "cat"))
+    captions = Path(folders["data_dir"]) / "captions.json"
+    captions.write_text(captions.read_text().replace("ball", "cube"))
+    assert f"The clips of {folders['data_dir']} are not those that" in sentence(again, run)
+
+
+def test_one_folder_serves_both_stages_and_is_read_once(folders, go, monkeypatch):
+    read, seen = [], clips_trained_on(monkeypatch)
+    clips = data.VideoClips.clips
+    monkeypatch.setattr(data.VideoClips, "clips",
+                        lambda self, progress: read.append(1) or clips(self, progress))
+    run = go(data_dir=folders["data_dir"], val_clips=1)
+    assert read == [1] and seen["base"] == seen["physics"] and forgetting(run) == []
+
+
+def test_init_from_takes_a_backbone_whatever_it_was_trained_on(go, tmp_path, monkeypatch):
+    """Stage two learns from true physics then too; the clips of stage one are not there."""
+    source = go("source", physics="still", physics_steps=0)
+    seen = clips_trained_on(monkeypatch)
+    run = go(init_from=str(source))
+    assert not seen["base"] and seen["physics"] <= world_videos(settings("", ""), "true")
+    assert json_of(run / "config.json")["data"].keys() == {"physics"} and forgetting(run) == []
+    backbone = backbone_of(checkpoint(run, "step000004.pt"))
+    assert differences(backbone, checkpoint(source, "base.pt")["ema"]) == []
+
+
+def test_a_backbone_alone_goes_on_to_stage_two_by_resume(go):
+    """As if the run had had both from the start."""
+    complete, alone = go("complete"), go(physics_steps=0)
+    assert json_of(alone / "config.json")["data"].keys() == {"base"}
+    again(alone, "--physics_steps", TEN["physics_steps"])
+    assert same_run(alone, complete)
+    assert json_of(alone / "config.json")["data"] == json_of(complete / "config.json")["data"]
+
+
+# --- all weights trained on: no branch ----------------------------------------------------------------------
+@pytest.mark.parametrize("source", ["own", "other"])
+def test_all_weights_are_trained_on_without_a_branch(source, whole, go):
+    run = go(**ALL_WEIGHTS, **({"init_from": str(whole[0])} if source == "other" else {}))
+    base = checkpoint(whole[0], "base.pt")["ema"]  # stage one is the same in either
+    last = checkpoint(run, names(run)[-1])
+    assert all(name.startswith("backbone.") for name in last["model"])
+    assert last["ema"].keys() == last["model"].keys()
+    moved = {name for name, p in backbone_of(last).items() if not torch.equal(p, base[name])}
+    assert moved == base.keys()
+    assert all(line.keys() & TERMS == {"diffusion"} for line in steps(run, "physics"))
+    assert all(line["held_out"].keys() == {"diffusion"} for line in judged(run, "physics"))
+
+
+@pytest.mark.parametrize("stop", [7, 9])
+def test_all_weights_trained_on_resume_to_the_bit(stop, go):
+    complete, run = go("complete", **ALL_WEIGHTS), go(stop_at=stop, **ALL_WEIGHTS)
+    assert same_run(again(run), complete)
+
+
+def test_all_weights_trained_on_are_what_sample_draws_with(go, tmp_path):
+    """Its clips are others than the backbone's of before, by the same prompt and noise."""
+    run = go(physics_lr=0.05, **ALL_WEIGHTS)
+    drawn = []
+    for name in ("last", "base"):
+        out = tmp_path / f"{name}.gif"
+        sample.main(["--run", str(run), "--checkpoint", name, "--prompt", "a red ball falls", "--n", "1",
+                     "--steps", "2", "--out", str(out), "--device", "cpu"])
+        drawn.append(iio.imread(out).astype(int))
+    assert drawn[0].shape == drawn[1].shape and np.abs(drawn[0] - drawn[1]).max() > 30
+
+
 # --- refused before any work --------------------------------------------------------------------------------
 @pytest.mark.parametrize("fields, says", [
     (dict(init_from="nowhere"), "nowhere is no run folder"), (dict(teacher="nowhere"), "There are no maps in"),
     (dict(teacher="no/where"), "There are no maps in"), (dict(data_dir="nowhere"), "no folder of videos"),
+    (dict(data_dir=str(ROOT), base_data_dir="nowhere"), "no folder of videos nowhere"),
     (dict(dim=2**15, heads=2**11, depth=8), "GB of memory"), (dict(batch_size=2**14, frames=256, height=128, width=128, physics_steps=0), "GB of memory"),
     (dict(physical_blocks="0", semantic_experts=2**12, dim=2**13, heads=2**9, height=128, width=128), "GB of memory"),
     (dict(world_clips=10**7, height=128, width=128, frames=256), "GB free")])

@@ -1,5 +1,6 @@
 """Each phenomenon keeps its own law, is drawn where its state says, and its mask is true."""
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -7,7 +8,7 @@ import pytest
 import physics.canvas
 import physics.phenomena
 import world
-from scenes import BALLISTIC, MOVED, SEEDS, alone
+from scenes import BALLISTIC, MOVED, SEEDS, alone, times
 
 
 def towards(pixels, colour):
@@ -92,6 +93,35 @@ def test_what_is_conserved_and_how_light_goes(index):
     assert np.array_equal(states["reflection"]["angle_in"], states["reflection"]["angle_out"])
     bent = states["refraction"]
     assert np.allclose(np.sin(bent["angle_in"]), 1.33 * np.sin(bent["angle_out"]))
+
+
+# ----------------------------------------------------------------------------------------------- weak physics
+@pytest.mark.parametrize("kind", ["weak", "still"])
+@pytest.mark.parametrize("name", physics.phenomena.PHENOMENA)
+def test_every_moment_of_another_physics_is_one_of_the_true_second(name, kind):
+    """Its states are those of the true law at a + b t."""
+    for index in SEEDS:
+        one = physics.phenomena.PHENOMENA[name]
+        moments, _ = times(index, kind)
+        weak = alone(name, index, physics=kind)[1]
+        expected = vars(one.states(SimpleNamespace(**weak.params), moments))
+        x0, y0, x1, _ = weak.box
+        for key, value in weak.states.items():
+            # Places are counted from the middle of the cell's upper edge there, from the corner here.
+            origin = [(x0 + x1) / 2, y0] if key.startswith("position") else 0
+            assert np.allclose(value, expected[key] + origin, atol=1e-12), (name, key)
+
+
+@pytest.mark.parametrize("name", physics.phenomena.PHENOMENA)
+def test_weak_pictures_are_pictures_of_the_true_second(name):
+    for index in (0, 1):
+        weak, _ = alone(name, index, physics="weak", frames=6)
+        true, _ = alone(name, index, frames=240)
+        moments, _ = times(index, "weak", 6)
+        nearest = true.video[np.minimum(np.round(moments * 240).astype(int), 239)].astype(int)
+        away = np.abs(nearest - weak.video).mean((1, 2, 3))
+        assert away.max() < .5, (name, index)  # 1/480 of a second, while a clip changes by more:
+        assert np.abs(weak.video[-1].astype(int) - nearest[0]).mean() > away[0]
 
 
 # ----------------------------------------------------------------------------- pictures agree with the states
