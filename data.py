@@ -368,6 +368,8 @@ def open_pool(cfg: Config, progress: bool = True, stage: str = "physics") -> Poo
 def open_pools(cfg: Config) -> dict[str, Pool]:
     """{stage: its pool} of the stages that have steps; one pool where both learn from the same."""
     pools = {}
+    if cfg.base_steps and cfg.physics_steps and cfg.base_data_dir:
+        VideoClips(cfg)  # what is wrong with its folder is seen before the other's videos are read
     if cfg.base_steps:
         pools["base"] = open_pool(cfg, stage="base")
     if cfg.physics_steps:

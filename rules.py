@@ -8,6 +8,7 @@ import re
 # where flags stand in several rows each of these must hold.
 IDLE = (
     ("annotations windows base_data_dir", "with --data_dir"),
+    ("base_data_dir", "with --physics_steps"),  # --data_dir is not read without
     ("weights cache", "with --latent"),
     ("fps", "with --data_dir or with --latent"),
     ("world_clips world_seed decoys two colour_cues ood physics", "without --data_dir"),

@@ -348,7 +348,7 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
     prompts = preview_prompts(last)
     for sentence in why.values():
         print(sentence)
-    for some in clips.values():
+    for some in {one.key: one for one in clips.values()}.values():  # of one pool it is said once
         warn(some, cfg)
 
     # --- the loop
@@ -426,8 +426,9 @@ def validate(state: State, clips: dict[str, data.Clips], run: Path, log: Log) ->
     """
     held_out = held_out_loss(state, clips[state.stage])
     other = {}
-    if state.stage == "physics" and "base" in clips and clips["base"].key != clips["physics"].key:
-        other["held_out_base"] = held_out_loss(state, clips["base"])["diffusion"]
+    base = clips.get("base")
+    if state.stage == "physics" and base and base.pool.key != clips["physics"].pool.key:
+        other["held_out_base"] = held_out_loss(state, base)["diffusion"]
     log.write(step=state.step, stage=state.stage, seconds=state.seconds, held_out=held_out, **other)
     if held_out["diffusion"] < state.best:
         state.best = held_out["diffusion"]
