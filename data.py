@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -35,7 +34,7 @@ import world
 from common.annotations import OTHER_SLOTS, Folder, split_by_video
 from common.files import (
     cores, digest, is_intact, join_some, map_in_processes, sealed, write_text)
-from common.pool import FORMAT, Pool, PoolClip, open_or_build
+from common.pool import FORMAT, Pool, PoolClip, check_room, open_or_build
 from common.run import description
 from common.video import Cut, pixels
 from config import Config, UserError, stream
@@ -330,18 +329,6 @@ def pool_place(cfg: Config, source) -> tuple[Path, dict]:
     return Path(cfg.pool_dir) / f"{source.name}-{digest(settings)[:12]}", settings
 
 
-def check_room(cfg: Config, place: Path) -> None:
-    """Raises UserError where a world's clips are more than the disk of `place` has room for."""
-    place = place.absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free / 1e9
-    needed = 3e-9 * (cfg.world_clips + cfg.val_clips) * cfg.frames * cfg.height * cfg.width
-    if needed > free:
-        raise UserError(f"The clips need {needed:,.1f} GB, and the disk of --pool_dir {cfg.pool_dir} has "
-                        f"{free:,.1f} GB free: lower --world_clips or --val_clips.")
-
-
 def open_pool(cfg: Config, progress: bool = True, stage: str = "physics") -> Pool:
     """The pool of what a stage (base | physics) learns from, built if need be (bar and summary when
     `progress`): stage one has its own world, or its own folder of videos where one is given.
@@ -358,7 +345,8 @@ def open_pool(cfg: Config, progress: bool = True, stage: str = "physics") -> Poo
     size = (cfg.frames, cfg.height, cfg.width)
     path, settings = pool_place(cfg, source)
     if not (cfg.data_dir or path.exists()):  # how much a folder of videos gives is not known yet
-        check_room(cfg, path.parent)
+        clip_bytes = 3 * cfg.frames * cfg.height * cfg.width
+        check_room(path.parent, (cfg.world_clips + cfg.val_clips) * clip_bytes)
     pool = open_or_build(path, size, source, settings, progress)
     if progress:
         print(pool.summary)

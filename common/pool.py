@@ -145,6 +145,18 @@ def open_or_build(path: Path, size: tuple[int, int, int], source, settings: dict
     raise Stopped(f"The clips written to {path} cannot be read back; is the disk sound?")
 
 
+def check_room(place: Path, needed: int) -> None:
+    """Raises UserError where the disk of the folder `place`, that is or will be, has less room than
+    the bytes needed for the clips."""
+    there = place.absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    if needed > free:
+        raise UserError(f"The clips need {needed / 1e9:,.1f} GB, and the disk of --pool_dir {place} "
+                        f"has {free / 1e9:,.1f} GB free: lower --world_clips or --val_clips.")
+
+
 def build(path: Path, source, settings: dict, progress: bool) -> None:
     """Write a source's clips into the folder `path`, which is whole or absent."""
     try:
