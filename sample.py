@@ -5,6 +5,8 @@
                                         which phenomenon the router sees where
     python sample.py --run runs/small --prompt "..." --invert_experts
                                         the paper's Figure 8: the same noise, other experts
+    python sample.py --run runs/small --prompt "..." --with_and_without
+                                        the same noise without and with the branch, where it looked
     python sample.py --weights DIR --prompt "..." [--branch FILE]
                                         an official model, bare or with a branch
 
@@ -20,7 +22,6 @@ E_cat phenomena.
 import dataclasses
 import functools
 import math
-import os
 import re
 import sys
 import warnings
@@ -36,11 +37,12 @@ from tqdm import tqdm
 import config
 import data
 import diffusion
+from common.paths import check_writable, read_lines
 from common.pictures import (
     MOST_PIXELS,
     ClipRouting,
     check_fps,
-    overlay,
+    comparison_cell,
     plain_cell,
     routing_cell,
     save,
@@ -131,22 +133,8 @@ def generate(model, prompts: list[str], *, indices: Sequence[int] | None = None,
 
         index = indices[start:start + batch]
         for i, clip in enumerate(model.draw(denoise, seed, index, steps, guidance, watch)):
-            yield clip, clip_routing(said["shown"], i, said["t"], model.cfg.grid)
+            yield clip, ClipRouting.of(said["shown"], i, said["t"], model.cfg.grid)
     bar.close()
-
-
-def clip_routing(routing, i: int, t: float, grid: tuple[int, int, int]) -> ClipRouting | None:
-    """What a batch's Routing, made at diffusion time t, says of its clip i."""
-    if routing is None:
-        return None
-
-    def of_clip(values):
-        return None if values is None else values[i].float().cpu().numpy()
-
-    lift = of_clip(routing.refinement_lift)  # (N, E_cat)
-    if lift is not None:
-        lift = lift.reshape(*grid, -1)  # (T', h, w, E_cat)
-    return ClipRouting(lift, of_clip(routing.semantic), t)
 
 
 # --- run folder ---------------------------------------------------------------------------------
@@ -218,30 +206,35 @@ def play_fps(cfg: Config) -> float:
     return cfg.fps if cfg.data_dir else cfg.frames
 
 
+def bare(model: RunModel) -> RunModel:
+    """The same model without its branch."""
+    net = model.net.backbone if isinstance(model.net, ProPhy) else model.net
+    return dataclasses.replace(model, net=net)
+
+
 def preview(path, model: RunModel, prompts: dict[str, list[int]]) -> None:
     """A GIF of one clip a prompt, at least 128 pixels high, sampled as the model's config says for
-    previews; with the branch, a heat map beside each.
+    previews. With the branch: the clip of the same noise without it, then with it, and where the
+    router looked.
 
-    prompts: {prompt: indices of the phenomena it names}; the map with the highest peak among them
-    is shown. Where it names none there is no map: that of a phenomenon which is not there was never
-    trained there, and glows at random.
+    prompts: {prompt: indices of the phenomena it names, which the map is chosen from}.
     """
     cfg = model.cfg
-    made = generate(model, list(prompts), seed=cfg.seed, steps=cfg.preview_steps,
-                    guidance=cfg.guidance, progress=False)
+    make = functools.partial(generate, prompts=list(prompts), seed=cfg.seed, progress=False,
+                             steps=cfg.preview_steps, guidance=cfg.guidance)
     scale = max(4, math.ceil(128 / cfg.height))
-    names = data.category_names(cfg)
-    cells = []
-    for (clip, routing), (prompt, named) in zip(made, prompts.items()):
-        beside = None
-        if named and routing and routing.lift is not None:
-            strongest = max(named, key=lambda c: routing.lift[..., c].max())
-            beside = names[strongest], overlay(clip, routing.lift[..., strongest], scale)
-        cells.append(plain_cell(clip, prompt, "", scale, beside))
+    without = [clip for clip, _ in make(bare(model))]
+    if isinstance(model.net, ProPhy):
+        names = data.category_names(cfg)
+        cells = [comparison_cell(first, *made, prompt, scale, {i: names[i] for i in named})
+                 for first, made, (prompt, named) in zip(without, make(model), prompts.items())]
+    else:
+        cells = [plain_cell(clip, prompt, "", scale) for clip, prompt in zip(without, prompts)]
     save_gif(path, sheet(cells), play_fps(cfg))
 
 
 # --- the command --------------------------------------------------------------------------------
+COMPARED = ("with_and_without", "invert_experts", "expert")  # a picture shows two versions
 OFFICIAL_ONLY = ("branch", "negative", "solver", "dynamic", "tiled", "frames", "height", "width")
 
 
@@ -271,7 +264,9 @@ class Flags:
 
     # --- how they are made and shown
     show_routing: bool = False  # with each clip, a heat map per trained phenomenon, expert weights
+    with_and_without: bool = False  # clips without and with the branch, its strongest map beside
     invert_experts: bool = False  # flip the semantic router's logits; the two side by side
+    expert: list[str] = flag([])  # 3=+2: raise the logit of semantic expert 3 by 2; several times
     scale: int = 0  # screen pixels per pixel; 0 = so that a clip is about 256 high
     fps: float = 0  # frames shown a second; 0 = as the clips were made
     batch: int = 8  # clips at a time
@@ -295,12 +290,18 @@ class Flags:
         only = [f"--{name}" for name in OFFICIAL_ONLY if getattr(self, name)]
         if only and not self.weights:
             raise UserError(f"{', '.join(only)} belongs to --weights.")
-        if self.weights and self.show_routing:
-            raise UserError("--show_routing is for models trained here; official ones have no picture "
-                            "of it yet.")
-        if self.no_branch and (self.show_routing or self.invert_experts):
-            raise UserError("--show_routing and --invert_experts need the branch that --no_branch "
-                            "leaves out.")
+        compared = [f"--{name}" for name in COMPARED if getattr(self, name)]
+        need = ["--show_routing"] * self.show_routing + compared
+        if len(compared) > 1 or (self.with_and_without and self.show_routing):
+            raise UserError(f"Give one of {', '.join(need)}: a picture has one layout and compares "
+                            "two versions.")
+        for name in ("show_routing", "with_and_without"):
+            if self.weights and getattr(self, name):
+                raise UserError(f"--{name} is for models trained here; official ones have no picture "
+                                "of it yet.")
+        if self.no_branch and need:
+            raise UserError(f"{', '.join(need)} needs the branch that --no_branch leaves out.")
+        self.shifts()
         if self.out and Path(self.out).suffix.lower() not in (".gif", ".mp4"):
             raise UserError(f"--out must end in .gif or .mp4, not {Path(self.out).name!r}.")
         if self.fps:
@@ -310,19 +311,43 @@ class Flags:
                 raise UserError(f"--{name} must be 1 or more, not 0.")
 
 
+    def shifts(self) -> list[tuple[int, float]]:
+        """What --expert asks for: (number of the expert from 1, what its logit gains). Raises
+        UserError."""
+        found = []
+        for text in self.expert:
+            match = re.fullmatch(r"(\d{1,4})=([+-]?\d{1,2}(?:\.\d{1,9})?)", text)
+            if not match:
+                raise UserError("--expert must be NUMBER=CHANGE, such as 3=+2, with a change of less "
+                                f"than 100, not {text!r}.")
+            found.append((int(match[1]), float(match[2])))
+        return found
+
+
+def edit_of(flags: Flags, model, told: str) -> Callable | None:
+    """What is done to semantic logits (B, E_s). Raises UserError, with what is `told` of the model,
+    where it has no such router or expert."""
+    shifts = flags.shifts()
+    if not flags.invert_experts and not shifts:
+        return None
+    if getattr(model.net, "semantic", None) is None:
+        name = "expert" if shifts else "invert_experts"
+        raise UserError(f"--{name} needs a semantic router; {told}.")
+    experts = model.cfg.semantic_experts
+    change = torch.zeros(experts)
+    for number, amount in shifts:
+        if not 1 <= number <= experts:
+            raise UserError(f"--expert {number} is none of this model's experts, 1 to {experts}.")
+        change[number - 1] += amount  # an expert named twice gains both
+    return (lambda logits: logits + change.to(logits)) if shifts else invert
+
+
 def all_prompts(flags: Flags) -> list[str]:
     """What --prompt and --prompts ask for: of a file its lines that are not empty. Raises
     UserError."""
     lines = []
     if flags.prompts:
-        try:
-            # A byte-order mark is no part of the first prompt, and str.splitlines would also end a
-            # line at form feeds and Unicode's separators.
-            lines = Path(flags.prompts).read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeDecodeError) as e:
-            raise UserError(f"--prompts {flags.prompts} cannot be read as UTF-8 text "
-                            f"({type(e).__name__}).") from None
-        lines = [line.strip() for line in lines if line.strip()]
+        lines = read_lines("--prompts", flags.prompts)
         if not lines:
             raise UserError(f"--prompts {flags.prompts} holds no prompt.")
     prompts = flags.prompt + lines
@@ -347,22 +372,11 @@ def warn(tokenizer: data.Tokenizer, cfg: Config, prompts: list[str]) -> None:
 def open_out(flags: Flags) -> Path:
     """The path to write, its folder made and found writable before any clip is."""
     name = re.sub(r"[^a-z0-9]+", "-", flags.prompt[0].lower())[:60].strip("-") or "clip"
-    name += "-bare" * flags.no_branch
-    name += "-routing" * flags.show_routing
-    name += "-inverted" * flags.invert_experts
+    said = {"bare": flags.no_branch, "routing": flags.show_routing, "experts": flags.expert,
+            "with-and-without": flags.with_and_without, "inverted": flags.invert_experts}
+    name += "".join(f"-{word}" for word, given in said.items() if given)
     out = Path(flags.out or f"{flags.run or Path(flags.branch).parent}/samples/{name}.gif")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"The folder {out.parent} cannot be made ({e.strerror}).") from None
-    probe = out.with_name(f"{out.name}.{os.getpid()}.part")  # as long a name as it will have first
-    try:
-        probe.touch()
-        probe.unlink()
-    except OSError as e:
-        raise UserError(f"{out} cannot be written ({e.strerror}).") from None
-    if out.is_dir():
-        raise UserError(f"{out} cannot be written: it is a folder.")
+    check_writable(out)
     return out
 
 
@@ -377,38 +391,35 @@ def main(argv: list[str]) -> None:
         precision=pick_precision(flags.precision, device))
 
     # Everything that can be refused is refused before the first step.
-    model = (open_official if flags.weights else open_run)(flags)
+    model, edit = (open_official if flags.weights else open_run)(flags)
     out = open_out(flags)
     prompts = [prompt for prompt in flags.prompt for _ in range(flags.n)]
     guidance = flags.guidance
     if guidance is None:
         guidance = model.cfg.guidance if flags.weights else 1.5
-    make = functools.partial(generate, model, prompts, seed=flags.seed, steps=flags.steps,
+    make = functools.partial(generate, prompts=prompts, seed=flags.seed, steps=flags.steps,
                              guidance=guidance)
     if not flags.weights:
         warn(model.tokenizer, model.cfg, flags.prompt)
-        save(out, clips_in_one(flags, model, prompts, make), flags.fps or play_fps(model.cfg))
+        save(out, clips_in_one(flags, model, edit, prompts, make), flags.fps or play_fps(model.cfg))
         print(f"wrote {out}")
         return
 
     # Each clip of an official model is written when it is done, for it took minutes.
-    edit = invert if flags.invert_experts else None
-    for i, (clip, _) in enumerate(make(negative=flags.negative, edit=edit, batch=1)):
+    for i, (clip, _) in enumerate(make(model, negative=flags.negative, edit=edit, batch=1)):
         path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{i}")
         save(path, clip, flags.fps or model.cfg.fps)
         print(f"wrote {path}")
 
 
 def open_official(flags: Flags):
-    """The model of --weights. Raises UserError where it cannot do what is asked for."""
+    """The model of --weights and its edit. Raises UserError where it cannot do what is asked for."""
     from official import clips
     model = clips.OfficialModel(
         flags.weights, flags.device, torch.bfloat16 if flags.precision == "bf16" else torch.float32,
         "" if flags.no_branch else flags.branch, solver=flags.solver, dynamic=flags.dynamic,
         tiled=flags.tiled, frames=flags.frames, height=flags.height, width=flags.width)
-    if flags.invert_experts and getattr(model.net, "semantic", None) is None:
-        raise UserError("--invert_experts needs a semantic router: give --branch, a file trained with "
-                        "one.")
+    edit = edit_of(flags, model, "give --branch, a file trained with one")
     try:
         model.process.times(flags.steps, model.solver)
         if flags.dynamic:
@@ -416,28 +427,28 @@ def open_official(flags: Flags):
     except ValueError as e:
         asked = f"--steps {flags.steps}" + " --dynamic" * flags.dynamic
         raise UserError(f"{asked}: {e}") from None
-    return model
+    return model, edit
 
 
-def open_run(flags: Flags) -> RunModel:
-    """The model of --run. Raises UserError where it cannot do what is asked for."""
+def open_run(flags: Flags) -> tuple[RunModel, Callable | None]:
+    """The model of --run, and its edit. Raises UserError where it cannot do what is asked for."""
     cfg, net, process, tokenizer, info = load_run(flags.run, flags.checkpoint, flags.device)
-    if flags.no_branch and isinstance(net, ProPhy):
-        net = net.backbone
+    model = RunModel(cfg, net, process, tokenizer, flags.precision, info)
+    model = bare(model) if flags.no_branch else model
 
     # Has it the routers?
-    semantic = getattr(net, "semantic", None)
-    maps = getattr(net, "refinement", None) and info["categories_present"]
+    maps = getattr(model.net, "refinement", None) and info["categories_present"]
     which = f"this {info['stage']} model of {flags.run} has none"
-    if flags.show_routing and semantic is None and not maps:
+    if flags.show_routing and getattr(model.net, "semantic", None) is None and not maps:
         raise UserError(f"--show_routing needs a router; {which} to show.")
-    if flags.invert_experts and semantic is None:
-        raise UserError(f"--invert_experts needs a semantic router; {which}.")
+    if flags.with_and_without and not isinstance(model.net, ProPhy):
+        raise UserError(f"--with_and_without needs a branch; {which}.")
+    edit = edit_of(flags, model, which)
 
     # Can all clips be one picture, and can its process take so many steps?
     clips = flags.n * len(flags.prompt)
     size = 4 if flags.show_routing else 1  # a routing cell is as large as four clips
-    cells = clips * (1 + flags.invert_experts) * size
+    cells = clips * (3 if flags.with_and_without else 2 if edit else 1) * size
     scale = scale_of(flags, cfg)
     if cells * cfg.frames * cfg.height * cfg.width * scale**2 > MOST_PIXELS:
         raise UserError(f"{clips} clips at --scale {scale} make too large a picture: lower --n or "
@@ -446,7 +457,7 @@ def open_run(flags: Flags) -> RunModel:
         process.times(flags.steps)
     except ValueError as e:
         raise UserError(f"--steps {flags.steps}: {e}") from None
-    return RunModel(cfg, net, process, tokenizer, flags.precision, info)
+    return model, edit
 
 
 def scale_of(flags: Flags, cfg: Config) -> int:
@@ -454,26 +465,35 @@ def scale_of(flags: Flags, cfg: Config) -> int:
     return flags.scale or max(1, round(256 / cfg.height))
 
 
-def clips_in_one(flags: Flags, model: RunModel, prompts: list[str], make: Callable) -> np.ndarray:
+def clips_in_one(flags: Flags, model: RunModel, edit: Callable | None, prompts: list[str],
+                 make: Callable) -> np.ndarray:
     """The clips of a run as one moving picture. make: `generate`, told most of what it needs."""
     # The same prompts and the same noise for each version.
-    versions = {"plain": None, "inverted": invert} if flags.invert_experts else {"": None}
+    versions = {"": (model, None)}
+    if flags.with_and_without:
+        versions = {"without": (bare(model), None), "with": (model, None)}
+    elif edit:
+        label = f"expert {' '.join(flags.expert)}" if flags.expert else "inverted"
+        versions = {"plain": (model, None), label: (model, edit)}
     indices = list(range(flags.n)) * len(flags.prompt)
-    made = [list(make(indices=indices, edit=edit, batch=flags.batch)) for edit in versions.values()]
+    made = [list(make(one, indices=indices, edit=how, batch=flags.batch))
+            for one, how in versions.values()]
 
-    # One cell a clip; the versions of a clip stand side by side.
+    # One cell a clip, its versions side by side; or one cell for both, with a map.
     names = {i: data.category_names(model.cfg)[i] for i in model.info["categories_present"]}
     scale = scale_of(flags, model.cfg)
     cells = []
     for prompt, *clips in zip(prompts, *made):
+        if flags.with_and_without:
+            cells.append(comparison_cell(clips[0][0], *clips[1], prompt, scale, names))
+            continue
         for label, (clip, routing) in zip(versions, clips):
             if flags.show_routing:
-                cell = routing_cell(clip, prompt, label, scale, routing, names)
+                cells.append(routing_cell(clip, prompt, label, scale, routing, names))
             else:
-                cell = plain_cell(clip, prompt, label, scale)
-            cells.append(cell)
-    group = len(versions) * (flags.n if len(flags.prompt) > 1 else 1)
-    return sheet(cells, len(versions), group)
+                cells.append(plain_cell(clip, prompt, label, scale))
+    pair = len(cells) // len(prompts)
+    return sheet(cells, pair, pair * (flags.n if len(flags.prompt) > 1 else 1))
 
 
 if __name__ == "__main__":

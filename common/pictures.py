@@ -22,6 +22,7 @@ STRIP_INK = (205, 210, 222)
 GAP = 8  # pixels between things
 LINE = 17  # pixels of a line of text
 COLUMNS = 4  # heat maps a row
+SEEN = .5  # peak of a map from which on the model says "it is there"; its targets are 0 and 1
 MOST_LINES = 100  # of a caption; what is longer is cut
 FPS = {".gif": (0.01, 100), ".mp4": (0.01, 1000)}  # what a file can hold; a GIF counts hundredths
 MOST_PIXELS = 2**28  # of all frames of a sheet: 0.8 GB in memory, more than a viewer opens
@@ -44,6 +45,20 @@ class ClipRouting:
     lift: np.ndarray | None  # P'_r on the token grid, float32 (T', h, w, E_cat)
     semantic: np.ndarray | None  # rho_s, float32 (E_s,)
     t: float
+
+    @classmethod
+    def of(cls, routing, i: int, t: float, grid: tuple[int, int, int]):
+        """What a batch's Routing, made at diffusion time t, says of its clip i; None of None."""
+        if routing is None:
+            return None
+
+        def of_clip(values):
+            return None if values is None else values[i].float().cpu().numpy()
+
+        lift = of_clip(routing.refinement_lift)  # (N, E_cat)
+        if lift is not None:
+            lift = lift.reshape(*grid, -1)  # (T', h, w, E_cat)
+        return cls(lift, of_clip(routing.semantic), t)
 
 
 # --- frames -------------------------------------------------------------------------------------
@@ -147,6 +162,17 @@ class Panel:
         return out
 
 
+def heat_map(clip, heat, scale: int) -> np.ndarray:
+    """`overlay` of a map (T', h, w) whose peak says that its phenomenon is there; else a plate that
+    says "not seen". A map of what is not there was hardly trained: its glow means nothing."""
+    if heat.max() >= SEEN:
+        return overlay(clip, heat, scale)
+    count, h, w, _ = clip.shape
+    plate = Panel(w * scale, h * scale, PLATE)
+    plate.write(w * scale // 2, h * scale // 2, "not seen", FAINT, 12, w * scale, anchor="mm")
+    return plate.frames(count)
+
+
 def bars(panel: Panel, x, y, width, height, rho) -> None:
     """Semantic weights rho_s (E_s,) as bars from 0 to 1, beside the experts' numbers."""
     panel.draw.rounded_rectangle((x, y, x + width - 1, y + height - 1), 6, fill=PLATE)
@@ -177,10 +203,10 @@ def legend(panel: Panel, y, width, t) -> None:
     panel.write(width - 1, y, "1", FAINT, 12, anchor="ra")
 
 
-def plain_cell(clip, text: str, label: str, scale: int, beside=None) -> np.ndarray:
-    """A clip (F, H, W, 3), beside it one heat map (name, frames) if there is any, below it the
-    caption."""
-    shown = [(label, enlarge(clip, scale)), *([beside] if beside else [])]
+def plain_cell(clip, text: str, label: str, scale: int, *beside) -> np.ndarray:
+    """A clip (F, H, W, 3), beside it what else there is to see, each as (name, frames as large as
+    the clip is shown), below it the caption."""
+    shown = [(label, enlarge(clip, scale)), *beside]
     h, w = shown[0][1].shape[1:3]
     top = LINE + 2 if label or beside else 0
     width = len(shown) * (w + GAP) - GAP
@@ -192,6 +218,17 @@ def plain_cell(clip, text: str, label: str, scale: int, beside=None) -> np.ndarr
         panel.place(x, top, frames)
     panel.write_lines(top + h + 4, lines)
     return panel.frames(len(clip))
+
+
+def comparison_cell(bare, clip, routing: ClipRouting, text: str, scale: int,
+                    names: dict[int, str]) -> np.ndarray:
+    """Two clips (F, H, W, 3) of one noise, without the branch and with it, and where the router
+    looked: of the phenomena {index: name} the map with the highest peak."""
+    beside = [("with the branch", enlarge(clip, scale))]
+    if names and routing.lift is not None:
+        strongest = max(names, key=lambda category: routing.lift[..., category].max())
+        beside.append((names[strongest], heat_map(clip, routing.lift[..., strongest], scale)))
+    return plain_cell(bare, text, "without", scale, *beside)
 
 
 def routing_cell(clip, text: str, label: str, scale: int, routing: ClipRouting,
@@ -226,7 +263,7 @@ def routing_cell(clip, text: str, label: str, scale: int, routing: ClipRouting,
         x = i % COLUMNS * map_pitch
         y = y_maps + i // COLUMNS * row_pitch
         panel.write(x, y, name, FAINT, 12, map_pitch - GAP)
-        panel.place(x, y + LINE, overlay(clip, routing.lift[..., category], small))
+        panel.place(x, y + LINE, heat_map(clip, routing.lift[..., category], small))
     return panel.frames(len(clip))
 
 

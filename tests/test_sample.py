@@ -240,28 +240,44 @@ def test_a_broken_run_is_one_sentence(tmp_path, kind, sentence):
     assert not (run / "bang").exists()  # no code of the file has run
 
 
-def test_preview_shows_the_clip_and_the_strongest_trained_map(loaded, tmp_path, monkeypatch):
+def test_preview_shows_one_noise_without_and_with_the_branch_and_where_it_looked(loaded, tmp_path, monkeypatch):
     cfg, net, process, tokenizer, _ = loaded
-    clip = np.zeros((2, 4, 16, 16, 3), np.uint8)
-    for i in range(4):
-        clip[:, i, 4:12, 2 * i : 2 * i + 6] = (40, 200, 80)
     lift = np.zeros((*CFG.grid, 17), np.float32)
     lift[:, 1, 1, 4], lift[..., 3], lift[..., 11] = 0.9, 1.0, 0.2  # 3 peaks, but is not in the prompt
-    routing = common.pictures.ClipRouting(lift, None, 0.5)
-    monkeypatch.setattr(sample, "generate", lambda *a, **k: zip(clip, [routing, None]))
-    sample.preview(tmp_path / "p.gif", sample.RunModel(cfg, net, process, tokenizer),
-                   {"a": PRESENT, "b": PRESENT})
-    back = iio.imread(tmp_path / "p.gif")[..., :3].astype(int)
-    scale = 8  # 16 pixels become the promised 128
-    g, top = common.pictures.GAP, common.pictures.GAP + common.pictures.LINE + 2
-    large, heat = common.pictures.enlarge(clip[0], scale), common.pictures.overlay(clip[0], lift[..., 4], scale)
-    assert len(back) == 4
-    assert np.abs(back[:, top : top + 128, g : g + 128] - large).mean() < 6
-    assert np.abs(back[:, top : top + 128, 2 * g + 128 : 2 * g + 256] - heat).mean() < 6
-    # a bare backbone has no map
-    assert (back[:, top : top + 128, 3 * g + 384 + 16 :] == common.pictures.PAPER).mean() > 0.99
-    duration = iio.immeta(tmp_path / "p.gif")["duration"]
-    assert duration * 4 == 1000  # a world clip lasts one second
+    generate = sample.generate
+
+    def looked(model, *rest, **named):
+        """The real clips, a routing that is known."""
+        for clip, routing in generate(model, *rest, **named):
+            yield clip, routing and common.pictures.ClipRouting(lift, None, 0.5)
+
+    monkeypatch.setattr(sample, "generate", looked)
+    saved = []
+    monkeypatch.setattr(sample, "save_gif", lambda path, frames, fps: saved.append((frames, fps)))
+    one = sample.RunModel(cfg, net, process, tokenizer)
+    sample.preview("p.gif", one, {PROMPTS[0]: PRESENT})
+    how = dict(seed=cfg.seed, steps=cfg.preview_steps, guidance=cfg.guidance)
+    bare, _ = clips(loaded, PROMPTS[:1], model=net.backbone, **how)
+    branched, _ = clips(loaded, PROMPTS[:1], **how)
+    (frames, fps), = saved
+    large = [common.pictures.enlarge(clip, 8) for clip in (bare[0], branched[0])]  # 16 pixels become 128
+    heat = common.pictures.overlay(branched[0], lift[..., 4], 8)
+    gap, top = common.pictures.GAP, common.pictures.GAP + common.pictures.LINE + 2
+    for i, expected in enumerate((*large, heat)):
+        x = gap + i * (128 + gap)
+        assert np.array_equal(frames[:, top : top + 128, x : x + 128], expected)
+    assert not np.array_equal(*large) and fps == 4  # a world clip lasts one second
+
+
+def test_preview_of_stage_one_shows_single_clips(loaded, monkeypatch):
+    cfg, net, process, tokenizer, _ = loaded
+    saved = []
+    monkeypatch.setattr(sample, "save_gif", lambda path, frames, fps: saved.append(frames))
+    sample.preview("p.gif", sample.RunModel(cfg, net.backbone, process, tokenizer), {PROMPTS[0]: PRESENT})
+    bare, _ = clips(loaded, PROMPTS[:1], model=net.backbone, seed=cfg.seed, steps=cfg.preview_steps,
+                    guidance=cfg.guidance)
+    cell = common.pictures.plain_cell(bare[0], PROMPTS[0], "", 8)
+    assert np.array_equal(saved[0], common.pictures.sheet([cell]))
 
 
 # --- command ------------------------------------------------------------------------------------------------
@@ -315,10 +331,43 @@ def test_show_routing_and_inversion_side_by_side(command, loaded):
     for label, edit in (("plain", None), ("inverted", experts.invert)):
         videos, routings = clips(loaded, PROMPTS[:1], edit=edit)
         cells.append(common.pictures.routing_cell(videos[0], PROMPTS[0], label, 8, routings[0], names))
-        third = common.pictures.overlay(videos[0], routings[0].lift[..., PRESENT[2]], 4)
+        third = common.pictures.heat_map(videos[0], routings[0].lift[..., PRESENT[2]], 4)
         x = 2 * (64 + common.pictures.GAP)
         # the last of three maps
         assert np.array_equal(cells[-1][:, -64 - common.pictures.GAP : -common.pictures.GAP, x : x + 64], third)
+    assert np.array_equal(frames, common.pictures.sheet(cells, 2)) and not np.array_equal(*cells)
+
+
+def test_with_and_without_shows_the_bare_backbone_and_the_branch_from_one_noise(command, loaded):
+    path, frames, _ = command("--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--n", "1", "--with_and_without")
+    bare, _ = clips(loaded, PROMPTS[:2], indices=[0, 0], model=loaded[1].backbone)
+    branched, routings = clips(loaded, PROMPTS[:2], indices=[0, 0])
+    names = {i: physics.phenomena.CATEGORIES[i] for i in PRESENT}
+    cells = [common.pictures.comparison_cell(*row, 8, names)
+             for row in zip(bare, branched, routings, PROMPTS)]
+    assert np.array_equal(frames, common.pictures.sheet(cells, 1, 1)) and "with-and-without" in path.name
+    top = common.pictures.LINE + 2
+    assert np.array_equal(cells[0][:, top : top + 128, :128], common.pictures.enlarge(bare[0], 8))
+    assert not np.array_equal(bare, branched)
+
+
+def test_an_expert_raised_by_hand_gains_exactly_that_logit(run, loaded):
+    flags = sample.Flags(run=str(run), expert=["3=+2", "1=-1.5", "3=1"])
+    one = sample.RunModel(*loaded[:4])
+    edit = sample.edit_of(flags, one, "")
+    assert edit(torch.zeros(2, CFG.semantic_experts)).tolist() == [[-1.5, 0, 3, 0]] * 2
+    _, plain = clips(loaded)
+    _, raised = clips(loaded, edit=edit)
+    for a, b in zip(plain, raised):  # softmax: odds against expert 2 grow by exp of the change
+        odds = (b.semantic / b.semantic[1]) / (a.semantic / a.semantic[1])
+        assert np.allclose(odds, np.exp([-1.5, 0, 3, 0]), rtol=1e-4)
+
+
+def test_raised_experts_stand_beside_the_plain_clip(command, loaded):
+    _, frames, _ = command("--prompt", PROMPTS[0], "--n", "1", "--expert", "3=+2", "--expert", "1=-9")
+    shift = torch.tensor([-9., 0, 2, 0])
+    cells = [common.pictures.plain_cell(clips(loaded, PROMPTS[:1], edit=edit)[0][0], PROMPTS[0], label, 8)
+             for label, edit in (("plain", None), ("expert 3=+2 1=-9", lambda logits: logits + shift))]
     assert np.array_equal(frames, common.pictures.sheet(cells, 2)) and not np.array_equal(*cells)
 
 
@@ -362,6 +411,14 @@ def test_folder_runs_play_at_their_own_rate(tmp_path, command):
     (["--prompt", "a ball", "--checkpoint", "base"], "step000050.pt"),
     (["--prompt", "a ball", "--no_branch", "--show_routing"], "leaves out"),
     (["--prompt", "a ball", "--no_branch", "--invert_experts"], "leaves out"),
+    (["--prompt", "a ball", "--no_branch", "--with_and_without"], "leaves out"),
+    (["--prompt", "a ball", "--no_branch", "--expert", "1=2"], "leaves out"),
+    (["--prompt", "a ball", "--expert", "1=2", "--invert_experts"], "Give one of"),
+    (["--prompt", "a ball", "--with_and_without", "--expert", "1=2"], "Give one of"),
+    (["--prompt", "a ball", "--with_and_without", "--show_routing"], "Give one of"),
+    *[(["--prompt", "a ball", "--expert", bad], "must be NUMBER=CHANGE")
+      for bad in ("3=x", "3", "=2", "3=nan", "3=inf", "3=1e9", "3=100", "3=+-2", "")],
+    (["--prompt", "a ball", "--expert", "0=1"], "1 to 4"), (["--prompt", "a ball", "--expert", "5=1"], "1 to 4"),
     (["--prompt", "a ball", "--n", "3000"], "lower --n or --scale")])
 def test_bad_input_is_one_sentence_before_any_work(run, monkeypatch, argv, sentence):
     monkeypatch.setattr(sample, "generate", lambda *a, **k: pytest.fail("it began to sample"))
@@ -391,6 +448,13 @@ def test_a_flag_that_another_makes_idle_is_refused(argv):
         sample.main, ["--weights", "w", "--prompt", "a ball", *argv.split()])
 
 
+@pytest.mark.parametrize("argv, sentence", [
+    (["--expert", "3=x"], "must be NUMBER=CHANGE"), (["--no_branch", "--expert", "3=1"], "leaves out"),
+    (["--with_and_without"], "trained here"), (["--show_routing"], "trained here")])
+def test_official_weights_refuse_before_they_are_read(argv, sentence):
+    assert sentence in helpers.sentence(sample.main, ["--weights", "nowhere", "--prompt", "a ball", *argv])
+
+
 def test_a_file_of_prompts_has_no_byte_order_mark_and_ends_lines_at_line_ends_alone(tmp_path):
     """str.splitlines would make seven prompts of the third."""
     odd = "a ball\u2028falls\x0con\x0bthe\x1cred\x85left\u2029wall"
@@ -405,6 +469,9 @@ def test_flags_that_the_model_cannot_serve_are_refused(tmp_path):
     vpred = run_folder(tmp_path / "vpred", dataclasses.replace(CFG, process="vpred", predict="v"))
     for run, flags, sentence in ((base, ["--show_routing"], "needs a router"),
                                  (base, ["--invert_experts"], "semantic router"),
+                                 (base, ["--expert", "1=2"], "semantic router"),
+                                 (fine, ["--expert", "1=2"], "semantic router"),
+                                 (base, ["--with_and_without"], "needs a branch"),
                                  (fine, ["--invert_experts"], "semantic router"),
                                  (vpred, ["--steps", "1001"], "1000")):
         with pytest.raises(UserError, match=sentence):

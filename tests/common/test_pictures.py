@@ -26,6 +26,29 @@ def test_overlay_lights_up_its_token_on_a_fixed_scale():
     assert half.sum() < out[lit][0].sum() and np.array_equal(more, out[lit][0])
 
 
+def test_a_map_is_shown_only_where_its_peak_says_that_the_phenomenon_is_there():
+    clip, heat = np.full((4, 16, 16, 3), 160, np.uint8), np.zeros((2, 4, 4), np.float32)
+    heat[1, 2, 3] = common.pictures.SEEN
+    assert np.array_equal(common.pictures.heat_map(clip, heat, 4), common.pictures.overlay(clip, heat, 4))
+    heat[1, 2, 3] -= 0.01
+    plate = common.pictures.heat_map(clip, heat, 4)
+    assert plate.shape == (4, 64, 64, 3) and (plate == plate[0]).all()  # nothing of the clip moves in it
+    grounds = (plate[0] == common.pictures.PLATE).all(-1)
+    assert grounds[:20].all() and not grounds.all()  # words in its middle, nothing else
+
+
+def test_comparison_and_routing_cells_leave_an_unseen_map_empty():
+    clip, lift = np.full((4, 16, 16, 3), 160, np.uint8), np.zeros((2, 4, 4, 3), np.float32)
+    lift[..., 0], lift[..., 2] = 0.3, 0.4
+    routing = common.pictures.ClipRouting(lift, None, 0.5)
+    empty, gap, line = common.pictures.heat_map(clip, lift[..., 2], 8), common.pictures.GAP, common.pictures.LINE
+    cell = common.pictures.comparison_cell(clip, clip, routing, "a ball", 8, {0: "one", 2: "two"})
+    assert np.array_equal(cell[:, line + 2 : line + 130, 2 * (128 + gap) :], empty)
+    small = common.pictures.heat_map(clip, lift[..., 0], 4)
+    cell = common.pictures.routing_cell(clip, "a ball", "", 8, routing, {0: "one"})
+    assert np.array_equal(cell[:, -64 - gap : -gap, :64], small)
+
+
 def test_bars_are_as_long_as_the_weights():
     panel = common.pictures.Panel(300, 200)
     common.pictures.bars(panel, 0, 0, 300, 200, np.array([0.75, 0.25, 0.0], np.float32))

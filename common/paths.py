@@ -1,0 +1,33 @@
+"""Paths that a command line names: a text file to read, a file to write."""
+import os
+from pathlib import Path
+
+from config import UserError
+
+
+def read_lines(flag: str, path: str) -> list[str]:
+    """The lines of a UTF-8 file that are not empty, stripped. Raises UserError, which names the
+    flag, for a file that cannot be read."""
+    try:
+        # A byte-order mark is no part of the first line, and str.splitlines would also end a line
+        # at form feeds and Unicode's separators.
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"{flag} {path} cannot be read as UTF-8 text ({type(e).__name__}).") from None
+    return [line.strip() for line in lines if line.strip()]
+
+
+def check_writable(out: Path) -> None:
+    """Make the folder of a file to come and find it writable. Raises UserError."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"The folder {out.parent} cannot be made ({e.strerror}).") from None
+    probe = out.with_name(f"{out.name}.{os.getpid()}.part")  # as long a name as it will have first
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise UserError(f"{out} cannot be written ({e.strerror}).") from None
+    if out.is_dir():
+        raise UserError(f"{out} cannot be written: it is a folder.")
