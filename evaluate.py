@@ -1,21 +1,19 @@
-"""Do generated clips obey physics, and does the branch know where it happens? Two tables of a run.
+"""Do generated clips obey physics, and does the branch know which and where? Two tables of a run.
 
     python evaluate.py --run runs/small               both, kept in runs/small/evaluation.json
     python evaluate.py --run runs/a --run runs/b      both for each run, then mean and spread
 
 *Law errors.* Each phenomenon of the world has one law and one detector (physics/laws.py), which
-measures the law from pixels alone. The same detectors judge the true clips, their frames shuffled,
-their middle frame repeated, and noise: these rows say what the figures are worth.
+measures the law from pixels alone. Rows of true and of spoilt clips say what the figures are worth.
 
 *Localisation.* True clips with decoys are noised to t and passed once through the network, and the
-refinement router's maps P'_r are compared with the exact masks: AUC over a clip's tokens, for each
-phenomenon in it. Rivals: where that phenomenon usually is, and the backbone's own attention from
-video to the words of that phenomenon.
+refinement router's maps P'_r are compared with the exact masks: where is a phenomenon (rivals: its
+usual place, and the backbone's attention to its words), and which one is it?
 
 Left out on purpose: how the clips look (a blurred ball that falls rightly is right), and judges
 that are networks.
 
-Letters: F frames, B clips, N video tokens, L text tokens.
+Letters: F frames, B clips, N video tokens, L text tokens, C phenomena.
 """
 import hashlib
 import json
@@ -33,52 +31,76 @@ import config
 import data
 import sample
 import world
+from common import score
 from common.files import is_intact, read_json, sealed, write_text
 from common.run import pick_device
-from common.score import auc, markdown, over_runs
 from common.video import pixels
 from config import Stopped, UserError, flag, stream
-from experts import ProPhy
-from physics import PHENOMENA, laws
+from experts import ProPhy, Routing
+from physics import CATEGORIES, PHENOMENA, laws
 
 
 JUDGED_SEED = 999  # the world whose captions are prompts: no run trains on it
+PAIRS = 1_000_000  # the first of the clips that show two phenomena
 SELECTED = data.HELD_OUT + 200_000  # the first of the clips that choose an attention head
 SCORED = data.HELD_OUT + 100_000  # the first of the clips that are scored
 PRIOR_CLIPS = 2000  # training clips behind the location priors
+OF_WORLD = [CATEGORIES.index(name) for name in laws.LAWS]  # the world's phenomena, C
 LEVELS = (.7, .5, .2)  # noise at which the maps are scored
 
 
 # --- the table of laws --------------------------------------------------------------------------
+def scenes_to_judge(cfg, flags, physics="true") -> list:
+    """Clips of the judged world, whose captions are prompts: flags.n a law, then flags.pairs that
+    show two phenomena."""
+    drawing = world.drawing(cfg, two=1., ood="", physics=physics)
+    single = [world.make_clip(flags.judged_seed, 1000 * i + j, phenomenon=name, **drawing)
+              for i, name in enumerate(laws.LAWS) for j in range(flags.n)]
+    return single + [world.make_clip(flags.judged_seed, PAIRS + j, **drawing)
+                     for j in range(flags.pairs)]
+
+
+def generated(loaded, model, scenes, flags) -> list:
+    """The clips that a model makes of the scenes' captions, uint8 (F, H, W, 3) each."""
+    cfg, _, process, tokenizer, _ = loaded
+    one = sample.RunModel(cfg, model, process, tokenizer, flags.precision)
+    how = {name: getattr(flags, name) for name in ("seed", "steps", "guidance", "batch", "edit")}
+    return [clip for clip, _ in sample.generate(one, [scene.caption for scene in scenes], **how)]
+
+
+def another(scenes, i):
+    """The next scene that caption i is wrong of: other phenomena, beginning on the other side."""
+    mine = scenes[i]
+    return next(scene for scene in scenes[i + 1:] + scenes[:i]
+                if scene.actors[0].side != mine.actors[0].side
+                and not set(scene.categories) & set(mine.categories))
+
+
 def law_table(loaded, flags) -> dict:
-    """{"rows": {row: law_errors}} over flags.n clips a law: first what bounds the figures, then
-    what the model makes. loaded: as sample.load_run returns it."""
-    cfg, model, process, tokenizer, _ = loaded
+    """{"rows": {row: laws.law_means}}: first what bounds the figures, then what the model makes.
+    loaded: as sample.load_run returns it."""
+    cfg, model, *_ = loaded
     rng = stream(flags.seed, "scored scenes")
-    drawing = world.drawing(cfg, two=0, ood="")
-    clips = [world.make_clip(JUDGED_SEED, 1000 * i + j, phenomenon=name, **drawing)
-             for i, name in enumerate(laws.LAWS) for j in range(flags.n)]
-    actors = [clip.actors[0] for clip in clips]
+    scenes = scenes_to_judge(cfg, flags)
 
     # Clips that obey, and clips that cannot.
-    true = np.stack([clip.video for clip in clips])  # (clips, F, H, W, 3)
+    true = np.stack([scene.video for scene in scenes])  # (clips, F, H, W, 3)
     videos = {"simulator": true,
-              "frames shuffled": np.stack([video[rng.permutation(cfg.frames)] for video in true]),
+              "frames shuffled": [video[rng.permutation(cfg.frames)] for video in true],
+              "reversed": true[:, ::-1],
               "frozen": true[:, [cfg.frames // 2] * cfg.frames],
+              "weak physics": [clip.video for clip in scenes_to_judge(cfg, flags, "weak")],
+              "wrong caption": [another(scenes, i).video for i in range(len(scenes))],
               "noise": rng.integers(0, 256, true.shape, dtype=np.uint8)}
-    rows = {name: laws.law_errors(some, actors) for name, some in videos.items()}
 
     # What the model makes of the same captions; without its branch, from the same noise.
-    models = {"generated": model}
+    models = {"backbone alone": model}
     if isinstance(model, ProPhy):
-        models["backbone alone"] = model.backbone
-    prompts = [clip.caption for clip in clips]
+        models = {"backbone alone": model.backbone, "with the branch": model}
     for name, one in models.items():
-        one = sample.RunModel(cfg, one, process, tokenizer, flags.precision)
-        made = sample.generate(one, prompts, seed=flags.seed, steps=flags.steps,
-                               guidance=flags.guidance, batch=flags.batch)
-        rows[name] = laws.law_errors(np.stack([clip for clip, _ in made]), actors)
-    return {"rows": rows}
+        videos[name] = generated(loaded, one, scenes, flags)
+    return {"rows": {name: laws.law_means(laws.judge(some, scenes))
+                     for name, some in videos.items()}}
 
 
 # --- localisation -------------------------------------------------------------------------------
@@ -89,6 +111,7 @@ class Occurrence:
     side: str
     positive: np.ndarray  # bool (N,) tokens of which it covers a quarter
     words: list[int]  # their places in the caption
+    attention: np.ndarray | None = None  # (layers, 2, heads, N), from video tokens to these words
 
     @property
     def scorable(self) -> bool:
@@ -137,99 +160,185 @@ def attention_maps(backbone, x_t, time, text, length) -> torch.Tensor:
     return torch.stack(maps, 1)
 
 
-@torch.no_grad()
-def observe(loaded, flags, indices, t):
-    """What the network shows of the phenomena in the world's clips of these indices (a range), all
-    with a decoy, noised to t.
+def noised(loaded, flags, indices, drawing, t=None):
+    """The judged world's clips of these indices (a range), drawn so, noised to t or, without it,
+    each to a time of its own.
 
-    Yields for each phenomenon its Occurrence; its map P'_r (N,), None where there is no branch; and
-    the attention (layers, 2, heads, N) of each video token to its words.
+    Yields for each batch its clips, the network's arguments, and what process.loss takes after a
+    prediction.
     """
     cfg, model, process, tokenizer, _ = loaded
     device = next(model.parameters()).device
-    branch = isinstance(model, ProPhy)
-    drawing = world.drawing(cfg, decoys=1., ood=flags.ood)
     for start in range(0, len(indices), flags.batch):
         some = indices[start:start + flags.batch]
-        made = [world.make_clip(cfg.world_seed, i, **drawing) for i in some]
-
-        # Captions and noised clips as tensors.
+        made = [world.make_clip(flags.judged_seed, i, **drawing) for i in some]
         text, length = tokenizer.encode_all([clip.caption for clip in made], cfg.text_len)
-        text = text.to(device)  # (B, L)
-        length = length.to(device)
         x = pixels(np.stack([clip.video for clip in made]))  # (B, 3, F, H, W)
-        eps = process.draw(flags.seed, some, x.shape[1:])[1]
-        now = torch.full((len(made),), t)
-        x_t = process.noise(x, now, eps).to(device)
-        time = process.model_time(now).to(device)
+        now, eps = process.draw(flags.seed, some, x.shape[1:])
+        if t is not None:
+            now = torch.full((len(made),), t)
+        inputs = process.noise(x, now, eps), process.model_time(now), text, length
+        yield made, [value.to(device) for value in inputs], (now, x, eps)
 
+
+@dataclass
+class Seen:
+    """What the network shows of one clip; None for what it has not."""
+    occurrences: list[Occurrence]
+    lift: np.ndarray | None  # P'_r (N, E_cat)
+    semantic: np.ndarray | None  # rho_s (E_s,)
+    semantic_lift: np.ndarray | None  # (E_cat,)
+
+
+@torch.no_grad()
+def observe(loaded, flags, indices, t, ood="", attention=False) -> list[Seen]:
+    """What the network shows of these clips of the judged world, all with a decoy, noised to t; the
+    attention, too, if asked. Raises UserError where no phenomenon is scorable."""
+    cfg, model, *_ = loaded
+    drawing = world.drawing(cfg, decoys=1., ood=ood)
+    seen = []
+    for clips, inputs, _ in noised(loaded, flags, indices, drawing, t):
         # One pass through the network, and one through the backbone alone for its attention.
         backbone = model
-        with torch.autocast(device.type, torch.bfloat16, enabled=flags.precision == "bf16"):
-            if branch:
+        routing = Routing()
+        half = flags.precision == "bf16"
+        with torch.autocast(inputs[0].device.type, torch.bfloat16, enabled=half):
+            if isinstance(model, ProPhy):
                 backbone = model.backbone
-                lift = model(x_t, time, text, length)[1].refinement_lift  # (B, N, E_cat)
-            attention = attention_maps(backbone, x_t, time, text, length).cpu().numpy()
-        for b, clip in enumerate(made):
-            for one in occurrences(clip, cfg):
-                refinement = lift[b, :, one.category].float().cpu().numpy() if branch else None
-                yield one, refinement, attention[b][..., one.words].sum(-1)
+                _, routing = model(*inputs, flags.edit)
+            maps = attention_maps(backbone, *inputs).cpu().numpy() if attention else None
+        said = [None if some is None else some.float().cpu().numpy() for some in (
+            routing.refinement_lift, routing.semantic, routing.semantic_lift)]
+        for b, clip in enumerate(clips):
+            found = occurrences(clip, cfg)
+            for one in found if attention else ():
+                one.attention = maps[b][..., one.words].sum(-1)
+            seen.append(Seen(found, *(None if some is None else some[b] for some in said)))
+
+    if not any(one.scorable for clip in seen for one in clip.occurrences):
+        raise UserError(f"No phenomenon of {len(indices)} clips can be scored on {cfg.grid} "
+                        "tokens: raise --clips.")
+    return seen
 
 
-def best_head(observations) -> tuple | None:
-    """(layer, reading, head) of the attention with the best mean AUC; None if none is scorable."""
-    aucs = [np.apply_along_axis(auc, -1, attention, one.positive)
-            for one, _, attention in observations if one.scorable]  # (layers, 2, heads) each
-    return np.unravel_index(np.mean(aucs, 0).argmax(), aucs[0].shape) if aucs else None
+def best_head(seen) -> tuple:
+    """(layer, reading, head) of the attention with the best mean AUC."""
+    aucs = [np.apply_along_axis(score.auc, -1, one.attention, one.positive)  # (layers, 2, heads)
+            for clip in seen for one in clip.occurrences if one.scorable]
+    return np.unravel_index(np.mean(aucs, 0).argmax(), aucs[0].shape)
+
+
+def laid_out(seen, map_of) -> np.ndarray:
+    """(clips, N, C): map_of(Occurrence), (N,), where it belongs among the world's phenomena, and
+    zeros elsewhere."""
+    N = len(seen[0].occurrences[0].positive)
+    maps = np.zeros((len(seen), N, len(CATEGORIES)))
+    for row, clip in zip(maps, seen):
+        for one in clip.occurrences:
+            row[:, one.category] = map_of(one)
+    return maps[..., OF_WORLD]
+
+
+def routing_scores(seen) -> dict:
+    """{score: (value, chance)} of what the network's routers show, as common/score.py has them."""
+    positive = laid_out(seen, lambda one: one.positive) > 0
+    there = laid_out(seen, lambda one: 1)[:, 0] > 0  # (clips, C)
+    scores = {}
+    if seen[0].lift is not None:
+        maps = np.stack([clip.lift for clip in seen])[..., OF_WORLD]
+        scores |= {"where: refinement maps": (score.mean_auc(maps, positive), .5),
+                   **score.which_scores(maps, positive, there)}
+    if seen[0].semantic is not None:
+        lift = np.stack([clip.semantic_lift for clip in seen])[:, OF_WORLD]
+        scores |= score.semantic_scores(np.stack([clip.semantic for clip in seen]), lift, there)
+    return scores
 
 
 def localisation_table(loaded, flags) -> dict:
-    """{"rows": {row: {noise level: mean AUC over phenomena}}, and how many were scored and skipped,
-    which heads}.
+    """{"rows": {row: {"chance": value, noise level: value}}, and what describe tells}.
 
-    A phenomenon is scored where some, and not all, of a clip's tokens are positive. Rows:
-    - the maps P'_r;
+    Rows "where" are score.mean_auc of
     - the share of training clips in which a token is positive: the same map for all clips of a
       phenomenon, and again for each side, which is harder, as the caption tells the side;
     - the backbone's attention, with layer, head and reading (plain, or as a share of the attention
-      to the whole caption) chosen by best mean AUC at that noise level on half as many other clips.
+      to the whole caption) chosen by best mean AUC at that noise level on half as many other clips;
+    - the maps P'_r.
+    Rows "which" are of these maps, too, rows "text" of the semantic router, which sees no noise.
     """
-    cfg = loaded[0]
-    priors = location_priors(cfg)
-    never = np.zeros(math.prod(cfg.grid))  # the prior of what no training clip shows
+    priors = location_priors(loaded[0])
     rows = {}
     heads = {}
     for t in tqdm(LEVELS, desc="localisation", unit="noise level", leave=False):
         others = range(SELECTED, SELECTED + max(flags.clips // 2, 1))
-        head = best_head(observe(loaded, flags, others, t))
-        seen = list(observe(loaded, flags, range(SCORED, SCORED + flags.clips), t))
-        scored = [shown for shown in seen if shown[0].scorable]
-        if head is None or not scored:
-            raise UserError(f"No phenomenon of {flags.clips} clips can be scored on {cfg.grid} "
-                            "tokens: raise --clips.")
+        head = best_head(observe(loaded, flags, others, t, flags.ood, attention=True))
+        indices = range(SCORED, SCORED + flags.clips)
+        seen = observe(loaded, flags, indices, t, flags.ood, attention=True)
 
-        aucs = {}
-        for one, refinement, attention in scored:
-            maps = {"refinement maps": refinement,
-                    "location prior": priors.get(one.category, never),
-                    "prior given the side": priors.get((one.category, one.side), never),
-                    "backbone's best attention": attention[head]}
-            for name, scores in maps.items():
-                if scores is not None:
-                    aucs.setdefault(name, []).append(auc(scores, one.positive))
+        # A phenomenon that no training clip shows has no prior.
+        rivals = {"location prior": lambda one: priors.get(one.category, 0),
+                  "prior given the side": lambda one: priors.get((one.category, one.side), 0),
+                  "backbone's best attention": lambda one: one.attention[head]}
+        positive = laid_out(seen, lambda one: one.positive) > 0
+        found = {f"where: {name}": (score.mean_auc(laid_out(seen, map_of), positive), .5)
+                 for name, map_of in rivals.items()}
 
         level = f"{t:.0%} noise"
         layer, reading, number = head
         heads[level] = f"layer {layer}, head {number}, {('plain', 'share')[reading]}"
-        for name, values in aucs.items():
-            rows.setdefault(name, {})[level] = float(np.mean(values))
-    return {"rows": rows, "scored": len(scored), "skipped": len(seen) - len(scored),
+        for name, (value, chance) in (found | routing_scores(seen)).items():
+            row = rows.setdefault(name, {"chance": chance})
+            row["any noise" if name.startswith("text") else level] = value
+    scorable = [one.scorable for clip in seen for one in clip.occurrences]
+    return {"rows": rows, "scored": sum(scorable), "skipped": scorable.count(False),
             "attention": heads}
+
+
+# --- one model, clip by clip --------------------------------------------------------------------
+@torch.no_grad()
+def held_out_losses(loaded, flags, physics) -> list[float]:
+    """The diffusion loss of each of flags.clips clips that no run saw, at times and noise that
+    depend on flags.seed alone."""
+    cfg, model, process, tokenizer, _ = loaded
+    one = sample.RunModel(cfg, model, process, tokenizer, flags.precision)
+    drawing = world.drawing(cfg, ood="", physics=physics)
+    indices = range(SCORED, SCORED + flags.clips)
+    losses = []
+    for _, inputs, truth in noised(loaded, flags, indices, drawing):
+        with torch.autocast(one.device.type, torch.bfloat16, enabled=flags.precision == "bf16"):
+            prediction, _ = one.predict(*inputs, flags.edit)
+        losses += process.loss(prediction.cpu(), *truth).tolist()
+    return losses
+
+
+def measure(loaded, flags) -> dict:
+    """What ablate.py compares of a model (loaded: as sample.load_run returns it), clip by clip, so
+    that differences can be paired. JSON-able:
+
+    - errors: laws.judge of the clips made of scenes_to_judge;
+    - dynamic: of each of these clips, its motion over that of the true one;
+    - held_out, held_out_weak: held_out_losses on true and on weak physics;
+    - which_where: {score: value} at 50 % noise; what the model has not is left out.
+
+    flags: n, pairs, clips, seed, steps, guidance, batch and precision as in Flags, none left open;
+    judged_seed: the world of all clips, JUDGED_SEED in reports and another for choices; edit: None
+    or a function of the semantic logits; only_laws: errors and dynamic alone.
+    """
+    scenes = scenes_to_judge(loaded[0], flags)
+    videos = generated(loaded, loaded[1], scenes, flags)
+    scores = {"errors": laws.judge(videos, scenes),
+              "dynamic": [laws.motion(video, scene) / laws.motion(scene.video, scene)
+                          for video, scene in zip(videos, scenes)]}
+    if not flags.only_laws:
+        seen = observe(loaded, flags, range(SCORED, SCORED + flags.clips), .5)
+        scores |= {"held_out": held_out_losses(loaded, flags, "true"),
+                   "held_out_weak": held_out_losses(loaded, flags, "weak"),
+                   "which_where": {name: one for name, (one, _) in routing_scores(seen).items()}}
+    return scores
 
 
 PARTS = {"laws": law_table, "localisation": localisation_table}
 SETTINGS = {  # the flags that a table depends on
-    "laws": ("n", "seed", "steps", "guidance", "precision"),
+    "laws": ("n", "pairs", "seed", "steps", "guidance", "precision"),
     "localisation": ("clips", "seed", "ood", "precision"),
 }
 
@@ -240,6 +349,7 @@ class Flags:
     """The command line."""
     run: list[str] = flag([])  # run folder; several: mean and spread over them
     n: int = 16  # clips a law
+    pairs: int = 24  # clips of two phenomena
     clips: int = 128  # held-out clips for the localisation
     seed: int = 0  # of the noise
     checkpoint: str = "best"  # best | last | base (end of stage one) | a file in checkpoints/
@@ -251,13 +361,18 @@ class Flags:
     device: str = flag("auto", config.CHOICES["device"])  # auto = cuda, else mps, else cpu
     precision: str = flag("auto", config.CHOICES["precision"])  # auto = the run's, on its device
 
+    # No flags, but what `measure` may be asked as well.
+    judged_seed = JUDGED_SEED
+    edit = None
+
     IDLE = (  # as in rules.py
-        ("n steps guidance", "without --only localisation"), ("clips ood", "without --only laws"))
+        ("n pairs steps guidance", "without --only localisation"),
+        ("clips ood", "without --only laws"))
 
     def check(self):
         if not self.run:
             raise UserError("Say --run DIR; --help lists every flag.")
-        least = {"n": 1, "clips": 1, "batch": 1, "seed": 0, "steps": 0, "guidance": 0}
+        least = {"n": 1, "pairs": 1, "clips": 1, "batch": 1, "seed": 0, "steps": 0, "guidance": 0}
         for name, low in least.items():
             value = getattr(self, name)
             if not low <= value < math.inf:
@@ -293,7 +408,7 @@ def with_defaults(flags, cfg, device):
 def version_of(run, checkpoint, step) -> dict:
     """What else a table depends on: the checkpoint, and the code that measures and draws."""
     path = sample.find_checkpoint(Path(run) / "checkpoints", checkpoint)
-    files = [Path(__file__), Path(laws.__file__), *world.SOURCES]
+    files = [Path(__file__), Path(laws.__file__), Path(score.__file__), *world.SOURCES]
     code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
     return dict(checkpoint=path.name, step=step, saved=path.stat().st_mtime_ns, code=code)
 
@@ -345,15 +460,20 @@ def rows_shown(table) -> dict:
 
 def describe(part, table) -> None:
     """Print a table, and what its figures rest on."""
-    print(markdown(rows_shown(table)))
-    if part == "laws":
-        n, se = table["settings"]["n"], table["rows"]["generated"]["se"]
-        print(f"Errors in 0..1, {n} clips a law; standard error of the generated clips' mean over "
-              f"all laws {se:.3f}.")
-    else:
+    rows = table["rows"]
+    print(score.markdown(rows_shown(table)))
+    if part == "localisation":
         heads = "; ".join(f"{level}: {head}" for level, head in table["attention"].items())
-        print(f"AUC, {table['scored']} phenomena ({table['skipped']} more had no positive or no "
-              f"negative token). Attention chosen: {heads}.")
+        print(f"Where and presence: AUC; {table['scored']} phenomena ({table['skipped']} more had "
+              f"no positive or no negative token). Attention chosen: {heads}.")
+        return
+    for row, names in laws.LAWFUL.items():
+        print(f"{row}: these hold all the same: {', '.join(laws.LAWS[n].__name__ for n in names)}.")
+    print("Errors in 0..1, {n} clips a law, {pairs} of two phenomena. What matters, ± standard "
+          "error:".format(**table["settings"]))
+    for name in ("backbone alone", "with the branch", "simulator"):
+        if name in rows:
+            print("{0}: {all:.3f} ± {se:.3f}, two {two:.3f}".format(name, **rows[name]))
 
 
 def main(argv) -> None:
@@ -372,7 +492,7 @@ def main(argv) -> None:
     if len(done) > 1:
         for part in done[0]:
             print(f"\n{len(done)} runs, {part}: mean ± standard deviation")
-            print(markdown(over_runs([rows_shown(tables[part]) for tables in done])))
+            print(score.markdown(score.over_runs([rows_shown(tables[part]) for tables in done])))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""evaluate.py: AUC, location priors and attention by hand; tables say what they should."""
+"""evaluate.py: location priors and attention by hand; tables and measures say what they should."""
 import dataclasses
 import json
 import subprocess
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -18,21 +19,12 @@ import experts
 import model
 import sample
 import world
+from common import score
 from config import UserError
 from helpers import ROOT, perturbed, rewrite, write_run
 
 
 # --- localisation -------------------------------------------------------------------------------------------
-def test_auc_counts_pairs():
-    rng = np.random.default_rng(0)
-    for levels in (3, 10, 10**6):  # with many ties, with few, with none
-        scores, positive = rng.integers(0, levels, 60), rng.random(60) < .3
-        pairs = [(p > q) + (p == q) / 2 for p in scores[positive] for q in scores[~positive]]
-        assert evaluate.auc(scores, positive) == pytest.approx(np.mean(pairs))
-    assert evaluate.auc(positive, positive) == 1 and evaluate.auc(~positive, positive) == 0
-    assert evaluate.auc(np.zeros(60), positive) == .5
-
-
 def test_words_are_those_of_the_phenomenon():
     cfg = config.preset("small", text_len=40)
     for i in range(150):
@@ -55,7 +47,7 @@ def test_priors_know_the_place_better_with_the_side_and_less_than_the_masks():
     for i in range(60):
         clip = world.make_clip(0, 10_000 + i, **world.drawing(cfg))
         for sight in filter(lambda sight: sight.scorable, evaluate.occurrences(clip, cfg)):
-            means.append([evaluate.auc(m, sight.positive) for m in (
+            means.append([score.auc(m, sight.positive) for m in (
                 priors[sight.category], priors[sight.category, sight.side], sight.positive)])
     prior, sided, exact = np.mean(means, 0)
     assert .6 < prior < sided - .02 and sided < exact == 1
@@ -87,7 +79,7 @@ def run_folder(folder, cfg=CFG, branch=True):
 
 
 def run_main(*argv):
-    counts = {"laws": ["--n", "1"], "localisation": ["--clips", "6"]}
+    counts = {"laws": ["--n", "1", "--pairs", "2"], "localisation": ["--clips", "6"]}
     used = [word for part, words in counts.items() if part == argv[-1] or argv[-2] != "--only" for word in words]
     evaluate.main([*map(str, argv), *used, "--batch", "4"])
 
@@ -97,16 +89,23 @@ def test_the_whole_command(tmp_path, capsys):
     run_main("--run", run)
     shown, stored = capsys.readouterr().out, json.loads((run / "evaluation.json").read_text())
     rows = stored["laws"]["rows"]
-    assert list(rows) == ["simulator", "frames shuffled", "frozen", "noise", "generated", "backbone alone"]
-    assert rows["simulator"]["all"] < .1 and rows["noise"]["all"] == rows["frozen"]["all"] == 1
-    assert rows["frames shuffled"]["all"] > .7
+    assert list(rows) == ["simulator", "frames shuffled", "reversed", "frozen", "weak physics", "wrong caption",
+                          "noise", "backbone alone", "with the branch"]
     true = rows["simulator"]
-    assert f"| simulator       | 1.000 | {true['all']:.3f} |" in shown
-    assert set(physics.laws.LAWS[name].__name__ for name in physics.laws.LAWS) < set(rows["generated"])
+    assert true["all"] < .05 and true["two"] < .05 and rows["noise"]["all"] == rows["frozen"]["all"] == 1
+    assert min(rows[name][column] for name in ("frames shuffled", "wrong caption") for column in ("all", "two")) > .7
+    assert f"| simulator       | 1.000 | {true['all']:.3f} | {true['two']:.3f} |" in shown
+    assert [line.split(":")[0] for line in shown.split("error:\n")[1].splitlines()[:3]] == [
+        "backbone alone", "with the branch", "simulator"]
+    assert "reversed: these hold all the same: gravity, collision, refraction, mirror." in shown
+    assert set(physics.laws.LAWS[name].__name__ for name in physics.laws.LAWS) < set(rows["with the branch"])
     places = stored["localisation"]["rows"]
-    assert list(places) == ["refinement maps", "location prior", "prior given the side",
-                            "backbone's best attention"]
-    assert all(list(row) == ["70% noise", "50% noise", "20% noise"] for row in places.values())
+    assert [name for name in places if name.startswith("where")] == [
+        f"where: {name}" for name in ("location prior", "prior given the side", "backbone's best attention",
+                                      "refinement maps")]
+    levels = ["chance", "70% noise", "50% noise", "20% noise"]
+    assert all(list(row) == (["chance", "any noise"] if name.startswith("text") else levels)
+               for name, row in places.items())
     assert stored["localisation"]["scored"] >= 6
     assert "prior given the side" in shown and "layer" in shown
 
@@ -126,9 +125,9 @@ def test_the_whole_command(tmp_path, capsys):
     run_main("--run", run, "--run", other, "--seed", 2)
     last = capsys.readouterr().out.split("2 runs, laws")[1]
     tables = [json.loads((one / "evaluation.json").read_text()) for one in (run, other)]
-    assert "backbone alone" not in tables[1]["laws"]["rows"]
-    assert "refinement maps" not in tables[1]["localisation"]["rows"]
-    values = [table["localisation"]["rows"]["backbone's best attention"]["50% noise"] for table in tables]
+    assert "with the branch" not in tables[1]["laws"]["rows"]
+    assert all(name.startswith("where") for name in tables[1]["localisation"]["rows"])
+    values = [table["localisation"]["rows"]["where: backbone's best attention"]["50% noise"] for table in tables]
     assert f"{np.mean(values):.3f} ± {np.std(values, ddof=1):.3f}" in last and "refinement maps" not in last
     assert np.std(values) > 0
 
@@ -140,14 +139,15 @@ def test_generated_clips_are_judged_by_their_captions(tmp_path, monkeypatch):
 
     def make_clip(*args, **how):
         clip = honest(*args, **how)
-        drawn[clip.caption] = clip.video
+        if how["physics"] == "true":
+            drawn[clip.caption] = clip.video
         return clip
     monkeypatch.setattr(world, "make_clip", make_clip)
     monkeypatch.setattr(sample, "generate", lambda model, prompts, **how: (
         (drawn[prompt], None) for prompt in prompts))
-    flags = evaluate.Flags(n=1, steps=2, guidance=1, batch=4, precision="fp32")
+    flags = evaluate.Flags(n=1, pairs=2, steps=2, guidance=1, batch=4, precision="fp32")
     rows = evaluate.law_table(loaded, flags)["rows"]
-    assert rows["generated"] == rows["simulator"] and rows["generated"]["found"] == 1
+    assert rows["backbone alone"] == rows["simulator"] and rows["simulator"]["found"] == 1
 
 
 def test_exact_maps_score_one(tmp_path, monkeypatch):
@@ -160,6 +160,9 @@ def test_exact_maps_score_one(tmp_path, monkeypatch):
                for i in range(first, first + n)]
     again, knows, hidden = list(indices), True, ""
 
+    def judged(i):
+        return world.make_clip(evaluate.JUDGED_SEED, i, **world.drawing(cfg, decoys=1.))
+
     def sights(clip, cfg):
         return [dataclasses.replace(one, positive=one.positive & (actor.phenomenon != hidden))
                 for one, actor in zip(honest(clip, cfg), clip.actors)]
@@ -167,38 +170,112 @@ def test_exact_maps_score_one(tmp_path, monkeypatch):
     def forward(self, x, t, text, text_length=None, edit=None):
         lift = torch.zeros(len(x), N, cfg.categories)
         for row, i in zip(lift, indices):
-            for sight in sights(world.make_clip(0, i, **world.drawing(cfg, decoys=1.)), cfg):
+            for sight in sights(judged(i), cfg):
                 row[:, sight.category] = torch.from_numpy(sight.positive).float() * knows
         return x, experts.Routing(refinement_lift=lift)
 
     def attention_maps(backbone, x_t, time, text, length):
         maps = torch.rand(len(x_t), cfg.depth, 2, cfg.heads, N, text.shape[1])
         for one in maps:
-            for sight in sights(world.make_clip(0, indices.pop(0), **world.drawing(cfg, decoys=1.)), cfg):
+            for sight in sights(judged(indices.pop(0)), cfg):
                 one[1, 1, 0, :, sight.words] = torch.from_numpy(sight.positive).float()[:, None]
         return maps
     monkeypatch.setattr(experts.ProPhy, "forward", forward)
     monkeypatch.setattr(evaluate, "attention_maps", attention_maps)
     monkeypatch.setattr(evaluate, "occurrences", sights)
-    for knows, hidden, expected in ((True, "", 1), (False, "", .5), (True, "liquid motion", 1)):
+    for knows, hidden, expected in ((True, "", 1), (False, "", .5), (True, "melting", 1)):
         indices[:] = again
         flags = evaluate.Flags(clips=clips, batch=batch, precision="fp32")
         table = evaluate.localisation_table(loaded, flags)
-        assert set(table["rows"]["refinement maps"].values()) == {expected} and not indices
-        assert set(table["rows"]["backbone's best attention"].values()) == {1}
+        rows = table["rows"]
+        assert set(rows["where: refinement maps"].values()) == {.5, expected} and not indices
+        assert set(rows["where: backbone's best attention"].values()) == {.5, 1}
+        if knows and not hidden:  # the maps are the masks
+            assert all({*row.values()} == {row["chance"], 1} for name, row in rows.items() if name[:5] == "which")
+            assert 0 < rows["which: average precision"]["chance"] < .2
+        if not knows:
+            assert all(len({*row.values()}) == 1 for name, row in rows.items() if name[:5] == "which")
         assert set(table["attention"].values()) == {"layer 1, head 0, share"}
-        scenes = [world.make_clip(0, i, **world.drawing(cfg, decoys=1.))
-                  for i in range(evaluate.SCORED, evaluate.SCORED + clips)]
+        scenes = [judged(i) for i in range(evaluate.SCORED, evaluate.SCORED + clips)]
         shown = [actor.phenomenon for scene in scenes for actor in scene.actors]
-        assert "liquid motion" in shown and table["skipped"] == shown.count(hidden)
+        assert "melting" in shown and table["skipped"] == shown.count(hidden)
         assert table["scored"] + table["skipped"] == len(shown)
         priors = evaluate.location_priors(cfg)
         scored = [one for scene in scenes for one in sights(scene, cfg)]
-        for row, key in (("location prior", lambda one: one.category),
-                         ("prior given the side", lambda one: (one.category, one.side))):
-            values = [evaluate.auc(priors.get(key(one), np.zeros(N)), one.positive)
+        for row, key in (("where: location prior", lambda one: one.category),
+                         ("where: prior given the side", lambda one: (one.category, one.side))):
+            values = [score.auc(priors.get(key(one), np.zeros(N)), one.positive)
                       for one in scored if one.scorable]
-            assert set(table["rows"][row].values()) == {np.mean(values)}
+            assert set(rows[row].values()) == {.5, np.mean(values)}
+
+
+def test_a_wrong_caption_tells_of_nothing_in_its_clip():
+    flags = dataclasses.replace(evaluate.Flags(), n=2, pairs=1)
+    scenes = evaluate.scenes_to_judge(CFG, flags)
+    assert [len(scene.actors) for scene in scenes] == [1] * 24 + [2]
+    judged = physics.laws.judge([evaluate.another(scenes, i).video for i in range(25)], scenes)
+    assert [row[:2] for row in judged[:24]] == [[name, 1] for name in physics.laws.LAWS for _ in range(2)]
+    assert min(error for _, n, error, _ in judged if n == 1) > .9
+    for i, scene in enumerate(scenes):
+        other = evaluate.another(scenes, i)
+        assert other.actors[0].side != scene.actors[0].side and not {*other.categories} & {*scene.categories}
+
+
+# --- what ablate.py measures --------------------------------------------------------------------------------
+def measured(loaded, **how):
+    """evaluate.measure of few clips."""
+    few = dict(n=1, pairs=2, clips=6, seed=0, steps=2, guidance=1., batch=5, precision="fp32", judged_seed=998,
+               edit=None, only_laws=False)
+    return evaluate.measure(loaded, types.SimpleNamespace(**few | how))
+
+
+def test_measure_counts_what_its_flags_ask_for(tmp_path):
+    loaded = sample.load_run(run_folder(tmp_path / "run"))
+    found = json.loads(json.dumps(measured(loaded)))
+    assert [row[:2] for row in found["errors"][:12]] == [[name, 1] for name in physics.laws.LAWS]
+    assert [n for _, n, *_ in found["errors"][12:]] == [2] * 4 and len(found["dynamic"]) == 14
+    assert len(found["held_out"]) == len(found["held_out_weak"]) == 6 and found["held_out"] != found["held_out_weak"]
+    assert {name.split(":")[0] for name in found["which_where"]} == {"where", "which", "text"}
+    # Another batch size moves rounding alone, another world everything.
+    again = measured(loaded, batch=3)
+    assert again["held_out"] == pytest.approx(found["held_out"], rel=1e-4)
+    other = measured(loaded, judged_seed=999)
+    assert other["held_out"] != pytest.approx(found["held_out"], rel=1e-2)
+    assert set(measured(loaded, only_laws=True)) == {"errors", "dynamic"}
+    bare = sample.load_run(run_folder(tmp_path / "bare", branch=False))
+    assert measured(bare)["which_where"] == {}
+
+
+def test_the_tables_say_what_measure_says(tmp_path):
+    loaded = sample.load_run(run_folder(tmp_path / "run"))
+    found = measured(loaded, judged_seed=evaluate.JUDGED_SEED)
+    flags = evaluate.Flags(n=1, pairs=2, clips=6, steps=2, guidance=1., batch=5, precision="fp32")
+    assert evaluate.law_table(loaded, flags)["rows"]["with the branch"] == physics.laws.law_means(found["errors"])
+    rows = evaluate.localisation_table(loaded, flags)["rows"]
+    assert found["which_where"] == {name: row.get("50% noise", row.get("any noise"))
+                                    for name, row in rows.items() if name in found["which_where"]}
+
+
+def test_an_edit_changes_the_clips_and_the_losses(tmp_path):
+    loaded = sample.load_run(run_folder(tmp_path / "run"))
+    plain, same, flipped = (measured(loaded, edit=edit) for edit in (None, lambda logits: logits, experts.invert))
+    assert plain == same and plain["dynamic"] != flipped["dynamic"] and plain["held_out"] != flipped["held_out"]
+    assert plain["which_where"]["text: entropy"] != flipped["which_where"]["text: entropy"]
+
+
+def test_held_out_losses_are_those_of_the_prediction(tmp_path, monkeypatch):
+    """A network that knows the clips loses nothing, and one that is off by t on flow matching 1 everywhere."""
+    loaded = cfg, _, process, *_ = sample.load_run(run_folder(tmp_path / "run", branch=False))
+    indices = range(evaluate.SCORED, evaluate.SCORED + 6)
+    shown = np.stack([world.make_clip(998, i, **world.drawing(cfg, physics="weak")).video for i in indices])
+    x = torch.from_numpy(shown / np.float32(127.5) - 1).permute(0, 4, 1, 2, 3)
+    t = process.draw(0, indices, x.shape[1:])[0]
+    assert process.predict == "x"
+    for off in (0, 1):
+        left = iter((x + off * t[:, None, None, None, None]).split(5))
+        monkeypatch.setattr(sample.RunModel, "predict", lambda *_: (next(left), None))
+        flags = types.SimpleNamespace(clips=6, seed=0, batch=5, precision="fp32", judged_seed=998, edit=None)
+        assert evaluate.held_out_losses(loaded, flags, "weak") == pytest.approx([off] * 6, abs=1e-3)
 
 
 def test_two_that_measure_one_run_keep_each_others_tables(tmp_path, monkeypatch):
@@ -219,7 +296,7 @@ def test_two_that_measure_one_run_keep_each_others_tables(tmp_path, monkeypatch)
     path = run / "evaluation.json"
     rewrite(path)
     assert set(evaluate.read_stored(path)) == {"laws", "localisation"}
-    evaluate.evaluate_run(run, dataclasses.replace(flags, n=17))
+    evaluate.evaluate_run(run, dataclasses.replace(flags, pairs=17))
     path.write_text(path.read_text().replace("0.75", "0.95"))
     assert evaluate.read_stored(path) == {}
 
