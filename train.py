@@ -34,6 +34,7 @@ import data
 import diffusion
 import sample
 from common.optim import learning_rate, make_optimizers
+from common.pool import telling_prompts
 from common.run import (
     Log, averaged_base, by_noise, check_data, check_memory, describe_run, description, load_newest,
     million, only_decorates, only_run, resolve, save, save_and_prune, stop_at_full_disk,
@@ -345,7 +346,7 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
     describe_run(run, cfg, why, last.categories_present, keys(clips),
                  tokenizer.key if tokenizer else None)
     log = Log(run / "log.jsonl", state.step)  # without the steps that will be taken again
-    prompts = preview_prompts(last)
+    prompts = telling_prompts(last)
     for sentence in why.values():
         print(sentence)
     for some in {one.key: one for one in clips.values()}.values():  # of one pool it is said once
@@ -450,18 +451,6 @@ def preview(state: State, run: Path, tokenizer: data.Tokenizer, prompts: dict) -
     with state.averaged() as model:
         drawn = sample.RunModel(cfg, model, state.process, tokenizer, cfg.precision)
         sample.preview(run / "samples" / f"step{state.step:06d}.gif", drawn, prompts)
-
-
-def preview_prompts(clips: data.Clips) -> dict[str, list[int]]:
-    """{caption: its categories} of eight held-out clips, those first that show something new."""
-    shown = set()  # categories that a prompt so far has
-    first, rest = {}, {}
-    for row in clips.pool.held:
-        present = clips.categories[row].nonzero().flatten().tolist()
-        (first if set(present) - shown else rest)[clips.pool.captions[row]] = present
-        shown |= set(present)
-    prompts = {caption: present for caption, present in (first | rest).items() if caption.strip()}
-    return dict(list(prompts.items())[:8]) or {"a clip": []}
 
 
 def conclude(state: State, clips: data.Clips, run: Path, prompt: str) -> None:

@@ -101,6 +101,21 @@ class Pool:
         return self.video[rows]
 
 
+def telling_prompts(clips) -> dict[str, list[int]]:
+    """{caption: its categories} of eight held-out clips, those first that show something new.
+
+    clips: a data.ClipOrder, over a Pool or over a cache of latents.
+    """
+    shown = set()  # categories that a prompt so far has
+    first, rest = {}, {}
+    for row in clips.pool.held:
+        present = clips.categories[row].nonzero().flatten().tolist()
+        (first if set(present) - shown else rest)[clips.pool.captions[row]] = present
+        shown |= set(present)
+    prompts = {caption: present for caption, present in (first | rest).items() if caption.strip()}
+    return dict(list(prompts.items())[:8]) or {"a clip": []}
+
+
 def checksum(video, masks) -> int:
     """Of a clip's bytes, as they are on the disk."""
     return zlib.crc32(masks, zlib.crc32(video))
