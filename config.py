@@ -101,6 +101,7 @@ class Config:
 
     # --- physical branch
     physical_blocks: str = knob("1,3,5", BRANCH)  # those with a physical block (ours); empty = none
+    train_physical: bool = True  # false = physical blocks stay copies, so that experts learn alone
     semantic: bool = knob(True, BRANCH)  # Semantic Expert Block (Eq. 1)
     refinement: bool = knob(True, BRANCH)  # Refinement Expert Block (Eq. 2)
     injection: str = knob(  # place (of its neighbour; ours) | zero (linear from zero) | plain (bare +)

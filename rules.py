@@ -13,7 +13,7 @@ IDLE = (
     ("fps", "with --data_dir or with --latent"),
     ("world_clips world_seed decoys two colour_cues ood physics", "without --data_dir"),
     ("world_clips world_seed decoys two colour_cues ood physics pool_dir text_depth preview_every "
-     "preview_steps guidance", "without --latent"),
+     "preview_steps guidance train_physical", "without --latent"),
     ("negatives", "with --teacher or without --data_dir"),  # and with the world's masks
     ("background", "with --teacher"),
     ("time_dim", "with --lineage cogvideox"),
@@ -23,7 +23,7 @@ IDLE = (
     ("predict time_mean time_std shift", "with --process flow"),
     ("base_steps lr physics base_data_dir", "without --init_from"),  # which skips stage one
     ("lora_alpha lora_targets", "with --lora_rank"),
-    ("injection semantic_experts refinement_experts top_k map_rank coarse_weight coarse_loss "
+    ("train_physical injection semantic_experts refinement_experts top_k map_rank coarse_weight coarse_loss "
      "fine_weight balance_weight teacher", "with --physical_blocks"),
     ("semantic_experts coarse_weight coarse_loss", "with --semantic"),
     ("refinement_experts top_k map_rank renormalise fine_weight balance_weight teacher",
@@ -91,7 +91,8 @@ def training_rules(cfg):
     yield total >= 10**6, (
         "A run has at most 999,999 steps, for its checkpoints are named by six digits, not "
         f"--base_steps {cfg.base_steps} and --physics_steps {cfg.physics_steps}.")
-    nothing = not (cfg.physical_at or cfg.lora_rank) and cfg.freeze_backbone
+    branch = cfg.physical_at and (cfg.train_physical or cfg.semantic or cfg.refinement)
+    nothing = not (branch or cfg.lora_rank) and cfg.freeze_backbone
     yield cfg.physics_steps and nothing, (
         "Stage two has nothing to train: give --physical_blocks or --lora_rank, or "
         "--freeze_backbone false to train all weights on, or --physics_steps 0 for the backbone "

@@ -88,6 +88,7 @@ class State:
         for p in self.model.branch_state().values():  # LoRA's corrections sit inside the backbone
             p.data = p.data.float()  # what is trained is kept in float32
             p.requires_grad_(True)
+        self.model.physical.requires_grad_(cfg.train_physical)
         self.begin("physics", cfg.base_steps, self.total, cfg.physics_lr)
 
     # ------------------------------------- the training step --------------------------------------
