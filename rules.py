@@ -13,7 +13,7 @@ IDLE = (
     ("fps", "with --data_dir or with --latent"),
     ("world_clips world_seed decoys two colour_cues ood physics", "without --data_dir"),
     ("world_clips world_seed decoys two colour_cues ood physics pool_dir text_depth preview_every "
-     "preview_steps guidance train_physical", "without --latent"),
+     "preview_steps guidance", "without --latent"),
     ("negatives", "with --teacher or without --data_dir"),  # and with the world's masks
     ("background", "with --teacher"),
     ("time_dim", "with --lineage cogvideox"),
@@ -23,8 +23,8 @@ IDLE = (
     ("predict time_mean time_std shift", "with --process flow"),
     ("base_steps lr physics base_data_dir", "without --init_from"),  # which skips stage one
     ("lora_alpha lora_targets", "with --lora_rank"),
-    ("train_physical injection semantic_experts refinement_experts top_k map_rank coarse_weight coarse_loss "
-     "fine_weight balance_weight teacher", "with --physical_blocks"),
+    ("train_physical injection semantic_experts refinement_experts top_k map_rank coarse_weight "
+     "coarse_loss fine_weight balance_weight teacher", "with --physical_blocks"),
     ("semantic_experts coarse_weight coarse_loss", "with --semantic"),
     ("refinement_experts top_k map_rank renormalise fine_weight balance_weight teacher",
      "with --refinement"),
@@ -57,6 +57,8 @@ def pixel_rules(cfg):
 
 def latent_rules(cfg):
     """What training on latents needs."""
+    yield not cfg.train_physical, (
+        "--train_physical false is for models trained here: a published branch has its blocks.")
     yield not cfg.text_dim, (
         "--latent needs --text_dim: text embeddings come from the cache as well.")
     yield not cfg.dry_run and not (cfg.weights and cfg.cache), (

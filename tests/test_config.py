@@ -169,6 +169,8 @@ def test_choices(name, monkeypatch):
     ("--physical_blocks 1;3", "1,3,5"), ("--physical_blocks -1", "--physical_blocks"),
     ("--physical_blocks 1,6", "--depth"), ("--physical_blocks 3,1", "rise"),
     ("--physical_blocks 1,1", "rise"), ("--physical_blocks=", "nothing to train"),
+    ("--train_physical false --semantic false --refinement false", "nothing to train"),
+    ("--config wan-1.3b --weights w --cache c --train_physical false", "--train_physical"),
     ("--init_from runs/a --physics_steps 0", "--init_from"),
     ("--base_steps 0", "--init_from"), ("--top_k 17", "--refinement_experts"), ("--batch_size 1", "L_coarse"),
     ("--ood speed --data_dir videos", "--ood"),
