@@ -82,6 +82,16 @@ def balance_loss(rho_r: Tensor, chosen: Tensor) -> Tensor:
     return E_r * (f * rho_r.float().flatten(0, -2).mean(0)).sum()
 
 
+def semantic_balance_loss(rho_s: Tensor) -> Tensor:
+    """Ours: E_s sum_e p_e^2, with p_e the mean weight of semantic expert e over the clips.
+
+    rho_s (B, E_s). Even use over the clips gives 1, and everything through one expert E_s. L_coarse
+    compares clips and does not care how many experts it does that with; unused basis maps would
+    learn nothing.
+    """
+    return rho_s.shape[1] * rho_s.float().mean(0).square().sum()
+
+
 def relative(maps: Tensor, background: Tensor, kind: str = "subtract") -> Tensor:
     """Attention (...) against that of a generic question (...): positive where it drew more.
 
@@ -123,6 +133,7 @@ def total_loss(losses: dict[str, Tensor], cfg: Config) -> Tensor:
         "coarse": cfg.coarse_weight,
         "fine_align": cfg.fine_weight,
         "balance": cfg.balance_weight,
+        "semantic_balance": cfg.semantic_balance_weight,
     }
     return sum(weights[name] * loss for name, loss in losses.items())
 

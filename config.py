@@ -110,6 +110,7 @@ class Config:
     refinement_experts: int = knob(16, BRANCH, 2**12)  # E_r (ours): more than the world has phenomena
     top_k: int = knob(2, BRANCH)  # experts a token (ours)
     map_rank: int = knob(0, BRANCH)  # factors of a basis map (ours); 0 = full maps, as the paper's
+    semantic_temperature: float = knob(1.0, BRANCH)  # of the semantic router's softmax (ours)
     renormalise: bool = knob(True, BRANCH)  # divide chosen probabilities by their sum (ours)
     categories: int = knob(  # 17 laws of WISA | 29 with its "no obvious", camera and state slots
         17, BRANCH, choices=(17, 29))
@@ -131,6 +132,7 @@ class Config:
     coarse_weight: float = knob(0.1, MAY_BE_ZERO)  # of L_coarse
     fine_weight: float = knob(0.02, MAY_BE_ZERO)  # of L_fine_align
     balance_weight: float = knob(0.01, MAY_BE_ZERO)  # of L_fine_balance
+    semantic_balance_weight: float = 0.0  # of an even use of the semantic experts (ours)
     coarse_loss: str = knob("relative", choices=("relative", "bce"))  # Eq. 3-4 | ablation's rival
     reduction: str = knob("mean", choices=("mean", "sum"))  # of L_coarse, L_fine_align; sum = as printed
     teacher: str = ""  # maps of teacher.py: a folder, or the world's by name; empty = exact masks
@@ -164,8 +166,8 @@ class Config:
     caption_dropout: float = knob(0.1, SHARE)  # share of captions emptied, for guidance
 
     # --- training
-    base_steps: int = knob(3100, MAY_CHANGE, MAY_BE_ZERO)  # stage one: the backbone alone
-    physics_steps: int = knob(450, MAY_CHANGE, MAY_BE_ZERO)  # stage two: the branch beside it
+    base_steps: int = knob(1500, MAY_CHANGE, MAY_BE_ZERO)  # stage one: the backbone alone
+    physics_steps: int = knob(1500, MAY_CHANGE, MAY_BE_ZERO)  # stage two: the branch beside it
     checkpointing: bool = False  # keep only each block's input and compute it again going backward
     freeze_backbone: bool = True  # stage two trains the branch only, as the paper does
     batch_size: int = knob(16, 2**14)  # clips a step
@@ -223,9 +225,13 @@ COG = OFFICIAL | dict(
 WAN = OFFICIAL | dict(
     lineage="wan", text_len=512, freq_dim=256, positions="integer", shift=5.0, guidance=5.0,
     frames=81, height=480, width=832, fps=16.0)
+# Two CPU cores, about twelve minutes. Why these values: docs/experiments.md.
+SMALL = dict(
+    physical_blocks="0,1,2,3,4,5", semantic_experts=16,
+    semantic_temperature=4.0, semantic_balance_weight=0.005, negatives=0.3, fine_weight=0.1)
 PRESETS = {
-    "small": dict(negatives=0.02),  # the defaults but for this: two CPU cores, about twelve minutes
-    "small-wan": dict(negatives=0.02, lineage="wan"),  # the same in the other lineage
+    "small": SMALL,
+    "small-wan": SMALL | dict(lineage="wan"),
     # Official models: their architecture is exact; branch, optimizer and schedule are ours.
     "cogvideox-2b": COG | dict(
         dim=1920, depth=30, heads=30, positions="sincos", snr_shift=3.0,

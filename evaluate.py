@@ -17,11 +17,11 @@ Letters: F frames, B clips, N video tokens, L text tokens, C phenomena.
 """
 import hashlib
 import json
-import math
 import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ JUDGED_SEED = 999  # the world whose captions are prompts: no run trains on it
 PAIRS = 1_000_000  # the first of the clips that show two phenomena
 SELECTED = data.HELD_OUT + 200_000  # the first of the clips that choose an attention head
 SCORED = data.HELD_OUT + 100_000  # the first of the clips that are scored
+MANY = 48  # clips a law, at least, of the rows that bound the figures
 PRIOR_CLIPS = 2000  # training clips behind the location priors
 OF_WORLD = [CATEGORIES.index(name) for name in laws.LAWS]  # the world's phenomena, C
 LEVELS = (.7, .5, .2)  # noise at which the maps are scored
@@ -76,31 +77,36 @@ def another(scenes, i):
                 and not set(scene.categories) & set(mine.categories))
 
 
-def law_table(loaded, flags) -> dict:
-    """{"rows": {row: laws.law_means}}: first what bounds the figures, then what the model makes.
-    loaded: as sample.load_run returns it."""
-    cfg, model, *_ = loaded
+def bounds(cfg, flags) -> dict:
+    """{row: (videos, scenes)} of clips that obey, and of clips that cannot. They cost little, so
+    there are as many as a steady mean needs."""
+    many = SimpleNamespace(judged_seed=flags.judged_seed, n=max(flags.n, MANY), pairs=flags.pairs)
+    scenes = scenes_to_judge(cfg, many)
     rng = stream(flags.seed, "scored scenes")
-    scenes = scenes_to_judge(cfg, flags)
-
-    # Clips that obey, and clips that cannot.
     true = np.stack([scene.video for scene in scenes])  # (clips, F, H, W, 3)
     videos = {"simulator": true,
               "frames shuffled": [video[rng.permutation(cfg.frames)] for video in true],
               "reversed": true[:, ::-1],
               "frozen": true[:, [cfg.frames // 2] * cfg.frames],
-              "weak physics": [clip.video for clip in scenes_to_judge(cfg, flags, "weak")],
+              "weak physics": [clip.video for clip in scenes_to_judge(cfg, many, "weak")],
               "wrong caption": [another(scenes, i).video for i in range(len(scenes))],
               "noise": rng.integers(0, 256, true.shape, dtype=np.uint8)}
+    return {name: (some, scenes) for name, some in videos.items()}
 
-    # What the model makes of the same captions; without its branch, from the same noise.
+
+def law_table(loaded, flags) -> dict:
+    """{"rows": {row: laws.law_means}}: first what bounds the figures, then what the model makes of
+    the same captions; without its branch, from the same noise. loaded: as sample.load_run returns
+    it."""
+    cfg, model, *_ = loaded
+    videos = bounds(cfg, flags)
+    scenes = scenes_to_judge(cfg, flags)
     models = {"backbone alone": model}
     if isinstance(model, ProPhy):
         models = {"backbone alone": model.backbone, "with the branch": model}
     for name, one in models.items():
-        videos[name] = generated(loaded, one, scenes, flags)
-    return {"rows": {name: laws.law_means(laws.judge(some, scenes))
-                     for name, some in videos.items()}}
+        videos[name] = generated(loaded, one, scenes, flags), scenes
+    return {"rows": {name: laws.law_means(laws.judge(*both)) for name, both in videos.items()}}
 
 
 # --- localisation -------------------------------------------------------------------------------
@@ -372,11 +378,6 @@ class Flags:
     def check(self):
         if not self.run:
             raise UserError("Say --run DIR; --help lists every flag.")
-        least = {"n": 1, "pairs": 1, "clips": 1, "batch": 1, "seed": 0, "steps": 0, "guidance": 0}
-        for name, low in least.items():
-            value = getattr(self, name)
-            if not low <= value < math.inf:
-                raise UserError(f"--{name} must be {low} or more, not {value}.")
 
 
 def check_run(run, cfg, process, parts, steps) -> None:

@@ -112,6 +112,7 @@ class SemanticExpertBlock(nn.Module):
 
     def __init__(self, cfg: Config, text_dim: int):
         super().__init__()
+        self.temperature = cfg.semantic_temperature
         self.router = nn.Sequential(  # its depth is ours
             nn.Linear(text_dim, text_dim), nn.SiLU(), nn.Linear(text_dim, cfg.semantic_experts))
         self.basis = FactoredMaps(cfg) if cfg.map_rank else FullMaps(cfg)
@@ -128,7 +129,7 @@ class SemanticExpertBlock(nn.Module):
         logits = self.router(pooled.type_as(self.router[0].weight))  # T5's output may be bf16
         if edit is not None:
             logits = edit(logits)
-        rho = logits.float().softmax(dim=-1)
+        rho = (logits.float() / self.temperature).softmax(dim=-1)
         return logits, rho, self.lift(rho.type_as(self.lift.weight))
 
     def forward(self, x: Tensor, rho: Tensor, grid: Grid) -> Tensor:
@@ -140,8 +141,11 @@ class SemanticExpertBlock(nn.Module):
 class RefinementExpertBlock(nn.Module):
     """x' = x + sum over the top k of rho_r[i] e_i(x), each expert e_i a linear layer (Eq. 2).
 
-    The residual is ours, and so is the start of all experts at zero. `renormalise` divides the
-    chosen weights by their sum, so that a router that grows sharper does not change the size of x'.
+    Router and experts read x normalised, as every other layer of a block does (ours). The tokens
+    of a last block are large: a router that reads them as they are is one-hot from the first step
+    on, sends all tokens to one or two experts, and learns nothing more. The residual is ours, and
+    so is the start of all experts at zero. `renormalise` divides the chosen weights by their sum,
+    so that a router that grows sharper does not change the size of x'.
     """
 
     def __init__(self, cfg: Config):
@@ -157,17 +161,18 @@ class RefinementExpertBlock(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Video tokens (B, N, D) -> refined (B, N, D), rho_r (B, N, E_r), its lift P'_r of Eq. 5
         (B, N, E_cat), chosen (B, N, k)."""
-        rho = self.router(x).float().softmax(dim=-1)  # over all experts, before the choice
+        z = F.layer_norm(x.float(), x.shape[-1:]).type_as(self.weight)
+        rho = self.router(z).float().softmax(dim=-1)  # over all experts, before the choice
         gate, chosen = rho.topk(self.cfg.top_k, dim=-1)  # (B, N, k) each
         if self.cfg.renormalise:
             gate = gate / gate.sum(-1, keepdim=True)
         # To `dispatch` the tokens of all clips are one list (B N, ...).
-        y = dispatch(x.flatten(0, 1), gate.flatten(0, 1), chosen.flatten(0, 1),
+        y = dispatch(z.flatten(0, 1), gate.flatten(0, 1), chosen.flatten(0, 1),
                      self.weight, self.bias).view_as(x)
 
         # An MLP learns slowly from inputs of 1 / E_r: times E_r (ours), an even share reads as 1.
         lift = self.lift((rho * len(self.weight)).type_as(self.weight))
-        return x + y, rho, lift, chosen  # Eq. 2
+        return x + y.type_as(x), rho, lift, chosen  # Eq. 2
 
 
 @torch.compiler.disable  # segment sizes depend on the data, so compiled code would stop here anyway

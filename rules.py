@@ -23,9 +23,11 @@ IDLE = (
     ("predict time_mean time_std shift", "with --process flow"),
     ("base_steps lr physics base_data_dir", "without --init_from"),  # which skips stage one
     ("lora_alpha lora_targets", "with --lora_rank"),
-    ("train_physical injection semantic_experts refinement_experts top_k map_rank coarse_weight "
-     "coarse_loss fine_weight balance_weight teacher", "with --physical_blocks"),
-    ("semantic_experts coarse_weight coarse_loss", "with --semantic"),
+    ("train_physical injection semantic_experts semantic_temperature semantic_balance_weight "
+     "refinement_experts top_k map_rank coarse_weight coarse_loss fine_weight balance_weight teacher",
+     "with --physical_blocks"),
+    ("semantic_experts semantic_temperature semantic_balance_weight coarse_weight coarse_loss",
+     "with --semantic"),
     ("refinement_experts top_k map_rank renormalise fine_weight balance_weight teacher",
      "with --refinement"),
 )

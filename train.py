@@ -227,6 +227,7 @@ def losses_of(state: State, batch: data.Batch, t: Tensor, eps: Tensor) -> tuple[
         if labelled.sum() >= needed:
             p_s, q_s = routing.semantic_lift[labelled], batch.categories[labelled]
             losses["coarse"] = align.coarse_loss(p_s, q_s, cfg.coarse_loss, cfg.reduction)
+            losses["semantic_balance"] = align.semantic_balance_loss(routing.semantic[labelled])
 
     # Where it happens (Eq. 5), taught by the world's exact masks or by a teacher's maps.
     if routing and routing.refinement_lift is not None:
@@ -448,9 +449,8 @@ def publish(state: State, clips: data.Clips, run: Path, loss: float) -> None:
 
 def preview(state: State, run: Path, tokenizer: data.Tokenizer, prompts: dict) -> None:
     """A GIF in samples/ of what the averaged weights draw at these {prompt: its categories}."""
-    cfg = state.cfg
     with state.averaged() as model:
-        drawn = sample.RunModel(cfg, model, state.process, tokenizer, cfg.precision)
+        drawn = sample.RunModel(state.cfg, model, state.process, tokenizer, state.cfg.precision)
         sample.preview(run / "samples" / f"step{state.step:06d}.gif", drawn, prompts)
 
 

@@ -13,7 +13,7 @@ TEN = dict(base_steps=6, physics_steps=4, batch_size=4, world_clips=16, val_clip
            save_every=100, preview_steps=1, guidance=1.0, threads=1, device="cpu", warmup=2)
 SIX = dict(base_steps=4, physics_steps=2)  # gates start shut, so block matrices first move in step three
 CLOCK = {"seconds", "digest"}  # what the wall clock changes in a line of the log
-TERMS = {"diffusion", "coarse", "fine_align", "balance"}
+TERMS = {"diffusion", "coarse", "semantic_balance", "fine_align", "balance"}
 
 
 class Interrupted(Exception):

@@ -116,6 +116,13 @@ BACKGROUND = torch.tensor([[1.0, 1.0, 1.0]])
 PRESENT = torch.tensor([[1.0, 0.0]])
 
 
+def test_semantic_balance_is_1_when_clips_use_all_experts_evenly_and_E_s_when_one_takes_all():
+    near(align.semantic_balance_loss(torch.eye(4)), 1.0)  # sharp, and even over the clips
+    near(align.semantic_balance_loss(torch.full((3, 4), 0.25)), 1.0)
+    near(align.semantic_balance_loss(torch.eye(4)[[2, 2, 2]]), 4.0)
+    near(align.semantic_balance_loss(torch.tensor([[1.0, 0.0], [0.5, 0.5]])), 2 * (0.75**2 + 0.25**2))
+
+
 def test_map_target_follows_the_papers_rule():
     """Differences 2, 1, -1 of a present phenomenon: targets 1, .5, 0 and only the positive ones count."""
     target, mask = align.map_target(MAPS, BACKGROUND, PRESENT)

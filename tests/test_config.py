@@ -102,7 +102,8 @@ def test_what_must_agree_is_listed_in_a_fixed_order():
     """Messages name the first field that differs, so the one that explains the others comes first; a branch's card keeps its rows."""
     assert marked(config.NETWORK) == ("lineage", "dim", "depth", "heads", "ffn", "time_dim", "text_dim", "text_len", "channels", "patch_t", "patch", "positions")
     assert marked(config.BRANCH) == (
-        "physical_blocks", "semantic", "refinement", "injection", "semantic_experts", "refinement_experts", "top_k", "map_rank", "renormalise",
+        "physical_blocks", "semantic", "refinement", "injection", "semantic_experts", "refinement_experts", "top_k", "map_rank", "semantic_temperature",
+        "renormalise",
         "categories", "lora_rank", "lora_alpha", "lora_targets", "frames", "height", "width", "fps")
     assert marked(config.CACHE) == ("lineage", "text_dim", "text_len", "channels", "frames", "height", "width")
     assert marked(config.INIT) == ("text_depth", "process", "predict")

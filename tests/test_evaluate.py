@@ -97,6 +97,9 @@ def test_the_whole_command(tmp_path, capsys):
     assert f"| simulator       | 1.000 | {true['all']:.3f} | {true['two']:.3f} |" in shown
     assert [line.split(":")[0] for line in shown.split("error:\n")[1].splitlines()[:3]] == [
         "backbone alone", "with the branch", "simulator"]
+    for row in ("reversed", "weak physics"):  # each law that the corruption can break, by a wide margin
+        for name, law in physics.laws.LAWS.items():
+            assert (rows[row][law.__name__] > .6) == (name not in physics.laws.LAWFUL[row])
     assert "reversed: these hold all the same: gravity, collision, refraction, mirror." in shown
     assert set(physics.laws.LAWS[name].__name__ for name in physics.laws.LAWS) < set(rows["with the branch"])
     places = stored["localisation"]["rows"]
@@ -145,6 +148,7 @@ def test_generated_clips_are_judged_by_their_captions(tmp_path, monkeypatch):
     monkeypatch.setattr(world, "make_clip", make_clip)
     monkeypatch.setattr(sample, "generate", lambda model, prompts, **how: (
         (drawn[prompt], None) for prompt in prompts))
+    monkeypatch.setattr(evaluate, "MANY", 1)
     flags = evaluate.Flags(n=1, pairs=2, steps=2, guidance=1, batch=4, precision="fp32")
     rows = evaluate.law_table(loaded, flags)["rows"]
     assert rows["backbone alone"] == rows["simulator"] and rows["simulator"]["found"] == 1

@@ -133,14 +133,26 @@ def test_eq_2(renormalise, k):
     assert chosen.shape == (2, 7, k) and rho.shape == (2, 7, 4)
     for b in range(2):
         for n in range(7):
-            scores = torch.exp(block.router.weight @ x[b, n] + block.router.bias)
+            z = (x[b, n] - x[b, n].mean()) / (x[b, n].var(correction=0) + 1e-5).sqrt()
+            scores = torch.exp(block.router.weight @ z + block.router.bias)
             p = scores / scores.sum()
             close(rho[b, n], p)
             best = sorted(range(4), key=lambda e: -p[e].item())[:k]
             assert chosen[b, n].tolist() == best
             total = sum(p[e] for e in best) if renormalise else 1
-            expected = sum(p[e] / total * (x[b, n] @ block.weight[e] + block.bias[e]) for e in best)
+            expected = sum(p[e] / total * (z @ block.weight[e] + block.bias[e]) for e in best)
             close(y[b, n], expected + x[b, n])
+
+
+def test_large_tokens_are_routed_as_small_ones_are():
+    """A softmax of the tokens as they are would be one-hot in a last block, and then learns nothing."""
+    block, x = awake(experts.RefinementExpertBlock(config.preset(dim=D))), torch.randn(2, 7, D)
+    y, rho, lift, chosen = block(x)
+    larger = block(100 * x)
+    close(larger[1], rho, 1e-3)
+    close(larger[2], lift, 1e-2)
+    assert torch.equal(larger[3], chosen) and rho.max() < 0.9
+    close(larger[0] - 100 * x, y - x, 1e-2)
 
 
 # --- Eq. 1
@@ -246,10 +258,14 @@ def test_lora_goes_to_the_named_layers_and_physical_blocks_stay_whole():
 # --- the semantic router
 def test_the_router_reads_the_mean_of_real_words_only():
     block, y, length = semantic(4), torch.randn(2, 6, D), torch.tensor([2, 6])
+    block.temperature = 1.0
     logits, rho, lift = block.route(y, length)
     close(logits[0], block.router((y[0, 0] + y[0, 1]) / 2))
     close(logits[1], block.router(y[1].mean(0)))
     close(rho, torch.exp(logits) / torch.exp(logits).sum(1, keepdim=True))
+    block.temperature = 3.0
+    close(block.route(y, length)[1], torch.exp(logits / 3) / torch.exp(logits / 3).sum(1, keepdim=True))
+    block.temperature = 1.0
     close(lift, rho @ block.lift.weight.T + block.lift.bias)
     other = y.clone()
     other[0, 2:] = 1e3

@@ -58,8 +58,8 @@ def test_auto_is_resolved_by_what_the_machine_can(monkeypatch):
 # --- switches -----------------------------------------------------------------------------------------------
 BRANCH_SWITCHES = {  # field values -> terms of the loss in stage two; none of them may touch stage one
     "as_is": (dict(), TERMS),
-    "no_semantic": (dict(semantic=False), TERMS - {"coarse"}),
-    "no_refinement": (dict(refinement=False), {"diffusion", "coarse"}),
+    "no_semantic": (dict(semantic=False), TERMS - {"coarse", "semantic_balance"}),
+    "no_refinement": (dict(refinement=False), {"diffusion", "coarse", "semantic_balance"}),
     "neither": (dict(semantic=False, refinement=False), {"diffusion"}),
     "plain": (dict(injection="plain"), TERMS),
     "bce": (dict(coarse_loss="bce"), TERMS),
