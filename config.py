@@ -154,7 +154,7 @@ class Config:
     fps: float = knob(8.0, BRANCH, 1000)  # frames a second of a video; a world clip lasts one second
     windows: int = 4  # clips cut from one long video at most
     pool_dir: str = knob("data", MAY_CHANGE)  # where drawn or decoded clips wait for like runs
-    world_clips: int = knob(16000, 10**7)  # clips of the world in the pool
+    world_clips: int = knob(12000, 10**7)  # clips of the world in the pool
     world_seed: int = 0  # which world; runs of several seeds share one
     decoys: float = knob(0.6, SHARE)  # share of scenes with a still object that looks like an actor
     two: float = knob(0.4, SHARE)  # share of scenes with two phenomena
@@ -166,8 +166,8 @@ class Config:
     caption_dropout: float = knob(0.1, SHARE)  # share of captions emptied, for guidance
 
     # --- training
-    base_steps: int = knob(1500, MAY_CHANGE, MAY_BE_ZERO)  # stage one: the backbone alone
-    physics_steps: int = knob(1500, MAY_CHANGE, MAY_BE_ZERO)  # stage two: the branch beside it
+    base_steps: int = knob(1000, MAY_CHANGE, MAY_BE_ZERO)  # stage one: the backbone alone
+    physics_steps: int = knob(1200, MAY_CHANGE, MAY_BE_ZERO)  # stage two: the branch beside it
     checkpointing: bool = False  # keep only each block's input and compute it again going backward
     freeze_backbone: bool = True  # stage two trains the branch only, as the paper does
     batch_size: int = knob(16, 2**14)  # clips a step
