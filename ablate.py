@@ -1,0 +1,471 @@
+"""The ablation of the paper, in one command: every row from the same bases, at equal steps and at
+equal time.
+
+    python ablate.py --config small --seeds 3             all rows; docs/ablation.md and .json
+    python ablate.py --rows paper --jobs 2                 one group; two runs at a time
+    python ablate.py --rows default,lora,physical          some rows
+
+    base (weak physics) of each seed --> --init_from: a run a row --> scores.json --> table
+
+Rows are data: flags of train.py. A row of another cost a step than the default is trained twice,
+for the default's steps and for as many as fit into the default's time. What a step takes is
+measured here, side by side and in turns: logs of runs that shared a machine tell nothing of it.
+Started again, the command goes on: what is finished and was scored with the same code is kept.
+
+Left out on purpose: experts whose physical blocks are not trained ("SEB alone", "REB alone" of
+other tables), which no flag of train.py can say; the paper's rows of one kind of expert are here
+the physical blocks with that kind.
+"""
+import concurrent.futures
+import json
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import date
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import bench
+import config
+import diffusion
+import evaluate
+import sample
+from common.ablation import by_clip, compared, write_table
+from common.files import cores, is_intact, lock, read_json, sealed, write_text
+from common.run import git_revision, resolve
+from config import Config, Stopped, UserError, flag
+from experts import ProPhy
+from model import build_backbone
+
+
+# --- the rows -------------------------------------------------------------------------------------
+EQUAL = "equal"  # as a LoRA's rank: the one with the parameters of the default branch
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of a table. Without flags it is the base itself."""
+    says: str  # its name in the table
+    flags: dict | None  # of train.py, beside those that the whole group has
+    paper: float | None = None  # physical commonsense (%) on Wan2.1-1.3B, the paper's Tables 3, 4
+    maps: tuple[str, ...] = ()  # flags of teacher.py that make its maps
+
+
+LORA = {"physical_blocks": "", "lora_rank": EQUAL}
+ALL_WEIGHTS = {"physical_blocks": "", "freeze_backbone": False}
+PHYSICAL = {"semantic": False, "refinement": False}
+GROUPS = {  # the first row of a group is what its others are compared with
+    "paper": {
+        "default": Row("all parts", {}, 65.0),
+        "backbone": Row("backbone alone", None, 57.8),
+        "all_weights": Row("all weights trained on", ALL_WEIGHTS),
+        "lora": Row("LoRA of equal parameters", LORA, 58.2),
+        "physical": Row("physical blocks alone", PHYSICAL),
+        "semantic": Row("physical blocks + SEB", {"refinement": False}, 62.2),
+        "refinement": Row("physical blocks + REB", {"semantic": False}, 62.7),
+        "bce": Row("BCE for the relative loss", {"coarse_loss": "bce"}, 64.3),
+        "no_alignment": Row("no alignment", {"coarse_weight": 0.0, "fine_weight": 0.0}),
+        "no_balance": Row("alignment without balance", {"balance_weight": 0.0}, 58.3),
+        "balance_alone": Row("balance without fine alignment", {"fine_weight": 0.0}),
+        "no_losses": Row("neither alignment nor balance", {
+            "coarse_weight": 0.0, "fine_weight": 0.0, "balance_weight": 0.0}),
+        "injection_zero": Row("injection: zero-initialised", {"injection": "zero"}),
+        "injection_plain": Row("injection: plain +", {"injection": "plain"}),
+        "negatives_0": Row("negatives 0", {"negatives": 0.0}),
+        "negatives_0.02": Row("negatives 0.02", {"negatives": 0.02}),
+        "negatives_0.1": Row("negatives 0.1", {"negatives": 0.1}),
+    },
+    "few": {
+        "few_default": Row("100 clips: all parts", {"world_clips": 100}),
+        "few_lora": Row("100 clips: LoRA of equal parameters", LORA | {"world_clips": 100}),
+        "few_physical": Row("100 clips: physical blocks alone", PHYSICAL | {"world_clips": 100}),
+        "few_all_weights": Row("100 clips: all weights", ALL_WEIGHTS | {"world_clips": 100}),
+    },
+    "teachers": {
+        "exact": Row("teacher: exact masks", {}),
+        "tiny_vlm": Row("teacher: tiny VLM", {"teacher": "tiny_vlm"}, maps=("--train_tiny",)),
+        "saliency": Row("teacher: frame differences", {"teacher": "saliency"},
+                        maps=("--annotate", "saliency", "--kind", "saliency")),
+        "shuffled": Row("teacher: shuffled maps", {"teacher": "shuffled"},
+                        maps=("--annotate", "shuffled", "--kind", "shuffled")),
+        "no_teacher": Row("teacher: none", {"coarse_weight": 0.0, "fine_weight": 0.0}),
+    },
+}
+# Colour cues are what the tiny VLM learned; `negatives` closes the hole in the paper's mask.
+DRAWN = ("config", "colour_cues", "pool_dir", "threads", "world_clips", "val_clips", "frames",
+         "height", "width")  # what teacher.py must know of the clips
+WORLDS = {"teachers": {"colour_cues": True, "negatives": 0.1}}  # flags of a group with its own base
+ROWS = {name: row for rows in GROUPS.values() for name, row in rows.items()}
+GROUP_OF = {name: group for group, rows in GROUPS.items() for name in rows}
+
+
+def chosen(text: str) -> list[str]:
+    """"few,lora" -> names of rows in the table's order, with what each is compared with; all of
+    them where it is empty. Raises UserError."""
+    wanted = [word.strip() for word in text.split(",")] if text else list(GROUPS)
+    unknown = [word for word in wanted if word not in ROWS and word not in GROUPS]
+    if unknown:
+        raise UserError(f"--rows has no {unknown[0]!r}: there are the groups {', '.join(GROUPS)} "
+                        f"and the rows {', '.join(ROWS)}.")
+    names = {name for word in wanted for name in GROUPS.get(word, [word])}
+    return [name for name in ROWS if name in names | {reference_of(name) for name in names}]
+
+
+def reference_of(name: str) -> str:
+    """The row that this one is compared with."""
+    return next(iter(GROUPS[GROUP_OF[name]]))
+
+
+def fields_of(name: str, rank: int) -> dict:
+    """{field of Config: value} of a row. rank: of a LoRA of equal parameters."""
+    flags = WORLDS.get(GROUP_OF[name], {}) | (ROWS[name].flags or {})
+    return {field: rank if value == EQUAL else value for field, value in flags.items()}
+
+
+# --- equal parameters, equal time -----------------------------------------------------------------
+def equal_rank(cfg: Config) -> int:
+    """The rank of the LoRA whose trained parameters come nearest to those of cfg's branch."""
+    with torch.device("meta"):  # counts need no memory
+        branch, lora = (
+            sum(p.numel() for p in ProPhy(build_backbone(one, 1), one).branch_state().values())
+            for one in (cfg, replace(cfg, physical_blocks="", lora_rank=1)))
+    return max(round(branch / lora), 1)  # a LoRA grows in proportion to its rank
+
+
+def cost_of(cfg: Config) -> str:
+    """What makes a training step of stage two dear or cheap: rows that agree in it are timed once,
+    and need no second run for equal time."""
+    shape = (*config.marked(config.BRANCH), "freeze_backbone")
+    return json.dumps([getattr(cfg, name) for name in shape])
+
+
+def measure_ratios(cfg: Config, rows: dict[str, Config], rounds: int) -> dict[str, float]:
+    """{row: seconds of its training step over those of cfg's}, all timed in turns."""
+    first = {cost_of(one): name for name, one in (*rows.items(), ("all parts", cfg))}
+    seconds = bench.in_turns(
+        {name: bench.training_step(rows.get(name, cfg), "physics")[0] for name in first.values()},
+        rounds)
+    default = seconds["all parts"]
+    return {name: seconds[first[cost_of(one)]] / default for name, one in rows.items()}
+
+
+def steps_in_time(steps: int, ratio: float) -> int:
+    """How many steps fit into the time of the default's `steps`, if each takes `ratio` as long."""
+    return max(int(steps / ratio), 1)
+
+
+# --- runs -----------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Job:
+    """One run of train.py, in the folder OUT/name."""
+    name: str
+    fields: dict  # of Config, beside those that all runs share
+    steps: int  # its last one
+
+
+def words(fields: dict) -> list[str]:
+    """Fields of Config as a command line."""
+    return [word for name, value in fields.items()
+            for word in (f"--{name}", str(value))]
+
+
+def call(script: str, *flags: str) -> None:
+    """Run a command of this project. Raises Stopped with its last sentence where it fails."""
+    command = [sys.executable, str(Path(__file__).with_name(script)), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        raise Stopped(said[-1])
+
+
+def train_run(out: Path, job: Job, shared: dict) -> None:
+    """Train a run to its end: from its start, from where it stopped, or not at all. Raises Stopped,
+    or UserError where the folder holds another run."""
+    run = out / job.name
+    fields = shared | job.fields | {"out_dir": str(run)}
+    checkpoints = run / "checkpoints"
+    if any(checkpoints.glob("step*.pt")):
+        fields["resume"] = True
+        del fields["threads"]  # it goes on with those that it was started with
+    if not (checkpoints / f"step{job.steps:06d}.pt").is_file():
+        return call("train.py", *words(fields))
+    stored = config.load(run / "config.json")
+    may_change = config.marked(config.MAY_CHANGE)
+    other = [name for name, value in fields.items()
+             if name not in may_change and getattr(stored, name) != value]
+    if other:
+        raise UserError(f"{run} was trained with another --{other[0]}: remove it, or give another "
+                        "--out_dir.")
+
+
+def score_run(run: Path, how: dict) -> dict:
+    """The run's scores.json, made where it is missing, damaged, or of other code or settings.
+
+    how: flags of evaluate.measure. -> {"measured": how, and of what, "trained": parameters of
+    stage two, "scores": as evaluate.measure returns them}.
+    """
+    path = run / "scores.json"
+    loaded = sample.load_run(run, "last")
+    cfg, model = loaded[:2]
+    # Through JSON, so that it compares with what was read.
+    measured = json.loads(json.dumps(how | evaluate.version_of(run, "last", loaded[4]["step"])))
+    stored = read_scores(path)
+    if stored.get("measured") == measured:
+        return stored
+    trained = 0
+    if isinstance(model, ProPhy):
+        some = model.branch_state().values() if cfg.freeze_backbone else model.parameters()
+        trained = sum(p.numel() for p in some)
+    flags = SimpleNamespace(**how, edit=None, only_laws=False)
+    made = sealed({"measured": measured, "trained": trained,
+                   "scores": evaluate.measure(loaded, flags)})
+    write_text(path, json.dumps(made))
+    return made
+
+
+def read_scores(path: Path) -> dict:
+    """What an intact scores.json holds; nothing where it is missing or damaged."""
+    try:
+        stored = read_json(path)
+    except UserError:
+        return {}
+    return stored if "digest" in stored and is_intact(stored) else {}
+
+
+def do_all(jobs: list[Job], work: Callable[[Job], dict], at_once: int, threads: int) -> tuple:
+    """work(job) of each -> ({its name: result}, {its name: why it failed}), some at a time."""
+    done = {}
+    failed = {}
+    bar = tqdm(total=len(jobs), unit="run", dynamic_ncols=True)
+    pool = concurrent.futures.ThreadPoolExecutor(
+        at_once, initializer=torch.set_num_threads, initargs=(threads,))
+    with bar, pool:
+        started = {pool.submit(work, job): job for job in jobs}
+        try:
+            for future in concurrent.futures.as_completed(started):
+                name = started[future].name
+                try:
+                    done[name] = future.result()
+                except Exception as e:  # one row must not take the others with it
+                    failed[name] = str(e) or type(e).__name__
+                    bar.write(f"{name} failed: {failed[name]}", file=sys.stderr)
+                bar.update()
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)  # those under way got the same signal, and save
+            raise
+    return done, failed
+
+
+# --- beside the paper -----------------------------------------------------------------------------
+def verdict(name: str, difference: list[float]) -> str:
+    """The paper's figure of a row against its default's, and where ours points. difference: of the
+    law error. Physical commonsense is better where it is higher, and a law error where lower."""
+    paper = ROWS[name].paper
+    ours = ROWS[reference_of(name)].paper
+    if paper is None:
+        return ""
+    if paper == ours:
+        return f"{paper:.1f}"
+    mean, half = difference
+    if abs(mean) <= half:
+        points = "cannot be told apart"
+    else:
+        points = "same direction" if (mean < 0) == (paper > ours) else "opposite"
+    return f"{paper:.1f} ({paper - ours:+.1f}): {points}"
+
+
+# --- the command ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Flags:
+    """The command line, but for the fields of Config that all runs share (READS)."""
+    seeds: int = flag(3, marks=(100,))  # runs a row, with --seed 0, 1, ...
+    rows: str = ""  # names or groups (paper, few, teachers), commas between; empty = all
+    out_dir: str = ""  # folder of the runs; empty = runs/ablation/<config>
+    jobs: int = flag(1, marks=(256,))  # runs at a time, which share the threads
+    table: str = "docs/ablation.md"  # where the tables go; beside it a .json with their figures
+    rounds: int = flag(10, marks=(1000,))  # of timing the rows' steps in turns
+    n: int = 16  # clips a law
+    pairs: int = 48  # clips of two phenomena
+    clips: int = 128  # held-out clips for losses and routing
+    batch: int = 16  # clips at a time
+    judged_seed: int = evaluate.JUDGED_SEED  # world of the prompts: another for choices
+
+    READS = ("config pool_dir device precision threads base_steps physics_steps world_clips "
+             "val_clips batch_size frames height width dim physical_blocks lr physics_lr "
+             "preview_steps guidance")
+
+    def check(self):
+        chosen(self.rows)
+        if not self.table.endswith(".md"):
+            raise UserError(f"--table is a Markdown file, NAME.md, not {self.table!r}.")
+
+
+def read_plan(path: Path, asked: dict) -> dict:
+    """What a start before this one fixed: {"asked", "shared", "ratios"}; without the last two at
+    the first start. Raises UserError where it was asked for something else."""
+    if not path.is_file():
+        return {"asked": asked}
+    plan = read_json(path)
+    if not is_intact(plan):
+        raise UserError(f"{path} is damaged: remove it, and step times are measured again.")
+    other = [name for name in asked if plan["asked"].get(name) != asked[name]]
+    if other:
+        raise UserError(f"{path.parent} holds an ablation with another --{other[0]}: give the "
+                        "same, or another --out_dir.")
+    return plan
+
+
+def make_plan(flags: Flags, cfg: Config, out: Path) -> tuple[dict, dict, dict]:
+    """-> fields of Config that all runs share, {row: its own}, {row: time of a step over the
+    default's}. What `auto` became and the times are kept in OUT/plan.json."""
+    preset = config.preset(cfg.config)
+    given = {name: getattr(cfg, name) for name in Flags.READS.split()
+             if getattr(cfg, name) != getattr(preset, name)}
+    place = ("threads", "pool_dir")  # may change from start to start
+    asked = {"config": cfg.config, **{name: given[name] for name in given if name not in place}}
+    plan = read_plan(out / "plan.json", asked)
+    threads = max(cores(cfg.threads) // flags.jobs, 1)
+    torch.set_num_threads(threads)
+    if "shared" not in plan:  # compiled rows could not be timed side by side
+        found = resolve(replace(cfg, compile="off", base_steps=0))[0]
+        plan["shared"] = {name: getattr(found, name) for name in ("device", "precision", "compile")}
+    shared = {**given, "config": cfg.config, "threads": threads, **plan["shared"]}
+
+    cfg = replace(cfg, **shared)
+    rank = equal_rank(cfg)
+    fields = {name: fields_of(name, rank) for name in chosen(flags.rows)}
+    ratios = plan.setdefault("ratios", {})
+    missing = {name: replace(cfg, **own) for name, own in fields.items()
+               if name not in ratios and ROWS[name].flags is not None}
+    if missing:
+        ratios |= measure_ratios(cfg, missing, flags.rounds)
+        write_text(out / "plan.json", json.dumps(sealed(plan), indent=1))
+    return shared, fields, ratios
+
+
+def make_maps(cfg: Config, fields: dict) -> None:
+    """The maps of teachers that are not there yet. Raises Stopped."""
+    from vlm import open_maps
+    for name in [name for name in fields if ROWS[name].maps]:
+        one = replace(cfg, **fields[name])
+        try:
+            open_maps(one)
+        except UserError:
+            print(f"Making the maps of {ROWS[name].says!r}.", flush=True)
+            of = {key: getattr(one, key) for key in DRAWN}
+            call("teacher.py", *ROWS[name].maps, *words(of))
+
+
+def jobs_of(fields: dict, ratios: dict, cfg: Config, seeds: int, out: Path) -> tuple:
+    """-> jobs of the bases, jobs of the rows, {(row, "steps" | "time"): [the run of each seed]}."""
+    bases = {}
+    runs = {}
+    places = {}
+    for name, seed in [(name, seed) for name in fields for seed in range(seeds)]:
+        group = GROUP_OF[name]
+        base = f"base-{group}-{seed}" if group in WORLDS else f"base-{seed}"
+        bases[base] = Job(base, WORLDS.get(group, {}) | {"seed": seed, "physics_steps": 0},
+                          cfg.base_steps)
+        if ROWS[name].flags is None:
+            places.setdefault((name, "steps"), []).append(base)
+            continue
+
+        # A row that says what is the default anyway is the same run.
+        first = reference_of(name)
+        same = replace(cfg, **fields[name]) == replace(cfg, **fields[first])
+        own = fields[name] | {"seed": seed, "init_from": str(out / base)}
+        in_time = steps_in_time(cfg.physics_steps, ratios[name])
+        for kind, steps in (("steps", cfg.physics_steps), ("time", in_time)):
+            run = f"{first if same else name}-{seed}"
+            if kind == "time" and ratios[name] != 1:
+                run += "-time"
+            runs.setdefault(run, Job(run, own | {"physics_steps": steps}, steps))
+            places.setdefault((name, kind), []).append(run)
+    return list(bases.values()), list(runs.values()), places
+
+
+def lines_of(places: dict, scored: dict, jobs: dict[str, Job], ratios: dict) -> dict:
+    """{"equal steps" | "equal time": {row: what the table tells}} of the rows of which every seed
+    was scored, and their reference too."""
+    values = {key: {seed: by_clip(scored[run]["scores"]) for seed, run in enumerate(runs)}
+              for key, runs in places.items() if all(run in scored for run in runs)}
+    lines = {"equal steps": {}, "equal time": {}}
+    for (name, kind), rows in values.items():
+        reference = values.get((reference_of(name), "steps"))
+        if reference is None:  # it failed
+            continue
+        run = places[name, kind][0]
+        differences = compared(rows, reference)
+        lines[f"equal {kind}"][name] = {
+            "row": ROWS[name].says, "steps": jobs[run].steps, "ratio": ratios.get(name),
+            "trained": scored[run]["trained"], "values": compared(rows, None),
+            "differences": differences, "paper": verdict(name, differences["law error"])}
+    return lines
+
+
+def main(flags: Flags, cfg: Config) -> None:
+    """Train, score and tabulate. Raises UserError before work starts, and Stopped at its end where
+    a row failed."""
+    evaluate.check_run(f"--config {cfg.config}", cfg, diffusion.build(cfg), ("laws",),
+                       cfg.preview_steps)
+    out = Path(flags.out_dir or f"runs/ablation/{cfg.config}")
+    out.mkdir(parents=True, exist_ok=True)
+    with lock(out, f"Another process works in {out}: wait for it, or give another --out_dir."):
+        shared, fields, ratios = make_plan(flags, cfg, out)
+        cfg = replace(cfg, **shared)
+        make_maps(cfg, fields)
+
+        asked = ("n", "pairs", "clips", "batch", "judged_seed")
+        how = {name: getattr(flags, name) for name in asked}
+        how |= {"seed": 0, "steps": cfg.preview_steps, "guidance": cfg.guidance,
+                "precision": cfg.precision}  # one noise for all, so that clips are paired
+
+        def work(job: Job) -> dict:
+            train_run(out, job, shared)
+            return score_run(out / job.name, how)
+
+        bases, runs, places = jobs_of(fields, ratios, cfg, flags.seeds, out)
+        scored, failed = do_all(bases, work, flags.jobs, shared["threads"])
+        ready = [job for job in runs if Path(job.fields["init_from"]).name in scored]
+        more, worse = do_all(ready, work, flags.jobs, shared["threads"])
+        scored |= more
+        failed |= worse
+
+        jobs = {job.name: job for job in (*bases, *runs)}
+        lines = lines_of(places, scored, jobs, ratios)
+        if any(lines.values()):
+            write_table(Path(flags.table), about(flags, cfg), lines)
+            print(f"{flags.table} and its .json have the tables.")
+    if failed:
+        raise Stopped(f"These runs failed: {', '.join(failed)}; the same command makes them again.")
+
+
+def about(flags: Flags, cfg: Config) -> dict[str, str]:
+    """What the figures were made with."""
+    cpu = Path("/proc/cpuinfo")
+    has = cpu.read_text().split() if cpu.is_file() else []
+    fast = [word for word in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if word in has]
+    return {
+        "config": cfg.config,
+        "command": f"`python {shlex.join(sys.argv)}`",
+        "date": str(date.today()),
+        "revision": git_revision() or "unknown",
+        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, numpy "
+                    f"{np.__version__}",
+        "machine": f"{cores(0)} cores, {platform.machine()} {' '.join(fast)}",
+        "runs": f"{flags.seeds} seeds, {cfg.base_steps} steps of a base, {cfg.physics_steps} of "
+                f"stage two, {cfg.precision}",
+        "scores": f"{flags.n} clips a law, {flags.pairs} of two phenomena, {flags.clips} held-out, "
+                  f"prompts of world {flags.judged_seed}"}
+
+
+if __name__ == "__main__":
+    title = "The ablation: every row from the same bases, at equal steps and at equal time."
+    config.entry(lambda: main(*config.parse_with(Flags, sys.argv[1:], title)))
