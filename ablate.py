@@ -190,6 +190,8 @@ def train_run(out: Path, job: Job, shared: dict) -> None:
     or UserError where the folder holds another run."""
     run = out / job.name
     fields = shared | job.fields | {"out_dir": str(run)}
+    if "init_from" in fields:  # train.py refuses what only stage one would read
+        fields = {name: value for name, value in fields.items() if name not in ("base_steps", "lr")}
     checkpoints = run / "checkpoints"
     if any(checkpoints.glob("step*.pt")):
         fields["resume"] = True
@@ -315,7 +317,7 @@ def read_plan(path: Path, asked: dict) -> dict:
     plan = read_json(path)
     if not is_intact(plan):
         raise UserError(f"{path} is damaged: remove it, and step times are measured again.")
-    other = [name for name in asked if plan["asked"].get(name) != asked[name]]
+    other = [name for name in plan["asked"] | asked if plan["asked"].get(name) != asked.get(name)]
     if other:
         raise UserError(f"{path.parent} holds an ablation with another --{other[0]}: give the "
                         "same, or another --out_dir.")

@@ -1,4 +1,5 @@
-"""The ablation: rows as data, equal parameters and time, what is kept and what is made again, and the verdicts."""
+"""The ablation: rows as data, equal parameters and time, what is kept and what is made again,
+and the verdicts."""
 import dataclasses
 import json
 import shutil
@@ -71,10 +72,11 @@ def test_only_rows_of_another_cost_are_trained_again_for_equal_time():
         "default-0": 450, "lora-0": 450, "lora-0-time": 900, "no_balance-0": 450}
 
 
-# ------------------------------------------------------------------------------------------------------------- the table
+# ------------------------------------------------------------------------------------------------ the table
 def scores(error, **more):
     return {"errors": [["thrown", 1, error, True], ["bounce", 1, error + .1, True], ["smoke", 2, .5, False]],
-            "dynamic": [1., 1., 1.], "held_out": [.04, .05], "held_out_weak": [.06, .07], "which_where": {}, **more}
+            "dynamic": [1., 1., 1.], "held_out": [.04, .05], "held_out_weak": [.06, .07],
+            "which_where": {}, **more}
 
 
 def seeds(*errors):
@@ -123,7 +125,7 @@ def test_another_configs_section_stays(tmp_path):
     assert "| other" in path.read_text() and "| new" in path.read_text() and "| old" not in path.read_text()
 
 
-# ------------------------------------------------------------------------------------------------- kept, or made again
+# -------------------------------------------------------------------------------------- kept, or made again
 @pytest.fixture
 def measured(whole, monkeypatch, tmp_path):
     """A finished run, and the list of the times that it was measured."""
@@ -169,6 +171,17 @@ def test_a_finished_run_is_kept_a_half_one_goes_on_and_another_is_refused(tmp_pa
         ablate.train_run(tmp_path, job, {"threads": 1})
 
 
+def test_what_stage_one_alone_reads_is_not_given_to_a_row(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(ablate, "call", lambda script, *flags: calls.append(flags))
+    shared = {"base_steps": 5, "lr": .1, "physics_lr": .2}
+    for name, fields in (("base", {"physics_steps": 0}), ("row", {"init_from": "base"})):
+        ablate.train_run(tmp_path, ablate.Job(name, fields, 5), shared)
+        config.parse(list(calls[-1]), "")  # which refuses an idle flag
+    for name in ("--lr", "--base_steps"):
+        assert [name in flags for flags in calls] == [True, False]
+
+
 def test_a_row_that_fails_is_named_and_the_others_go_on(capsys):
     def work(job):
         if job.name == "bad":
@@ -182,10 +195,12 @@ def test_a_row_that_fails_is_named_and_the_others_go_on(capsys):
 def test_two_rows_of_debug_are_trained_scored_and_kept(tmp_path, pools, capsys):
     """End to end; started again, nothing is trained and the table is the same."""
     table = tmp_path / "t.md"
-    command = ["--config", "debug", "--rows", "all_weights", "--seeds", "1", "--out_dir", str(tmp_path / "out"),
-               "--frames", "8", "--height", "32", "--width", "32", "--base_steps", "2", "--physics_steps", "2",
+    command = ["--config", "debug", "--rows", "all_weights", "--seeds", "1",
+               "--out_dir", str(tmp_path / "out"), "--table", str(table),
+               "--frames", "8", "--height", "32", "--width", "32", "--base_steps", "2",
+               "--physics_steps", "2",
                "--world_clips", "16", "--val_clips", "4", "--preview_steps", "1", "--pool_dir", str(pools),
-               "--n", "1", "--pairs", "1", "--clips", "4", "--rounds", "1", "--threads", "1", "--table", str(table)]
+               "--n", "1", "--pairs", "1", "--clips", "4", "--rounds", "1", "--threads", "1"]
     ablate.main(*config.parse_with(ablate.Flags, command, ""))
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.*") if path.is_file()}
     first = json.loads(table.with_suffix(".json").read_text())["debug"]["lines"]
