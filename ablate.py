@@ -11,10 +11,6 @@ Rows are data: flags of train.py. A row of another cost a step than the default 
 for the default's steps and for as many as fit into the default's time. What a step takes is
 measured here, side by side and in turns: logs of runs that shared a machine tell nothing of it.
 Started again, the command goes on: what is finished and was scored with the same code is kept.
-
-Left out on purpose: experts whose physical blocks are not trained ("SEB alone", "REB alone" of
-other tables), which no flag of train.py can say; the paper's rows of one kind of expert are here
-the physical blocks with that kind.
 """
 import concurrent.futures
 import json
@@ -41,7 +37,7 @@ from common.ablation import by_clip, compared, write_table
 from common.files import cores, is_intact, lock, read_json, sealed, write_text
 from common.run import git_revision, resolve
 from config import Config, Stopped, UserError, flag
-from experts import ProPhy
+from experts import ProPhy, invert
 from model import build_backbone
 
 
@@ -61,6 +57,7 @@ class Row:
 LORA = {"physical_blocks": "", "lora_rank": EQUAL}
 ALL_WEIGHTS = {"physical_blocks": "", "freeze_backbone": False}
 PHYSICAL = {"semantic": False, "refinement": False}
+FROZEN = {"train_physical": False}
 GROUPS = {  # the first row of a group is what its others are compared with
     "paper": {
         "default": Row("all parts", {}, 65.0),
@@ -70,6 +67,8 @@ GROUPS = {  # the first row of a group is what its others are compared with
         "physical": Row("physical blocks alone", PHYSICAL),
         "semantic": Row("physical blocks + SEB", {"refinement": False}, 62.2),
         "refinement": Row("physical blocks + REB", {"semantic": False}, 62.7),
+        "semantic_alone": Row("SEB alone, blocks stay copies", FROZEN | {"refinement": False}),
+        "refinement_alone": Row("REB alone, blocks stay copies", FROZEN | {"semantic": False}),
         "bce": Row("BCE for the relative loss", {"coarse_loss": "bce"}, 64.3),
         "no_alignment": Row("no alignment", {"coarse_weight": 0.0, "fine_weight": 0.0}),
         "no_balance": Row("alignment without balance", {"balance_weight": 0.0}, 58.3),
@@ -226,8 +225,12 @@ def score_run(run: Path, how: dict) -> dict:
         some = model.branch_state().values() if cfg.freeze_backbone else model.parameters()
         trained = sum(p.numel() for p in some)
     flags = SimpleNamespace(**how, edit=None, only_laws=False)
-    made = sealed({"measured": measured, "trained": trained,
-                   "scores": evaluate.measure(loaded, flags)})
+    scores = evaluate.measure(loaded, flags)
+    if run.name in {f"{next(iter(rows))}-{cfg.seed}" for rows in GROUPS.values()} and cfg.semantic:
+        # The paper's Figure 8, on the row that others are compared with: the experts inverted.
+        flags = SimpleNamespace(**how, edit=invert, only_laws=True)
+        scores["inverted"] = evaluate.measure(loaded, flags)["errors"]
+    made = sealed({"measured": measured, "trained": trained, "scores": scores})
     write_text(path, json.dumps(made))
     return made
 

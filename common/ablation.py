@@ -25,7 +25,8 @@ with their 95 % interval, and differences are from the first row of the row's gr
 clips; intervals hold the spread of seeds and of clips (a single seed tells of clips alone). *Law
 error* is of clips with one phenomenon: 0 is lawful. *Held-out, weak* is the loss on stage one's
 clips: what is forgotten. *Time a step* is relative to all parts, timed eagerly and in turns.
-*Dynamic degree* is the motion over that of the true clip. *Paper* is its physical commonsense on
+*Dynamic degree* is the motion over that of the true clip. *Inversion* is by how much the law error
+rises, of all scenes, when the semantic experts are inverted. *Paper* is its physical commonsense on
 Wan2.1-1.3B (a single run each) and the difference from all parts; where ours points is said of the
 law error.
 """
@@ -43,6 +44,8 @@ def by_clip(scores: dict) -> dict[str, list[float]]:
         if name in scores["which_where"]:
             values[column] = [scores["which_where"][name]]
     values["dynamic degree"] = scores["dynamic"]
+    inverted = scores.get("inverted", [])
+    values["inversion"] = [after - before for (*_, before, _), (*_, after, _) in zip(errors, inverted)]
     for name in laws.LAWS:
         values[f"law: {name}"] = [error for one, n, error, _ in errors if (one, n) == (name, 1)]
     return {name: some for name, some in values.items() if some}
