@@ -75,6 +75,7 @@ GROUPS = {  # the first row of a group is what its others are compared with
         "balance_alone": Row("balance without fine alignment", {"fine_weight": 0.0}),
         "no_losses": Row("neither alignment nor balance", {
             "coarse_weight": 0.0, "fine_weight": 0.0, "balance_weight": 0.0}),
+        "sparse": Row("a physical block beside every other block", {"physical_blocks": "1,3,5"}),
         "injection_zero": Row("injection: zero-initialised", {"injection": "zero"}),
         "injection_plain": Row("injection: plain +", {"injection": "plain"}),
         "negatives_0": Row("negatives 0", {"negatives": 0.0}),
@@ -382,13 +383,10 @@ def jobs_of(fields: dict, ratios: dict, cfg: Config, seeds: int, out: Path) -> t
             places.setdefault((name, "steps"), []).append(base)
             continue
 
-        # A row that says what is the default anyway is the same run.
-        first = reference_of(name)
-        same = replace(cfg, **fields[name]) == replace(cfg, **fields[first])
         own = fields[name] | {"seed": seed, "init_from": str(out / base)}
         in_time = steps_in_time(cfg.physics_steps, ratios[name])
         for kind, steps in (("steps", cfg.physics_steps), ("time", in_time)):
-            run = f"{first if same else name}-{seed}"
+            run = f"{name}-{seed}"
             if kind == "time" and ratios[name] != 1:
                 run += "-time"
             runs.setdefault(run, Job(run, own | {"physics_steps": steps}, steps))

@@ -62,6 +62,8 @@ BRANCH_SWITCHES = {  # field values -> terms of the loss in stage two; none of t
     "no_refinement": (dict(refinement=False), {"diffusion", "coarse", "semantic_balance"}),
     "neither": (dict(semantic=False, refinement=False), {"diffusion"}),
     "plain": (dict(injection="plain"), TERMS),
+    "zero": (dict(injection="zero"), TERMS),
+    "copies": (dict(train_physical=False), TERMS),
     "bce": (dict(coarse_loss="bce"), TERMS),
     "free": (dict(freeze_backbone=False), TERMS),
     "first_block": (dict(physical_blocks="0"), TERMS),
@@ -80,8 +82,7 @@ def test_a_switch_of_the_branch_changes_what_it_says(switch, six, go):
     # stage one knows nothing of it
     assert differences(base, checkpoint(six, "base.pt")) == [] and steps(run, "base") == steps(six, "base")
 
-    # the log has the terms it should, and before its first step a zero-injected branch leaves the diffusion
-    # loss alone
+    # the log has the terms it should, and before its first step a branch leaves the diffusion loss alone
     for line in steps(run, "physics"):
         assert line.keys() & TERMS == terms and math.isfinite(line["loss"])
     assert held_out(run, "physics")[-1].keys() == terms
@@ -101,17 +102,18 @@ def test_a_switch_of_the_branch_changes_what_it_says(switch, six, go):
     # parts that are switched off do not exist, all others do and learn
     parts = {name.split(".")[0] for name in mine["model"]}
     off = {"no_semantic": {"semantic"}, "no_refinement": {"refinement"},
-           "neither": {"semantic", "refinement"},
-           "plain": {"inject"}}
-    assert parts == {"backbone", "semantic", "refinement", "physical", "inject"} - off.get(switch, set())
+           "neither": {"semantic", "refinement"}}
+    more = {"inject"} if switch == "zero" else set()
+    assert parts == {"backbone", "semantic", "refinement", "physical"} - off.get(switch, set()) | more
     blocks = {name.split(".")[1] for name in mine["model"] if name.startswith("physical.")}
     assert blocks == ({"0"} if switch in ("first_block", "last_block") else {"0", "1"})
     assert bool(differences(mine["model"], reference["model"])) == (switch != "as_is")
     at = {"first_block": [0], "last_block": [1]}.get(switch, [0, 1])
     for i, stands_at in enumerate(at):
         name = "attn1.to_v.weight"
-        assert not torch.equal(mine["model"][f"physical.{i}.{name}"],
-                               base["ema"][f"blocks.{stands_at}.{name}"])
+        copied = torch.equal(mine["model"][f"physical.{i}.{name}"],
+                             base["ema"][f"blocks.{stands_at}.{name}"])
+        assert copied == (switch == "copies")
 
 
 @pytest.mark.parametrize("fields", [

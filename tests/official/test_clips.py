@@ -201,7 +201,7 @@ def test_the_branch_trains_on_a_cache_resumes_to_the_bit_and_samples(weights, ca
     size = dict(frames=9, height=16, width=32)
     loaded = official.clips.OfficialModel(weights[name], branch=str(published[0]), **size)
     bare = official.clips.OfficialModel(weights[name], **size)
-    assert isinstance(loaded.net, experts.ProPhy) and loaded.net.inject[0].weight.abs().max() > 0
+    assert isinstance(loaded.net, experts.ProPhy) and loaded.net.semantic.basis.width.abs().max() > 0
     clips = [next(sample.generate(one, [PROMPT], steps=3, guidance=6))[0] for one in (loaded, bare)]
     assert clips[0].shape == clips[1].shape == (9, 16, 32, 3) and not np.array_equal(*clips)
 
