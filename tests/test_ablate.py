@@ -53,16 +53,16 @@ def test_no_other_rank_of_lora_has_parameters_nearer_to_the_branch():
     assert min(away, key=away.get) == rank
 
 
-@pytest.mark.parametrize("ratio, steps", [(1.0, 450), (0.5, 900), (1.5, 300), (1.501, 299), (1000, 1)])
+@pytest.mark.parametrize("ratio, steps", [(1.0, 1200), (0.5, 2400), (1.5, 800), (1.501, 799), (1000, 1)])
 def test_equal_time_is_as_many_whole_steps_as_fit(ratio, steps):
-    assert ablate.steps_in_time(450, ratio) == steps
+    assert ablate.steps_in_time(1200, ratio) == steps
 
 
 def test_only_rows_of_another_cost_are_trained_again_for_equal_time():
     fields = {name: ablate.fields_of(name, 7) for name in ("default", "lora", "no_balance")}
     jobs = ablate.jobs_of(fields, {"default": 1.0, "lora": 0.5, "no_balance": 1.0}, SMALL, 1, Path("o"))[1]
     assert {job.name: job.steps for job in jobs} == {
-        "default-0": 450, "lora-0": 450, "lora-0-time": 900, "no_balance-0": 450}
+        "default-0": 1200, "lora-0": 1200, "lora-0-time": 2400, "no_balance-0": 1200}
 
 
 # ------------------------------------------------------------------------------------------------ the table
