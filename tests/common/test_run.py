@@ -139,7 +139,7 @@ def test_log_says_what_design_promises(whole):
         terms = {"diffusion"} if line["stage"] == "base" else TERMS
         assert line.keys() == {"step", "stage", "loss", "grad_norm", "lr", "by_noise", "skipped"} | terms
         assert not line["skipped"]
-        weights = dict(diffusion=1, coarse=0.1, fine_align=0.02, balance=0.01)
+        weights = dict(diffusion=1, coarse=0.1, semantic_balance=0, fine_align=0.02, balance=0.01)
         assert line["loss"] == pytest.approx(sum(weights[term] * line[term] for term in terms), abs=2e-6)
         assert len(line["by_noise"]) == common.run.BINS
     assert [line["step"] for line in lines(whole[0]) if "held_out" in line] == [3, 6, 9, 10]
