@@ -412,7 +412,7 @@ def test_all_weights_trained_on_are_what_sample_draws_with(go, tmp_path):
 @pytest.mark.parametrize("fields, says", [
     (dict(init_from="nowhere"), "nowhere is no run folder"), (dict(teacher="nowhere"), "There are no maps in"),
     (dict(teacher="no/where"), "There are no maps in"), (dict(data_dir="nowhere"), "no folder of videos"),
-    (dict(data_dir=str(ROOT), base_data_dir="nowhere"), "no folder of videos nowhere"),
+    (dict(data_dir="nowhere", base_data_dir="gone"), "no folder of videos nowhere"),
     (dict(dim=2**15, heads=2**11, depth=8), "GB of memory"), (dict(batch_size=2**14, frames=256, height=128, width=128, physics_steps=0), "GB of memory"),
     (dict(physical_blocks="0", semantic_experts=2**12, dim=2**13, heads=2**9, height=128, width=128), "GB of memory"),
     (dict(world_clips=10**7, height=128, width=128, frames=256), "GB free")])
