@@ -225,7 +225,7 @@ COG = OFFICIAL | dict(
 WAN = OFFICIAL | dict(
     lineage="wan", text_len=512, freq_dim=256, positions="integer", shift=5.0, guidance=5.0,
     frames=81, height=480, width=832, fps=16.0)
-# Two CPU cores, about twelve minutes. Why these values: docs/experiments.md.
+# Two CPU cores, about 15 minutes. Why these values: docs/experiments.md.
 SMALL = dict(
     physical_blocks="0,1,2,3,4,5", semantic_experts=16,
     semantic_temperature=4.0, semantic_balance_weight=0.005, negatives=0.3, fine_weight=0.1)

@@ -1,6 +1,6 @@
 """Train nanoProPhy: first a small video DiT, then the physical branch beside it, in one command.
 
-    python train.py --config small              both stages, about twelve minutes on two CPU cores
+    python train.py --config small              both stages, about 15 minutes on two CPU cores
     python train.py --config small --resume     go on after Ctrl-C, SIGTERM or a crash, to the bit
     python train.py --init_from runs/small ...  stage two alone, from another run's backbone
 
