@@ -35,6 +35,7 @@ import evaluate
 import sample
 from common.ablation import by_clip, compared, write_table
 from common.files import cores, is_intact, lock, read_json, sealed, write_text
+from common.paths import check_writable
 from common.run import git_revision, resolve
 from config import Config, Stopped, UserError, flag
 from experts import ProPhy, invert
@@ -418,6 +419,7 @@ def main(flags: Flags, cfg: Config) -> None:
     a row failed."""
     evaluate.check_run(f"--config {cfg.config}", cfg, diffusion.build(cfg), ("laws",),
                        cfg.preview_steps)
+    check_writable(Path(flags.table))  # before hours of work
     out = Path(flags.out_dir or f"runs/ablation/{cfg.config}")
     out.mkdir(parents=True, exist_ok=True)
     with lock(out, f"Another process works in {out}: wait for it, or give another --out_dir."):

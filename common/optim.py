@@ -38,7 +38,7 @@ class Muon(torch.optim.Optimizer):
                 update = p.grad.lerp(momentum, self.MOMENTUM)  # Nesterov's
                 shapes.setdefault(p.shape[-2:], []).append((p, update))
 
-            # A new dtype is rounded to once, after all matrices of a shape were put together.
+            # All matrices of one shape are orthogonalised together.
             for shape, some in shapes.items():
                 stack = torch.cat([update.reshape(-1, *shape) for _, update in some])
                 stack = orthogonalised(stack.to(self.dtype))
