@@ -5,26 +5,25 @@ equal time.
     python ablate.py --rows paper --jobs 2                 one group; two runs at a time
     python ablate.py --rows default,lora,physical          some rows
 
-    base (weak physics) of each seed --> --init_from: a run a row --> scores.json --> table
+    base (weak physics) of each seed --> --init_from: a run a row --> scores --> table
 
 Rows are data: flags of train.py. A row of another cost a step than the default is trained twice,
 for the default's steps and for as many as fit into the default's time. What a step takes is
 measured here, side by side and in turns: logs of runs that shared a machine tell nothing of it.
-Started again, the command goes on: what is finished and was scored with the same code is kept.
+Started again, the command goes on, also on another machine: the table's .json holds the scores of
+all finished runs, clip by clip, and a run is made again where its row or its preset has changed.
 """
 import concurrent.futures
-import json
 import platform
-import shlex
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -33,8 +32,8 @@ import config
 import diffusion
 import evaluate
 import sample
-from common.ablation import by_clip, compared, write_table
-from common.files import cores, is_intact, lock, read_json, sealed, write_text
+from common.ablation import by_clip, compared, read_table, write_table
+from common.files import cores, digest, lock
 from common.paths import check_writable
 from common.run import git_revision, resolve
 from config import Config, Stopped, UserError, flag
@@ -144,17 +143,22 @@ def cost_of(cfg: Config) -> str:
     """What makes a training step of stage two dear or cheap: rows that agree in it are timed once,
     and need no second run for equal time."""
     shape = (*config.marked(config.BRANCH), "freeze_backbone")
-    return json.dumps([getattr(cfg, name) for name in shape])
+    return digest([getattr(cfg, name) for name in shape])
+
+
+NOISE = .03  # of a ratio of two times
 
 
 def measure_ratios(cfg: Config, rows: dict[str, Config], rounds: int) -> dict[str, float]:
-    """{row: seconds of its training step over those of cfg's}, all timed in turns."""
+    """{row: seconds of its training step over those of cfg's}, all timed in turns; 1 where they
+    differ by less than such a measurement tells."""
     first = {cost_of(one): name for name, one in (*rows.items(), ("all parts", cfg))}
     seconds = bench.in_turns(
         {name: bench.training_step(rows.get(name, cfg), "physics")[0] for name in first.values()},
         rounds)
-    default = seconds["all parts"]
-    return {name: seconds[first[cost_of(one)]] / default for name, one in rows.items()}
+    ratios = {name: seconds[first[cost_of(one)]] / seconds["all parts"]
+              for name, one in rows.items()}
+    return {name: 1. if abs(ratio - 1) < NOISE else ratio for name, ratio in ratios.items()}
 
 
 def steps_in_time(steps: int, ratio: float) -> int:
@@ -167,8 +171,22 @@ def steps_in_time(steps: int, ratio: float) -> int:
 class Job:
     """One run of train.py, in the folder OUT/name."""
     name: str
+    row: str
     fields: dict  # of Config, beside those that all runs share
     steps: int  # its last one
+
+
+SCORING = ("n", "pairs", "clips", "judged_seed")  # flags that the scores depend on
+ELSEWHERE = ("threads", "pool_dir", "init_from")  # fields that may differ from machine to machine
+
+
+def key_of(job: Job, shared: dict) -> str:
+    """A hash of all that makes the run what it is: a row or a preset that was changed since has
+    another. Fields at their default are left out, so that a new one changes nothing."""
+    cfg = config.preset(**shared | job.fields)
+    told = {name: value for name, value in vars(cfg).items() if name not in ELSEWHERE}
+    told = {name: value for name, value in told.items() if value != getattr(Config, name)}
+    return digest(told | {"steps": job.steps})[:16]
 
 
 def words(fields: dict) -> list[str]:
@@ -208,47 +226,35 @@ def train_run(out: Path, job: Job, shared: dict) -> None:
                         "--out_dir.")
 
 
-def score_run(run: Path, how: dict) -> dict:
-    """The run's scores.json, made where it is missing, damaged, or of other code or settings.
-
-    how: flags of evaluate.measure. -> {"measured": how, and of what, "trained": parameters of
-    stage two, "scores": as evaluate.measure returns them}.
-    """
-    path = run / "scores.json"
+def score_run(run: Path, job: Job, how: dict) -> dict:
+    """What the table's JSON keeps of a run. how: flags of evaluate.measure."""
     loaded = sample.load_run(run, "last")
     cfg, model = loaded[:2]
-    # Through JSON, so that it compares with what was read.
-    measured = json.loads(json.dumps(how | evaluate.version_of(run, "last", loaded[4]["step"])))
-    stored = read_scores(path)
-    if stored.get("measured") == measured:
-        return stored
     trained = 0
     if isinstance(model, ProPhy):
         some = model.branch_state().values() if cfg.freeze_backbone else model.parameters()
         trained = sum(p.numel() for p in some)
     flags = SimpleNamespace(**how, edit=None, only_laws=False)
     scores = evaluate.measure(loaded, flags)
-    if run.name in {f"{next(iter(rows))}-{cfg.seed}" for rows in GROUPS.values()} and cfg.semantic:
+    if cfg.semantic and job.row == reference_of(job.row):
         # The paper's Figure 8, on the row that others are compared with: the experts inverted.
         flags = SimpleNamespace(**how, edit=invert, only_laws=True)
         scores["inverted"] = evaluate.measure(loaded, flags)["errors"]
-    made = sealed({"measured": measured, "trained": trained, "scores": scores})
-    write_text(path, json.dumps(made))
-    return made
+    return {"steps": job.steps, "trained": trained, "made": made_with(), "values": by_clip(scores)}
 
 
-def read_scores(path: Path) -> dict:
-    """What an intact scores.json holds; nothing where it is missing or damaged."""
-    try:
-        stored = read_json(path)
-    except UserError:
-        return {}
-    return stored if "digest" in stored and is_intact(stored) else {}
+def made_with() -> dict[str, str]:
+    """What may differ between the runs of a table that was made in several starts."""
+    cpu = Path("/proc/cpuinfo")
+    has = cpu.read_text().split() if cpu.is_file() else []
+    fast = [word for word in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if word in has]
+    return {"date": str(date.today()), "revision": git_revision()[:9] or "unknown",
+            "machine": f"{platform.machine()} {' '.join(fast)}".strip(),
+            "torch": torch.__version__}
 
 
-def do_all(jobs: list[Job], work: Callable[[Job], dict], at_once: int, threads: int) -> tuple:
-    """work(job) of each -> ({its name: result}, {its name: why it failed}), some at a time."""
-    done = {}
+def do_all(jobs: list[Job], work: Callable[[Job], None], at_once: int, threads: int) -> dict:
+    """work(job) of each, some at a time -> {name: why it failed}."""
     failed = {}
     bar = tqdm(total=len(jobs), unit="run", dynamic_ncols=True)
     pool = concurrent.futures.ThreadPoolExecutor(
@@ -257,17 +263,17 @@ def do_all(jobs: list[Job], work: Callable[[Job], dict], at_once: int, threads: 
         started = {pool.submit(work, job): job for job in jobs}
         try:
             for future in concurrent.futures.as_completed(started):
-                name = started[future].name
                 try:
-                    done[name] = future.result()
+                    future.result()
                 except Exception as e:  # one row must not take the others with it
+                    name = started[future].name
                     failed[name] = str(e) or type(e).__name__
                     bar.write(f"{name} failed: {failed[name]}", file=sys.stderr)
                 bar.update()
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)  # those under way got the same signal, and save
             raise
-    return done, failed
+    return failed
 
 
 # --- beside the paper -----------------------------------------------------------------------------
@@ -314,103 +320,98 @@ class Flags:
             raise UserError(f"--table is a Markdown file, NAME.md, not {self.table!r}.")
 
 
-def read_plan(path: Path, asked: dict) -> dict:
-    """What a start before this one fixed: {"asked", "shared", "ratios"}; without the last two at
-    the first start. Raises UserError where it was asked for something else."""
-    if not path.is_file():
-        return {"asked": asked}
-    plan = read_json(path)
-    if not is_intact(plan):
-        raise UserError(f"{path} is damaged: remove it, and step times are measured again.")
-    other = [name for name in plan["asked"] | asked if plan["asked"].get(name) != asked.get(name)]
-    if other:
-        raise UserError(f"{path.parent} holds an ablation with another --{other[0]}: give the "
-                        "same, or another --out_dir.")
-    return plan
-
-
-def make_plan(flags: Flags, cfg: Config, out: Path) -> tuple[dict, dict, dict]:
-    """-> fields of Config that all runs share, {row: its own}, {row: time of a step over the
-    default's}. What `auto` became and the times are kept in OUT/plan.json."""
+def open_section(stored: dict, flags: Flags, cfg: Config) -> dict:
+    """What the table's JSON has of this config; a fresh section at the first start: what was asked
+    for, fields of Config that all runs `shared`, {row: time of a step over the default's}, runs.
+    Raises UserError where something else was asked for."""
     preset = config.preset(cfg.config)
-    given = {name: getattr(cfg, name) for name in Flags.READS.split()
-             if getattr(cfg, name) != getattr(preset, name)}
-    place = ("threads", "pool_dir")  # may change from start to start
-    asked = {"config": cfg.config, **{name: given[name] for name in given if name not in place}}
-    plan = read_plan(out / "plan.json", asked)
-    threads = max(cores(cfg.threads) // flags.jobs, 1)
-    torch.set_num_threads(threads)
-    if "shared" not in plan:  # compiled rows could not be timed side by side
+    asked = {name: getattr(cfg, name) for name in Flags.READS.split()
+             if name not in ELSEWHERE and getattr(cfg, name) != getattr(preset, name)}
+    asked |= {name: getattr(flags, name) for name in SCORING}
+    section = stored.setdefault(cfg.config, {"asked": asked, "ratios": {}, "runs": {}})
+    before = section["asked"]
+    other = [name for name in before | asked if before.get(name) != asked.get(name)]
+    if other:
+        raise UserError(f"{flags.table} was made with another --{other[0]}: give the same, or "
+                        "another --table.")
+    section["seeds"] = flags.seeds  # of which the table tells
+    if "shared" not in section:  # compiled rows could not be timed side by side
         found = resolve(replace(cfg, compile="off", base_steps=0))[0]
-        plan["shared"] = {name: getattr(found, name) for name in ("device", "precision", "compile")}
-    shared = {**given, "config": cfg.config, "threads": threads, **plan["shared"]}
-
-    cfg = replace(cfg, **shared)
-    rank = equal_rank(cfg)
-    fields = {name: fields_of(name, rank) for name in chosen(flags.rows)}
-    ratios = plan.setdefault("ratios", {})
-    missing = {name: replace(cfg, **own) for name, own in fields.items()
-               if name not in ratios and ROWS[name].flags is not None}
-    if missing:
-        ratios |= measure_ratios(cfg, missing, flags.rounds)
-        write_text(out / "plan.json", json.dumps(sealed(plan), indent=1))
-    return shared, fields, ratios
+        section["shared"] = {name: getattr(cfg, name) for name in asked if name not in SCORING}
+        section["shared"] |= {name: getattr(found, name)
+                              for name in ("config", "device", "precision", "compile")}
+    return section
 
 
-def make_maps(cfg: Config, fields: dict) -> None:
+def make_maps(cfg: Config, jobs: list[Job]) -> None:
     """The maps of teachers that are not there yet. Raises Stopped."""
     from vlm import open_maps
-    for name in [name for name in fields if ROWS[name].maps]:
-        one = replace(cfg, **fields[name])
+    for job in [job for job in jobs if ROWS[job.row].maps and job.fields["seed"] == 0]:
+        one = replace(cfg, **job.fields)
         try:
             open_maps(one)
         except UserError:
-            print(f"Making the maps of {ROWS[name].says!r}.", flush=True)
+            print(f"Making the maps of {ROWS[job.row].says!r}.", flush=True)
             of = {key: getattr(one, key) for key in DRAWN}
-            call("teacher.py", *ROWS[name].maps, *words(of))
+            call("teacher.py", *ROWS[job.row].maps, *words(of))
 
 
-def jobs_of(fields: dict, ratios: dict, cfg: Config, seeds: int, out: Path) -> tuple:
-    """-> jobs of the bases, jobs of the rows, {(row, "steps" | "time"): [the run of each seed]}."""
+def runs_of(row: str, seeds: int, ratios: dict) -> dict[str, list[str]]:
+    """{"steps" | "time": [the run of each seed]} of a row."""
+    if ROWS[row].flags is None:
+        return {"steps": [base_of(row, seed) for seed in range(seeds)]}
+    runs = {"steps": [f"{row}-{seed}" for seed in range(seeds)]}
+    in_time = "" if ratios[row] == 1 else "-time"
+    return runs | {"time": [run + in_time for run in runs["steps"]]}
+
+
+def base_of(row: str, seed: int) -> str:
+    """The run that this row starts from."""
+    group = GROUP_OF[row]
+    return f"base-{group}-{seed}" if group in WORLDS else f"base-{seed}"
+
+
+def jobs_of(own: dict, ratios: dict, cfg: Config, seeds: int, out: Path) -> tuple[list, list]:
+    """-> jobs of the bases, and of the rows ({name: fields of Config})."""
     bases = {}
-    runs = {}
-    places = {}
-    for name, seed in [(name, seed) for name in fields for seed in range(seeds)]:
-        group = GROUP_OF[name]
-        base = f"base-{group}-{seed}" if group in WORLDS else f"base-{seed}"
-        bases[base] = Job(base, WORLDS.get(group, {}) | {"seed": seed, "physics_steps": 0},
+    jobs = {}
+    for row, seed in [(row, seed) for row in own for seed in range(seeds)]:
+        base = base_of(row, seed)
+        world = WORLDS.get(GROUP_OF[row], {})
+        bases[base] = Job(base, "backbone", world | {"seed": seed, "physics_steps": 0},
                           cfg.base_steps)
-        if ROWS[name].flags is None:
-            places.setdefault((name, "steps"), []).append(base)
+        if ROWS[row].flags is None:
             continue
-
-        own = fields[name] | {"seed": seed, "init_from": str(out / base)}
-        in_time = steps_in_time(cfg.physics_steps, ratios[name])
-        for kind, steps in (("steps", cfg.physics_steps), ("time", in_time)):
-            run = f"{name}-{seed}"
-            if kind == "time" and ratios[name] != 1:
-                run += "-time"
-            runs.setdefault(run, Job(run, own | {"physics_steps": steps}, steps))
-            places.setdefault((name, kind), []).append(run)
-    return list(bases.values()), list(runs.values()), places
+        fields = own[row] | {"seed": seed, "init_from": str(out / base)}
+        in_time = steps_in_time(cfg.physics_steps, ratios[row])
+        for kind, runs in runs_of(row, seeds, ratios).items():
+            steps = in_time if kind == "time" else cfg.physics_steps
+            name = runs[seed]
+            jobs.setdefault(name, Job(name, row, fields | {"physics_steps": steps}, steps))
+    return list(bases.values()), list(jobs.values())
 
 
-def lines_of(places: dict, scored: dict, jobs: dict[str, Job], ratios: dict) -> dict:
+def lines_of(section: dict) -> dict:
     """{"equal steps" | "equal time": {row: what the table tells}} of the rows of which every seed
     was scored, and their reference too."""
-    values = {key: {seed: by_clip(scored[run]["scores"]) for seed, run in enumerate(runs)}
-              for key, runs in places.items() if all(run in scored for run in runs)}
+    ratios = section["ratios"]
+    done = section["runs"]
+    values = {}
+    for row in [row for row in ROWS if ROWS[row].flags is None or row in ratios]:
+        for kind, runs in runs_of(row, section["seeds"], ratios).items():
+            if all(run in done for run in runs):
+                values[row, kind] = [done[run] for run in runs]
     lines = {"equal steps": {}, "equal time": {}}
-    for (name, kind), rows in values.items():
-        reference = values.get((reference_of(name), "steps"))
-        if reference is None:  # it failed
+    for (row, kind), runs in values.items():
+        reference = values.get((reference_of(row), "steps"))
+        if reference is None:
             continue
-        run = places[name, kind][0]
-        differences = compared(rows, reference)
-        lines[f"equal {kind}"][name] = {
-            "row": ROWS[name].says, "steps": jobs[run].steps, "ratio": ratios.get(name),
-            "trained": scored[run]["trained"], "values": compared(rows, None),
-            "differences": differences, "paper": verdict(name, differences["law error"])}
+        ours = [run["values"] for run in runs]
+        differences = compared(ours, [run["values"] for run in reference])
+        lines[f"equal {kind}"][row] = {
+            "row": ROWS[row].says, "steps": runs[0]["steps"], "ratio": ratios.get(row),
+            "trained": runs[0]["trained"], "values": compared(ours, None),
+            "differences": differences, "paper": verdict(row, differences["law error"])}
     return lines
 
 
@@ -419,56 +420,55 @@ def main(flags: Flags, cfg: Config) -> None:
     a row failed."""
     evaluate.check_run(f"--config {cfg.config}", cfg, diffusion.build(cfg), ("laws",),
                        cfg.preview_steps)
-    check_writable(Path(flags.table))  # before hours of work
+    table = Path(flags.table)
+    check_writable(table)  # before hours of work
+    section = open_section(read_table(table), flags, cfg)
+    threads = max(cores(cfg.threads) // flags.jobs, 1)
+    torch.set_num_threads(threads)
+    shared = section["shared"] | {"threads": threads, "pool_dir": cfg.pool_dir}
+    cfg = replace(cfg, **shared)
     out = Path(flags.out_dir or f"runs/ablation/{cfg.config}")
     out.mkdir(parents=True, exist_ok=True)
     with lock(out, f"Another process works in {out}: wait for it, or give another --out_dir."):
-        shared, fields, ratios = make_plan(flags, cfg, out)
-        cfg = replace(cfg, **shared)
-        make_maps(cfg, fields)
+        # What a step of a row takes is measured once: the runs of other starts depend on it.
+        rank = equal_rank(cfg)
+        own = {row: fields_of(row, rank) for row in chosen(flags.rows)}
+        untimed = {row: replace(cfg, **fields) for row, fields in own.items()
+                   if row not in section["ratios"] and ROWS[row].flags is not None}
+        if untimed:
+            section["ratios"] |= measure_ratios(cfg, untimed, flags.rounds)
 
-        asked = ("n", "pairs", "clips", "batch", "judged_seed")
-        how = {name: getattr(flags, name) for name in asked}
-        how |= {"seed": 0, "steps": cfg.preview_steps, "guidance": cfg.guidance,
-                "precision": cfg.precision}  # one noise for all, so that clips are paired
+        how = {name: getattr(flags, name) for name in SCORING}
+        how |= {"batch": flags.batch, "seed": 0, "steps": cfg.preview_steps,
+                "guidance": cfg.guidance, "precision": cfg.precision}  # one noise, to pair clips
 
-        def work(job: Job) -> dict:
+        def work(job: Job) -> None:
+            key = key_of(job, shared)
             train_run(out, job, shared)
-            return score_run(out / job.name, how)
+            if not is_done(job):
+                keep(job.name, {"key": key, **score_run(out / job.name, job, how)})
 
-        bases, runs, places = jobs_of(fields, ratios, cfg, flags.seeds, out)
-        scored, failed = do_all(bases, work, flags.jobs, shared["threads"])
-        ready = [job for job in runs if Path(job.fields["init_from"]).name in scored]
-        more, worse = do_all(ready, work, flags.jobs, shared["threads"])
-        scored |= more
-        failed |= worse
+        def is_done(job: Job) -> bool:
+            return section["runs"].get(job.name, {}).get("key") == key_of(job, shared)
 
-        jobs = {job.name: job for job in (*bases, *runs)}
-        lines = lines_of(places, scored, jobs, ratios)
-        if any(lines.values()):
-            write_table(Path(flags.table), about(flags, cfg), lines)
-            print(f"{flags.table} and its .json have the tables.")
+        def keep(name: str, made: dict) -> None:
+            with writing:
+                section["runs"][name] = made
+                stored = read_table(table) | {cfg.config: section}
+                write_table(table, stored, {config: lines_of(one) for config, one in stored.items()})
+
+        writing = threading.Lock()
+        bases, jobs = jobs_of(own, section["ratios"], cfg, flags.seeds, out)
+        jobs = [job for job in jobs if not is_done(job)]
+        needed = {Path(job.fields["init_from"]).name for job in jobs}
+        bases = [job for job in bases if job.name in needed or not is_done(job)]
+        make_maps(cfg, jobs)
+        failed = do_all(bases, work, flags.jobs, threads)
+        ready = [job for job in jobs if Path(job.fields["init_from"]).name not in failed]
+        failed |= do_all(ready, work, flags.jobs, threads)
+    print(f"{flags.table} and its .json have the tables.")
     if failed:
         raise Stopped(f"These runs failed: {', '.join(failed)}; the same command makes them again.")
-
-
-def about(flags: Flags, cfg: Config) -> dict[str, str]:
-    """What the figures were made with."""
-    cpu = Path("/proc/cpuinfo")
-    has = cpu.read_text().split() if cpu.is_file() else []
-    fast = [word for word in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if word in has]
-    return {
-        "config": cfg.config,
-        "command": f"`python {shlex.join(sys.argv)}`",
-        "date": str(date.today()),
-        "revision": git_revision() or "unknown",
-        "versions": f"Python {platform.python_version()}, torch {torch.__version__}, numpy "
-                    f"{np.__version__}",
-        "machine": f"{cores(0)} cores, {platform.machine()} {' '.join(fast)}",
-        "runs": f"{flags.seeds} seeds, {cfg.base_steps} steps of a base, {cfg.physics_steps} of "
-                f"stage two, {cfg.precision}",
-        "scores": f"{flags.n} clips a law, {flags.pairs} of two phenomena, {flags.clips} held-out, "
-                  f"prompts of world {flags.judged_seed}"}
 
 
 if __name__ == "__main__":

@@ -389,7 +389,7 @@ def check_run(run, cfg, process, parts, steps) -> None:
     if "laws" in parts and few:
         raise UserError(f"Laws are measured on {laws.FEWEST_FRAMES} frames of {laws.FEWEST_PIXELS} "
                         f"pixels or more, and {run} makes {cfg.frames} of {cfg.width} x "
-                        f"{cfg.height}; --only localisation works.")
+                        f"{cfg.height}; evaluate.py --only localisation works.")
     try:
         process.times(steps)
     except ValueError as e:

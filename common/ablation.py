@@ -1,8 +1,9 @@
 """The ablation's tables: scores of runs, clip by clip, become means with intervals and Markdown.
 
-    scores.json of each seed --> by_clip --> compared (paired over clips and seeds) --> write_table
+    scores of each seed --> by_clip --> compared (paired over clips and seeds) --> write_table
 
-ablate.py makes the runs. Nothing here imports torch.
+ablate.py makes the runs. The JSON keeps them clip by clip, so that a later start, on this machine
+or another, adds rows to the same table. Nothing here imports torch.
 """
 import json
 from pathlib import Path
@@ -48,18 +49,18 @@ def by_clip(scores: dict) -> dict[str, list[float]]:
     values["inversion"] = [after - before for (*_, before, _), (*_, after, _) in zip(errors, inverted)]
     for name in laws.LAWS:
         values[f"law: {name}"] = [error for one, n, error, _ in errors if (one, n) == (name, 1)]
-    return {name: some for name, some in values.items() if some}
+    return {name: [round(value, 5) for value in some] for name, some in values.items() if some}
 
 
-def compared(rows: dict[int, dict], reference: dict[int, dict] | None) -> dict:
-    """{measure: [mean, half of its 95 % interval]} of {seed: by_clip}, minus those of a reference
-    if there is one."""
+def compared(runs: list[dict], reference: list[dict] | None) -> dict:
+    """{measure: [mean, half of its 95 % interval]} of by_clip of each seed, minus those of a
+    reference if there is one."""
     found = {}
-    for name in rows[0]:
-        a = {seed: row[name] for seed, row in rows.items()}
+    for name in runs[0]:
+        a = {seed: run[name] for seed, run in enumerate(runs)}
         b = {seed: [0.] * len(some) for seed, some in a.items()}
         if reference:
-            b = {seed: row[name] for seed, row in reference.items() if name in row}
+            b = {seed: run[name] for seed, run in enumerate(reference) if name in run}
         if b:
             found[name] = list(score.paired(a, b))
     return found
@@ -71,11 +72,18 @@ def cell(name: str, value: list[float]) -> str:
     return " ± ".join(f"{part:.{digits}f}" for part in value)
 
 
-def section(settings: dict, lines: dict[str, dict[str, dict]]) -> str:
-    """The Markdown of one config. lines: {"equal steps" | "equal time": {row: what the table
-    tells}}, as ablate.py makes them."""
-    facts = "\n".join(f"* {name}: {value}" for name, value in settings.items())
-    text = f"## {settings['config']}\n\n{facts}\n"
+def facts(config: str, section: dict) -> str:
+    """What a config's figures were made with."""
+    made = [run["made"] for run in section["runs"].values()]
+    told = {"config": config, "seeds": section["seeds"], **section["asked"]}
+    for name in ("date", "revision", "machine", "torch"):
+        told[name] = ", ".join(sorted({one[name] for one in made}))
+    return "\n".join(f"* {name}: {value}" for name, value in told.items())
+
+
+def tables(lines: dict[str, dict[str, dict]]) -> str:
+    """The Markdown of {"equal steps" | "equal time": {row: what the table tells}}."""
+    text = ""
     for title, rows in lines.items():
         table = {}
         per_law = {}
@@ -98,16 +106,23 @@ def section(settings: dict, lines: dict[str, dict[str, dict]]) -> str:
     return text
 
 
-def write_table(path: Path, settings: dict, lines: dict) -> None:
-    """Write the table and its JSON. What they hold of other configs stays."""
+def read_table(path: Path) -> dict:
+    """{config: its section} of the JSON beside a table; empty where there is none. Raises
+    UserError where it is damaged."""
     data = path.with_suffix(".json")
-    stored = {}
-    if data.is_file():
-        stored = read_json(data)
-        if not is_intact(stored):
-            raise UserError(f"{data} is damaged: remove it, and the other configs' tables with it.")
-        stored.pop("digest", None)
-    stored[settings["config"]] = {"settings": settings, "lines": lines}
+    if not data.is_file():
+        return {}
+    stored = read_json(data)
+    if not is_intact(stored):
+        raise UserError(f"{data} is damaged: remove it, and all runs are scored again.")
+    stored.pop("digest", None)
+    return stored
+
+
+def write_table(path: Path, stored: dict, lines: dict) -> None:
+    """Write the JSON of {config: its section}, and the table of {config: its lines}."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(data, json.dumps(sealed(stored), indent=1) + "\n")
-    write_text(path, "\n".join([INTRO, *(section(**one) for one in stored.values())]))
+    write_text(path.with_suffix(".json"), json.dumps(sealed(stored)) + "\n")
+    sections = [f"## {config}\n\n{facts(config, stored[config])}\n{tables(some)}"
+                for config, some in lines.items()]
+    write_text(path, "\n".join([INTRO, *sections]))
