@@ -73,9 +73,6 @@ GROUPS = {  # the first row of a group is what its others are compared with
         "no_alignment": Row("no alignment", {"coarse_weight": 0.0, "fine_weight": 0.0}),
         "no_balance": Row("alignment without balance", {"balance_weight": 0.0}, 58.3),
         "balance_alone": Row("balance without fine alignment", {"fine_weight": 0.0}),
-        "no_losses": Row("neither alignment nor balance", {
-            "coarse_weight": 0.0, "fine_weight": 0.0, "balance_weight": 0.0}),
-        "sparse": Row("a physical block beside every other block", {"physical_blocks": "1,3,5"}),
         "injection_zero": Row("injection: zero-initialised", {"injection": "zero"}),
         "injection_plain": Row("injection: plain +", {"injection": "plain"}),
         "negatives_0": Row("negatives 0", {"negatives": 0.0}),
@@ -245,11 +242,8 @@ def score_run(run: Path, job: Job, how: dict) -> dict:
 
 def made_with() -> dict[str, str]:
     """What may differ between the runs of a table that was made in several starts."""
-    cpu = Path("/proc/cpuinfo")
-    has = cpu.read_text().split() if cpu.is_file() else []
-    fast = [word for word in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if word in has]
     return {"date": str(date.today()), "revision": git_revision()[:9] or "unknown",
-            "machine": f"{platform.machine()} {' '.join(fast)}".strip(),
+            "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
             "torch": torch.__version__}
 
 
@@ -301,13 +295,12 @@ class Flags:
     seeds: int = flag(3, marks=(100,))  # runs a row, with --seed 0, 1, ...
     rows: str = ""  # names or groups (paper, few, teachers), commas between; empty = all
     out_dir: str = ""  # folder of the runs; empty = runs/ablation/<config>
-    jobs: int = flag(1, marks=(256,))  # runs at a time, which share the threads
+    jobs: int = 1  # runs at a time, which share the threads
     table: str = "docs/ablation.md"  # where the tables go; beside it a .json with their figures
-    rounds: int = flag(10, marks=(1000,))  # of timing the rows' steps in turns
+    rounds: int = 10  # of timing the rows' steps in turns
     n: int = 16  # clips a law
     pairs: int = 48  # clips of two phenomena
     clips: int = 128  # held-out clips for losses and routing
-    batch: int = 16  # clips at a time
     judged_seed: int = evaluate.JUDGED_SEED  # world of the prompts: another for choices
 
     READS = ("config pool_dir device precision threads base_steps physics_steps world_clips "
@@ -336,10 +329,10 @@ def open_section(stored: dict, flags: Flags, cfg: Config) -> dict:
                         "another --table.")
     section["seeds"] = flags.seeds  # of which the table tells
     if "shared" not in section:  # compiled rows could not be timed side by side
-        found = resolve(replace(cfg, compile="off", base_steps=0))[0]
-        section["shared"] = {name: getattr(cfg, name) for name in asked if name not in SCORING}
-        section["shared"] |= {name: getattr(found, name)
-                              for name in ("config", "device", "precision", "compile")}
+        found = resolve(replace(cfg, compile="off"))[0]
+        given = [name for name in asked if name not in SCORING]
+        section["shared"] = {name: getattr(found, name) for name in (
+            *given, "config", "device", "precision", "compile")}
     return section
 
 
@@ -439,7 +432,7 @@ def main(flags: Flags, cfg: Config) -> None:
             section["ratios"] |= measure_ratios(cfg, untimed, flags.rounds)
 
         how = {name: getattr(flags, name) for name in SCORING}
-        how |= {"batch": flags.batch, "seed": 0, "steps": cfg.preview_steps,
+        how |= {"batch": cfg.batch_size, "seed": 0, "steps": cfg.preview_steps,
                 "guidance": cfg.guidance, "precision": cfg.precision}  # one noise, to pair clips
 
         def work(job: Job) -> None:

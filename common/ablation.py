@@ -121,7 +121,6 @@ def read_table(path: Path) -> dict:
 
 def write_table(path: Path, stored: dict, lines: dict) -> None:
     """Write the JSON of {config: its section}, and the table of {config: its lines}."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path.with_suffix(".json"), json.dumps(sealed(stored)) + "\n")
     sections = [f"## {config}\n\n{facts(config, stored[config])}\n{tables(some)}"
                 for config, some in lines.items()]
