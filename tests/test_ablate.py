@@ -240,7 +240,7 @@ def test_two_rows_of_debug_are_trained_scored_and_kept(tmp_path, pools, monkeypa
     assert ablation.read_table(table)["debug"] == first and table.read_text() == text
     assert not list((tmp_path / "out").iterdir())
 
-    row = dataclasses.replace(ablate.ROWS["all_weights"], flags=ablate.ALL_WEIGHTS | {"fine_weight": .5})
+    row = dataclasses.replace(ablate.ROWS["all_weights"], flags=ablate.ALL_WEIGHTS | {"world_clips": 12})
     monkeypatch.setitem(ablate.ROWS, "all_weights", row)
     ablate.main(*config.parse_with(ablate.Flags, command, ""))
     again = ablation.read_table(table)["debug"]["runs"]
