@@ -7,13 +7,18 @@ equal time.
 
     base (weak physics) of each seed --> --init_from: a run a row --> scores --> table
 
-Rows are data: flags of train.py. A row of another cost a step than the default is trained twice,
-for the default's steps and for as many as fit into the default's time. What a step takes is
+Rows are data: flags of train.py. A row whose step costs more or less than the default's is trained
+twice, for the default's steps and for as many as fit into the default's time. What a step takes is
 measured here, side by side and in turns: logs of runs that shared a machine tell nothing of it.
-Started again, the command goes on, also on another machine: the table's .json holds the scores of
-all finished runs, clip by clip, and a run is made again where its row or its preset has changed.
+
+Started again, the command goes on. The table's .json holds the scores of all finished runs, clip by
+clip, so it needs no run folders for that, and another machine can add rows. A run is made again
+where its row or its preset has changed. On another machine a base is trained again from its seed,
+and may differ in its last bits: the table says how many bases its rows start from.
 """
 import concurrent.futures
+import contextlib
+import hashlib
 import platform
 import subprocess
 import sys
@@ -33,9 +38,9 @@ import diffusion
 import evaluate
 import sample
 from common.ablation import by_clip, compared, read_table, write_table
-from common.files import cores, digest, lock
+from common.files import cores, digest, handle_of, lock, take
 from common.paths import check_writable
-from common.run import git_revision, resolve
+from common.run import git_revision, pick_device, resolve
 from config import Config, Stopped, UserError, flag
 from experts import ProPhy, invert
 from model import build_backbone
@@ -51,7 +56,7 @@ class Row:
     says: str  # its name in the table
     flags: dict | None  # of train.py, beside those that the whole group has
     paper: float | None = None  # physical commonsense (%) on Wan2.1-1.3B, the paper's Tables 3, 4
-    maps: tuple[str, ...] = ()  # flags of teacher.py that make its maps
+    of: str = ""  # no run of its own: that of this row, with its semantic experts inverted
 
 
 LORA = {"physical_blocks": "", "lora_rank": EQUAL}
@@ -61,6 +66,7 @@ FROZEN = {"train_physical": False}
 GROUPS = {  # the first row of a group is what its others are compared with
     "paper": {
         "default": Row("all parts", {}, 65.0),
+        "inverted": Row("all parts, experts inverted", {}, of="default"),
         "backbone": Row("backbone alone", None, 57.8),
         "all_weights": Row("all weights trained on", ALL_WEIGHTS),
         "lora": Row("LoRA of equal parameters", LORA, 58.2),
@@ -87,18 +93,23 @@ GROUPS = {  # the first row of a group is what its others are compared with
     },
     "teachers": {
         "exact": Row("teacher: exact masks", {}),
-        "tiny_vlm": Row("teacher: tiny VLM", {"teacher": "tiny_vlm"}, maps=("--train_tiny",)),
-        "saliency": Row("teacher: frame differences", {"teacher": "saliency"},
-                        maps=("--annotate", "saliency", "--kind", "saliency")),
-        "shuffled": Row("teacher: shuffled maps", {"teacher": "shuffled"},
-                        maps=("--annotate", "shuffled", "--kind", "shuffled")),
+        "tiny_vlm": Row("teacher: tiny VLM", {"teacher": "tiny_vlm"}),
+        "saliency": Row("teacher: frame differences", {"teacher": "saliency"}),
+        "shuffled": Row("teacher: shuffled maps", {"teacher": "shuffled"}),
         "no_teacher": Row("teacher: none", {"coarse_weight": 0.0, "fine_weight": 0.0}),
     },
 }
-# Colour cues are what the tiny VLM learned; `negatives` closes the hole in the paper's mask.
+# Flags of a group with its own base. Colour cues are what the tiny VLM learned; `negatives` closes
+# the hole in the paper's mask.
+WORLDS = {"teachers": {"colour_cues": True, "negatives": 0.1}}
+TEACHERS = {  # name of maps: flags of teacher.py; the last ones are made of the first ones
+    "tiny_vlm": ("--annotate", "tiny_vlm"),
+    "saliency": ("--annotate", "saliency", "--kind", "saliency"),
+    "shuffled": ("--annotate", "shuffled", "--kind", "shuffled"),
+}
+LESSONS = 2700  # steps of training the tiny VLM
 DRAWN = ("config", "colour_cues", "pool_dir", "threads", "world_clips", "val_clips", "frames",
          "height", "width")  # what teacher.py must know of the clips
-WORLDS = {"teachers": {"colour_cues": True, "negatives": 0.1}}  # flags of a group with its own base
 ROWS = {name: row for rows in GROUPS.values() for name, row in rows.items()}
 GROUP_OF = {name: group for group, rows in GROUPS.items() for name in rows}
 
@@ -139,7 +150,7 @@ def equal_rank(cfg: Config) -> int:
 def cost_of(cfg: Config) -> str:
     """What makes a training step of stage two dear or cheap: rows that agree in it are timed once,
     and need no second run for equal time."""
-    shape = (*config.marked(config.BRANCH), "freeze_backbone")
+    shape = (*config.marked(config.BRANCH), "freeze_backbone", "train_physical")
     return digest([getattr(cfg, name) for name in shape])
 
 
@@ -164,26 +175,32 @@ def steps_in_time(steps: int, ratio: float) -> int:
 
 
 # --- runs -----------------------------------------------------------------------------------------
+SCORING = ("n", "pairs", "clips", "judged_seed")  # flags that the scores depend on
+ELSEWHERE = ("threads", "pool_dir", "out_dir")  # fields that may differ from start to start
+
+
 @dataclass(frozen=True)
 class Job:
-    """One run of train.py, in the folder OUT/name."""
-    name: str
+    """A run of train.py, and its scores."""
+    name: str  # in the table's JSON
     row: str
-    fields: dict  # of Config, beside those that all runs share
-    steps: int  # its last one
+    fields: dict  # of Config; a row has those of its base's stage one, too
+    key: str  # a hash of them
+    folder: str
+    base: "Job | None" = None  # where it starts
+
+    @property
+    def steps(self) -> int:
+        return self.fields["physics_steps" if self.base else "base_steps"]
 
 
-SCORING = ("n", "pairs", "clips", "judged_seed")  # flags that the scores depend on
-ELSEWHERE = ("threads", "pool_dir", "init_from")  # fields that may differ from machine to machine
-
-
-def key_of(job: Job, shared: dict) -> str:
-    """A hash of all that makes the run what it is: a row or a preset that was changed since has
-    another. Fields at their default are left out, so that a new one changes nothing."""
-    cfg = config.preset(**shared | job.fields)
-    told = {name: value for name, value in vars(cfg).items() if name not in ELSEWHERE}
-    told = {name: value for name, value in told.items() if value != getattr(Config, name)}
-    return digest(told | {"steps": job.steps})[:16]
+def key_of(fields: dict, known: list[str]) -> str:
+    """A hash of all that makes a run what it is. known: the fields of Config when the table was
+    begun. One that was added since tells nothing as long as it has its default."""
+    cfg = vars(config.preset(**fields))
+    told = {name: value for name, value in cfg.items() if name not in ELSEWHERE
+            and (name in known or value != getattr(Config, name))}
+    return digest(told)[:12]
 
 
 def words(fields: dict) -> list[str]:
@@ -201,48 +218,46 @@ def call(script: str, *flags: str) -> None:
         raise Stopped(said[-1])
 
 
-def train_run(out: Path, job: Job, shared: dict) -> None:
-    """Train a run to its end: from its start, from where it stopped, or not at all. Raises Stopped,
-    or UserError where the folder holds another run."""
-    run = out / job.name
-    fields = shared | job.fields | {"out_dir": str(run)}
-    if "init_from" in fields:  # train.py refuses what only stage one would read
-        fields = {name: value for name, value in fields.items() if name not in ("base_steps", "lr")}
-    checkpoints = run / "checkpoints"
-    if any(checkpoints.glob("step*.pt")):
+def train_run(out: Path, job: Job) -> Path:
+    """Train a run to its end: from its start, from where it stopped, or not at all. -> its folder.
+    Raises Stopped."""
+    run = out / job.folder
+    last = run / "checkpoints" / f"step{job.steps:06d}.pt"
+    if last.is_file():
+        return run
+    fields = job.fields | {"out_dir": str(run)}
+    if job.base:
+        fields["init_from"] = str(out / job.base.folder)
+        for name in ("base_steps", "lr"):  # train.py refuses what only stage one would read
+            fields.pop(name, None)
+    if any(last.parent.glob("step*.pt")):
         fields["resume"] = True
         del fields["threads"]  # it goes on with those that it was started with
-    if not (checkpoints / f"step{job.steps:06d}.pt").is_file():
-        return call("train.py", *words(fields))
-    stored = config.load(run / "config.json")
-    may_change = config.marked(config.MAY_CHANGE)
-    other = [name for name, value in fields.items()
-             if name not in may_change and getattr(stored, name) != value]
-    if other:
-        raise UserError(f"{run} was trained with another --{other[0]}: remove it, or give another "
-                        "--out_dir.")
+    call("train.py", *words(fields))
+    if not last.is_file():  # a signal stopped it, and it saved
+        raise Stopped("it was interrupted.")
+    return run
 
 
-def score_run(run: Path, job: Job, how: dict) -> dict:
-    """What the table's JSON keeps of a run. how: flags of evaluate.measure."""
-    loaded = sample.load_run(run, "last")
-    cfg, model = loaded[:2]
+def score_run(out: Path, job: Job, how: dict) -> dict:
+    """What the table's JSON keeps of a finished run. how: flags of evaluate.measure."""
+    def load(one):
+        device = one.fields["device"]
+        return sample.load_run(out / one.folder, f"step{one.steps:06d}.pt", device)
+
+    loaded = cfg, model, *_ = load(job)
+    base = load(job.base)[1] if job.base else model
+    weights = b"".join(p.detach().cpu().numpy().tobytes() for p in base.parameters())
     trained = 0
-    if isinstance(model, ProPhy):
-        some = model.branch_state().values() if cfg.freeze_backbone else model.parameters()
-        trained = sum(p.numel() for p in some)
-    flags = SimpleNamespace(**how, edit=None, only_laws=False)
-    scores = evaluate.measure(loaded, flags)
-    if cfg.semantic and job.row == reference_of(job.row):
-        # The paper's Figure 8, on the row that others are compared with: the experts inverted.
-        flags = SimpleNamespace(**how, edit=invert, only_laws=True)
-        scores["inverted"] = evaluate.measure(loaded, flags)["errors"]
-    return {"steps": job.steps, "trained": trained, "made": made_with(), "values": by_clip(scores)}
-
-
-def made_with() -> dict[str, str]:
-    """What may differ between the runs of a table that was made in several starts."""
-    return {"date": str(date.today()), "revision": git_revision()[:9] or "unknown",
+    if job.base:
+        some = model.branch_state() if cfg.freeze_backbone else dict(model.named_parameters())
+        trained = sum(p.numel() for name, p in some.items()
+                      if cfg.train_physical or not name.startswith("physical."))
+    edit = invert if ROWS[job.row].of else None
+    scores = evaluate.measure(loaded, SimpleNamespace(**how, edit=edit))
+    return {"key": job.key, "steps": job.steps, "trained": trained, "values": by_clip(scores),
+            "base": hashlib.sha256(weights).hexdigest()[:9], "date": str(date.today()),
+            "revision": git_revision()[:9] or "unknown", "measured by": evaluate.code_version(),
             "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
             "torch": torch.__version__}
 
@@ -250,6 +265,8 @@ def made_with() -> dict[str, str]:
 def do_all(jobs: list[Job], work: Callable[[Job], None], at_once: int, threads: int) -> dict:
     """work(job) of each, some at a time -> {name: why it failed}."""
     failed = {}
+    if not jobs:
+        return failed
     bar = tqdm(total=len(jobs), unit="run", dynamic_ncols=True)
     pool = concurrent.futures.ThreadPoolExecutor(
         at_once, initializer=torch.set_num_threads, initargs=(threads,))
@@ -281,7 +298,7 @@ def verdict(name: str, difference: list[float]) -> str:
     if paper == ours:
         return f"{paper:.1f}"
     mean, half = difference
-    if abs(mean) <= half:
+    if not abs(mean) > half:
         points = "cannot be told apart"
     else:
         points = "same direction" if (mean < 0) == (paper > ours) else "opposite"
@@ -309,159 +326,189 @@ class Flags:
 
     def check(self):
         chosen(self.rows)
-        if not self.table.endswith(".md"):
-            raise UserError(f"--table is a Markdown file, NAME.md, not {self.table!r}.")
+        table = Path(self.table)
+        if table.suffix != ".md" or (table.exists() and not table.with_suffix(".json").exists()):
+            raise UserError("--table is a Markdown file, NAME.md, which is new or was written by "
+                            f"this command, not {self.table!r}.")
 
 
 def open_section(stored: dict, flags: Flags, cfg: Config) -> dict:
     """What the table's JSON has of this config; a fresh section at the first start: what was asked
-    for, fields of Config that all runs `shared`, {row: time of a step over the default's}, runs.
-    Raises UserError where something else was asked for."""
+    for, fields of Config that all runs `shared`, those that it `known`, {row: time of a step over
+    the default's}, runs. Raises UserError where something else was asked for."""
     preset = config.preset(cfg.config)
-    asked = {name: getattr(cfg, name) for name in Flags.READS.split()
+    given = {name: getattr(cfg, name) for name in Flags.READS.split()
              if name not in ELSEWHERE and getattr(cfg, name) != getattr(preset, name)}
-    asked |= {name: getattr(flags, name) for name in SCORING}
-    section = stored.setdefault(cfg.config, {"asked": asked, "ratios": {}, "runs": {}})
+    asked = given | {name: getattr(flags, name) for name in SCORING}
+    section = stored.get(cfg.config)
+    if section is None:  # compiled rows could not be timed side by side
+        found = resolve(replace(cfg, compile="off"))[0]
+        auto = {name: getattr(found, name) for name in ("device", "precision", "compile")}
+        shared = given | {"config": cfg.config, "base_steps": cfg.base_steps} | auto
+        section = {"asked": asked, "shared": shared, "known": sorted(vars(cfg)), "ratios": {},
+                   "runs": {}}
     before = section["asked"]
     other = [name for name in before | asked if before.get(name) != asked.get(name)]
     if other:
         raise UserError(f"{flags.table} was made with another --{other[0]}: give the same, or "
                         "another --table.")
-    section["seeds"] = flags.seeds  # of which the table tells
-    if "shared" not in section:  # compiled rows could not be timed side by side
-        found = resolve(replace(cfg, compile="off"))[0]
-        given = [name for name in asked if name not in SCORING]
-        section["shared"] = {name: getattr(found, name) for name in (
-            *given, "config", "device", "precision", "compile")}
+    pick_device(section["shared"]["device"])  # has this machine one?
     return section
 
 
-def make_maps(cfg: Config, jobs: list[Job]) -> None:
-    """The maps of teachers that are not there yet. Raises Stopped."""
+def make_maps(cfg: Config, jobs: list[Job], out: Path) -> None:
+    """The maps of teachers that are not there yet. Where that fails, so will their rows."""
     from vlm import open_maps
-    for job in [job for job in jobs if ROWS[job.row].maps and job.fields["seed"] == 0]:
-        one = replace(cfg, **job.fields)
+    asked = {job.fields.get("teacher"): job for job in jobs}
+    if "shuffled" in asked:
+        asked.setdefault("tiny_vlm", asked["shuffled"])
+    for name in [name for name in TEACHERS if name in asked]:
+        one = replace(cfg, **asked[name].fields | {"teacher": name})
+        flags = TEACHERS[name]
+        if name == "tiny_vlm":
+            folder = out / "tiny_vlm"
+            train = () if folder.is_dir() else ("--train_tiny", "--steps", str(LESSONS))
+            flags = (*flags, "--vlm", str(folder), *train)
         try:
             open_maps(one)
         except UserError:
-            print(f"Making the maps of {ROWS[job.row].says!r}.", flush=True)
-            of = {key: getattr(one, key) for key in DRAWN}
-            call("teacher.py", *ROWS[job.row].maps, *words(of))
+            print(f"Making the maps of {name}.", flush=True)
+            with contextlib.suppress(Stopped):
+                call("teacher.py", *flags, *words({key: getattr(one, key) for key in DRAWN}))
 
 
-def runs_of(row: str, seeds: int, ratios: dict) -> dict[str, list[str]]:
-    """{"steps" | "time": [the run of each seed]} of a row."""
-    if ROWS[row].flags is None:
-        return {"steps": [base_of(row, seed) for seed in range(seeds)]}
-    runs = {"steps": [f"{row}-{seed}" for seed in range(seeds)]}
-    in_time = "" if ratios[row] == 1 else "-time"
-    return runs | {"time": [run + in_time for run in runs["steps"]]}
+def jobs_of(rows: list[str], seeds: range, section: dict, cfg: Config) -> dict:
+    """{(row, "steps" | "time"): {seed: Job}} of the rows whose times are known. A row as dear as the
+    default has the same run for both."""
+    rank = equal_rank(cfg)
 
+    def job(name, row, fields, base=None):
+        key = key_of(fields, section["known"])
+        # A row of another one's runs has its folder, and its name in the JSON.
+        trained_as = name.replace(row, ROWS[row].of, 1) if ROWS[row].of else name
+        return Job(name, row, fields, key, f"{trained_as}-{key}", base)
 
-def base_of(row: str, seed: int) -> str:
-    """The run that this row starts from."""
-    group = GROUP_OF[row]
-    return f"base-{group}-{seed}" if group in WORLDS else f"base-{seed}"
-
-
-def jobs_of(own: dict, ratios: dict, cfg: Config, seeds: int, out: Path) -> tuple[list, list]:
-    """-> jobs of the bases, and of the rows ({name: fields of Config})."""
-    bases = {}
     jobs = {}
-    for row, seed in [(row, seed) for row in own for seed in range(seeds)]:
-        base = base_of(row, seed)
-        world = WORLDS.get(GROUP_OF[row], {})
-        bases[base] = Job(base, "backbone", world | {"seed": seed, "physics_steps": 0},
-                          cfg.base_steps)
+    for row, seed in [(row, seed) for row in rows for seed in seeds]:
+        group = GROUP_OF[row]
+        shared = section["shared"] | WORLDS.get(group, {}) | {"seed": seed}
+        world = f"{group}-" if group in WORLDS else ""
+        base = job(f"base-{world}{seed}", "backbone", shared | {"physics_steps": 0})
         if ROWS[row].flags is None:
-            continue
-        fields = own[row] | {"seed": seed, "init_from": str(out / base)}
-        in_time = steps_in_time(cfg.physics_steps, ratios[row])
-        for kind, runs in runs_of(row, seeds, ratios).items():
-            steps = in_time if kind == "time" else cfg.physics_steps
-            name = runs[seed]
-            jobs.setdefault(name, Job(name, row, fields | {"physics_steps": steps}, steps))
-    return list(bases.values()), list(jobs.values())
+            jobs.setdefault((row, "steps"), {})[seed] = base
+        elif row in section["ratios"]:
+            ratio = section["ratios"][row]
+            fields = shared | fields_of(row, rank)
+            for kind, name, steps in (
+                    ("steps", f"{row}-{seed}", cfg.physics_steps),
+                    ("time", f"{row}-{seed}-time", steps_in_time(cfg.physics_steps, ratio))):
+                name = f"{row}-{seed}" if ratio == 1 else name
+                jobs.setdefault((row, kind), {})[seed] = job(
+                    name, row, fields | {"physics_steps": steps}, base)
+    return jobs
 
 
 def lines_of(section: dict) -> dict:
-    """{"equal steps" | "equal time": {row: what the table tells}} of the rows of which every seed
-    was scored, and their reference too."""
-    ratios = section["ratios"]
-    done = section["runs"]
-    values = {}
-    for row in [row for row in ROWS if ROWS[row].flags is None or row in ratios]:
-        for kind, runs in runs_of(row, section["seeds"], ratios).items():
-            if all(run in done for run in runs):
-                values[row, kind] = [done[run] for run in runs]
+    """{"equal steps" | "equal time": {row: what the table tells}}, of the seeds of a row that are
+    scored and that its reference has, too. Runs of a row or a preset that changed since do not
+    count."""
+    runs = section["runs"]
+    seeds = range(1 + max(int(name.split("-time")[0].split("-")[-1]) for name in runs)) if runs else ()
+    jobs = jobs_of(list(ROWS), seeds, section, config.preset(**section["shared"]))
+    done = {place: {seed: runs[job.name] for seed, job in some.items()
+                    if runs.get(job.name, {}).get("key") == job.key}
+            for place, some in jobs.items()}
     lines = {"equal steps": {}, "equal time": {}}
-    for (row, kind), runs in values.items():
-        reference = values.get((reference_of(row), "steps"))
-        if reference is None:
+    for (row, kind), some in done.items():
+        reference = done.get((reference_of(row), "steps"), {})
+        common = [seed for seed in some if seed in reference]
+        if not common:
             continue
-        ours = [run["values"] for run in runs]
-        differences = compared(ours, [run["values"] for run in reference])
+        ours, theirs = ({seed: one[seed]["values"] for seed in common} for one in (some, reference))
+        differences = compared(ours, theirs)
+        first = some[common[0]]
         lines[f"equal {kind}"][row] = {
-            "row": ROWS[row].says, "steps": runs[0]["steps"], "ratio": ratios.get(row),
-            "trained": runs[0]["trained"], "values": compared(ours, None),
-            "differences": differences, "paper": verdict(row, differences["law error"])}
+            "row": ROWS[row].says, "seeds": len(common), "steps": first["steps"],
+            "trained": first["trained"], "ratio": section["ratios"].get(row),
+            "values": compared(ours, None), "differences": differences,
+            "paper": verdict(row, differences["law error"]) if len(common) > 1 else ""}
     return lines
+
+
+class Table:
+    """The table's section of this config, and its files, which any number of threads and of other
+    processes add to."""
+
+    def __init__(self, flags: Flags, cfg: Config):
+        """Raises UserError."""
+        self.path = Path(flags.table)
+        self.config = cfg.config
+        check_writable(self.path)  # before hours of work
+        self.section = open_section(read_table(self.path), flags, cfg)
+        self.thread = threading.Lock()
+
+    def add(self, part: str, more: dict) -> None:
+        """Write both files, with more "runs" or "ratios", and with what others wrote meanwhile."""
+        with self.thread, handle_of(self.path.parent) as handle:
+            take(handle, wait=True)
+            stored = read_table(self.path)
+            self.section = stored.setdefault(self.config, self.section)
+            self.section[part] |= more
+            write_table(self.path, stored, {name: lines_of(one) for name, one in stored.items()})
+
+    def has(self, job: Job) -> bool:
+        """Is it there, and as it would be made today?"""
+        return self.section["runs"].get(job.name, {}).get("key") == job.key
 
 
 def main(flags: Flags, cfg: Config) -> None:
     """Train, score and tabulate. Raises UserError before work starts, and Stopped at its end where
     a row failed."""
+    if not (cfg.base_steps and cfg.physics_steps):
+        raise UserError("An ablation needs both stages: --base_steps and --physics_steps above 0.")
     evaluate.check_run(f"--config {cfg.config}", cfg, diffusion.build(cfg), ("laws",),
                        cfg.preview_steps)
-    table = Path(flags.table)
-    check_writable(table)  # before hours of work
-    section = open_section(read_table(table), flags, cfg)
     threads = max(cores(cfg.threads) // flags.jobs, 1)
     torch.set_num_threads(threads)
-    shared = section["shared"] | {"threads": threads, "pool_dir": cfg.pool_dir}
-    cfg = replace(cfg, **shared)
-    out = Path(flags.out_dir or f"runs/ablation/{cfg.config}")
-    out.mkdir(parents=True, exist_ok=True)
+    table = Table(flags, cfg)
+    here = {"threads": threads, "pool_dir": str(Path(cfg.pool_dir).resolve())}
+    cfg = replace(cfg, **table.section["shared"] | here)
+    out = Path(flags.out_dir or f"runs/ablation/{cfg.config}").resolve()
+    check_writable(out / "run")
     with lock(out, f"Another process works in {out}: wait for it, or give another --out_dir."):
         # What a step of a row takes is measured once: the runs of other starts depend on it.
+        rows = chosen(flags.rows)
         rank = equal_rank(cfg)
-        own = {row: fields_of(row, rank) for row in chosen(flags.rows)}
-        untimed = {row: replace(cfg, **fields) for row, fields in own.items()
-                   if row not in section["ratios"] and ROWS[row].flags is not None}
-        if untimed:
-            section["ratios"] |= measure_ratios(cfg, untimed, flags.rounds)
+        untimed = {row: replace(cfg, **fields_of(row, rank)) for row in rows
+                   if row not in table.section["ratios"] and ROWS[row].flags is not None}
+        table.add("ratios", measure_ratios(cfg, untimed, flags.rounds) if untimed else {})
 
+        # One noise for all rows, so that clips are paired.
         how = {name: getattr(flags, name) for name in SCORING}
         how |= {"batch": cfg.batch_size, "seed": 0, "steps": cfg.preview_steps,
-                "guidance": cfg.guidance, "precision": cfg.precision}  # one noise, to pair clips
+                "guidance": cfg.guidance, "precision": cfg.precision}
 
         def work(job: Job) -> None:
-            key = key_of(job, shared)
-            train_run(out, job, shared)
-            if not is_done(job):
-                keep(job.name, {"key": key, **score_run(out / job.name, job, how)})
+            train_run(out, job)
+            if not table.has(job):
+                table.add("runs", {job.name: score_run(out, job, how)})
 
-        def is_done(job: Job) -> bool:
-            return section["runs"].get(job.name, {}).get("key") == key_of(job, shared)
-
-        def keep(name: str, made: dict) -> None:
-            with writing:
-                section["runs"][name] = made
-                stored = read_table(table) | {cfg.config: section}
-                write_table(table, stored, {config: lines_of(one) for config, one in stored.items()})
-
-        writing = threading.Lock()
-        bases, jobs = jobs_of(own, section["ratios"], cfg, flags.seeds, out)
-        jobs = [job for job in jobs if not is_done(job)]
-        needed = {Path(job.fields["init_from"]).name for job in jobs}
-        bases = [job for job in bases if job.name in needed or not is_done(job)]
-        make_maps(cfg, jobs)
-        failed = do_all(bases, work, flags.jobs, threads)
-        ready = [job for job in jobs if Path(job.fields["init_from"]).name not in failed]
-        failed |= do_all(ready, work, flags.jobs, threads)
+        # Bases, then what starts from them, then what looks at the same runs in another way.
+        section = table.section | {"shared": table.section["shared"] | here}
+        asked = jobs_of(rows, range(flags.seeds), section, cfg)
+        jobs = [job for some in asked.values() for job in some.values() if not table.has(job)]
+        jobs = list({job.name: job for job in jobs}.values())
+        bases = {job.base.name: job.base for job in jobs if job.base}
+        bases |= {job.name: job for job in jobs if not job.base}
+        make_maps(cfg, jobs, out)
+        failed = do_all(list(bases.values()), work, flags.jobs, threads)
+        for later in (False, True):
+            ready = [job for job in jobs if job.base and job.base.name not in failed
+                     and bool(ROWS[job.row].of) == later]
+            failed |= do_all(ready, work, flags.jobs, threads)
     print(f"{flags.table} and its .json have the tables.")
     if failed:
-        raise Stopped(f"These runs failed: {', '.join(failed)}; the same command makes them again.")
+        raise Stopped(f"These runs failed: {', '.join(failed)}; the same command tries them again.")
 
 
 if __name__ == "__main__":

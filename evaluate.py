@@ -103,7 +103,9 @@ def law_table(loaded, flags) -> dict:
     scenes = scenes_to_judge(cfg, flags)
     models = {"backbone alone": model}
     if isinstance(model, ProPhy):
-        models = {"backbone alone": model.backbone, "with the branch": model}
+        models = {"with the branch": model}
+        if sample.leaves_backbone(cfg, model):
+            models = {"backbone alone": model.backbone, **models}
     for name, one in models.items():
         videos[name] = generated(loaded, one, scenes, flags), scenes
     return {"rows": {name: laws.law_means(laws.judge(*both)) for name, both in videos.items()}}
@@ -321,25 +323,26 @@ def measure(loaded, flags) -> dict:
     that differences can be paired. JSON-able:
 
     - errors: laws.judge of the clips made of scenes_to_judge;
-    - dynamic: of each of these clips, its motion over that of the true one;
+    - dynamic, elsewhere: of each of these clips, the motion where its actors are, and that of the
+      rest of the picture, over the motion of the true clip's actors;
     - held_out, held_out_weak: held_out_losses on true and on weak physics;
     - which_where: {score: value} at 50 % noise; what the model has not is left out.
 
     flags: n, pairs, clips, seed, steps, guidance, batch and precision as in Flags, none left open;
     judged_seed: the world of all clips, JUDGED_SEED in reports and another for choices; edit: None
-    or a function of the semantic logits; only_laws: errors and dynamic alone.
+    or a function of the semantic logits.
     """
     scenes = scenes_to_judge(loaded[0], flags)
     videos = generated(loaded, loaded[1], scenes, flags)
-    scores = {"errors": laws.judge(videos, scenes),
-              "dynamic": [laws.motion(video, scene) / laws.motion(scene.video, scene)
-                          for video, scene in zip(videos, scenes)]}
-    if not flags.only_laws:
-        seen = observe(loaded, flags, range(SCORED, SCORED + flags.clips), .5)
-        scores |= {"held_out": held_out_losses(loaded, flags, "true"),
-                   "held_out_weak": held_out_losses(loaded, flags, "weak"),
-                   "which_where": {name: one for name, (one, _) in routing_scores(seen).items()}}
-    return scores
+    true = [laws.motion(scene.video, scene)[0] for scene in scenes]
+    made = [laws.motion(video, scene) for video, scene in zip(videos, scenes)]
+    seen = observe(loaded, flags, range(SCORED, SCORED + flags.clips), .5)
+    return {"errors": laws.judge(videos, scenes),
+            "dynamic": [where / all_of_it for (where, _), all_of_it in zip(made, true)],
+            "elsewhere": [rest / all_of_it for (_, rest), all_of_it in zip(made, true)],
+            "held_out": held_out_losses(loaded, flags, "true"),
+            "held_out_weak": held_out_losses(loaded, flags, "weak"),
+            "which_where": {name: one for name, (one, _) in routing_scores(seen).items()}}
 
 
 PARTS = {"laws": law_table, "localisation": localisation_table}
@@ -409,9 +412,14 @@ def with_defaults(flags, cfg, device):
 def version_of(run, checkpoint, step) -> dict:
     """What else a table depends on: the checkpoint, and the code that measures and draws."""
     path = sample.find_checkpoint(Path(run) / "checkpoints", checkpoint)
+    saved = path.stat().st_mtime_ns
+    return dict(checkpoint=path.name, step=step, saved=saved, code=code_version())
+
+
+def code_version() -> str:
+    """A hash of the code that measures and draws."""
     files = [Path(__file__), Path(laws.__file__), Path(score.__file__), *world.SOURCES]
-    code = hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
-    return dict(checkpoint=path.name, step=step, saved=path.stat().st_mtime_ns, code=code)
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12]
 
 
 def read_stored(path) -> dict:

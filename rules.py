@@ -26,9 +26,9 @@ IDLE = (
     ("train_physical injection semantic_experts semantic_temperature semantic_balance_weight "
      "refinement_experts top_k map_rank coarse_weight coarse_loss fine_weight balance_weight teacher",
      "with --physical_blocks"),
-    ("semantic_experts semantic_temperature semantic_balance_weight coarse_weight coarse_loss",
+    ("semantic_experts semantic_temperature semantic_balance_weight map_rank coarse_weight coarse_loss",
      "with --semantic"),
-    ("refinement_experts top_k map_rank renormalise fine_weight balance_weight teacher",
+    ("refinement_experts top_k renormalise fine_weight balance_weight teacher",
      "with --refinement"),
 )
 

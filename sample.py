@@ -206,6 +206,11 @@ def play_fps(cfg: Config) -> float:
     return cfg.fps if cfg.data_dir else cfg.frames
 
 
+def leaves_backbone(cfg: Config, net) -> bool:
+    """Is there a branch, whose backbone is still that of stage one? LoRA sits inside of it."""
+    return isinstance(net, ProPhy) and cfg.freeze_backbone and not cfg.lora_rank
+
+
 def bare(model: RunModel) -> RunModel:
     """The same model without its branch."""
     net = model.net.backbone if isinstance(model.net, ProPhy) else model.net
@@ -214,8 +219,8 @@ def bare(model: RunModel) -> RunModel:
 
 def preview(path, model: RunModel, prompts: dict[str, list[int]]) -> None:
     """A GIF of one clip a prompt, at least 128 pixels high, sampled as the model's config says for
-    previews. With the branch: the clip of the same noise without it, then with it, and where the
-    router looked.
+    previews. Of a branch: the clip of the same noise without it, then with it, and where the router
+    looked.
 
     prompts: {prompt: indices of the phenomena it names, which the map is chosen from}.
     """
@@ -223,13 +228,13 @@ def preview(path, model: RunModel, prompts: dict[str, list[int]]) -> None:
     make = functools.partial(generate, prompts=list(prompts), seed=cfg.seed, progress=False,
                              steps=cfg.preview_steps, guidance=cfg.guidance)
     scale = max(4, math.ceil(128 / cfg.height))
-    without = [clip for clip, _ in make(bare(model))]
-    if isinstance(model.net, ProPhy):
+    made = list(make(model))
+    if leaves_backbone(cfg, model.net):
         names = data.category_names(cfg)
-        cells = [comparison_cell(first, *made, prompt, scale, {i: names[i] for i in named})
-                 for first, made, (prompt, named) in zip(without, make(model), prompts.items())]
+        cells = [comparison_cell(first, *one, prompt, scale, {i: names[i] for i in named})
+                 for (first, _), one, (prompt, named) in zip(make(bare(model)), made, prompts.items())]
     else:
-        cells = [plain_cell(clip, prompt, "", scale) for clip, prompt in zip(without, prompts)]
+        cells = [plain_cell(clip, prompt, "", scale) for (clip, _), prompt in zip(made, prompts)]
     save_gif(path, sheet(cells), play_fps(cfg))
 
 
@@ -434,6 +439,11 @@ def open_run(flags: Flags) -> tuple[RunModel, Callable | None]:
     """The model of --run, and its edit. Raises UserError where it cannot do what is asked for."""
     cfg, net, process, tokenizer, info = load_run(flags.run, flags.checkpoint, flags.device)
     model = RunModel(cfg, net, process, tokenizer, flags.precision, info)
+    asked = "--no_branch" if flags.no_branch else "--with_and_without"
+    if isinstance(net, ProPhy) and not leaves_backbone(cfg, net) and (
+            flags.no_branch or flags.with_and_without):
+        raise UserError(f"{asked} needs the backbone of stage one, which {flags.run} trained further; "
+                        "--checkpoint base has it.")
     model = bare(model) if flags.no_branch else model
 
     # Has it the routers?

@@ -6,6 +6,7 @@ ablate.py makes the runs. The JSON keeps them clip by clip, so that a later star
 or another, adds rows to the same table. Nothing here imports torch.
 """
 import json
+import math
 from pathlib import Path
 
 from common import score
@@ -14,95 +15,110 @@ from config import UserError
 from physics import laws
 
 
-DIFFERENCES = ("law error", "two phenomena", "held-out loss")  # shown against the reference too
 NAMES = {  # scores of evaluate.measure's "which_where", as the table has them
     "which: average precision": "micro AP", "which: right on positive tokens": "right",
     "which: presence in the clip": "presence", "where: refinement maps": "location AUC",
+    "text: largest weight": "largest weight", "text: experts used": "experts used",
 }
+LAW = "law: "  # begins the measure of a single law
+TABLES = {  # title: its measures; with a difference beside each but for routing and single laws
+    "Law errors": ("law error", "two phenomena", "found"),
+    "What is kept": ("held-out loss", "held-out, weak", "dynamic degree", "motion elsewhere"),
+    "Routing": tuple(NAMES.values()),
+    "Law errors of each phenomenon": tuple(LAW + name for name in laws.LAWS),
+}
+COMPARED = ("Law errors", "What is kept")
 INTRO = """# Ablation
 
-Written by `python ablate.py`. Every row starts from the same base of its seed. Values are means
-with their 95 % interval, and differences are from the first row of the row's group, paired over
-clips; intervals hold the spread of seeds and of clips (a single seed tells of clips alone). *Law
-error* is of clips with one phenomenon: 0 is lawful. *Held-out, weak* is the loss on stage one's
-clips: what is forgotten. *Time a step* is relative to all parts, timed eagerly and in turns.
-*Dynamic degree* is the motion over that of the true clip. *Inversion* is by how much the law error
-rises, of all scenes, when the semantic experts are inverted. *Paper* is its physical commonsense on
-Wan2.1-1.3B (a single run each) and the difference from all parts; where ours points is said of the
-law error.
+Written by `python ablate.py`. Every row starts from the base of its seed. Values are means with their
+95 % interval, and differences are from the first row of the row's group, paired over clips; intervals
+hold the spread of seeds and of clips (a single seed tells of clips alone). *Law error* is of clips with
+one phenomenon: 0 is lawful. *Held-out, weak* is the loss on stage one's clips: what is forgotten.
+*Dynamic degree* is the change from frame to frame where the actors are, over that of the true clip, and
+*motion elsewhere* that of the rest of the picture, over the same. *Time a step* is relative to all parts,
+timed eagerly and in turns. *Paper* is its physical commonsense on Wan2.1-1.3B (a single run each) and the
+difference from all parts; where ours points is said of the law error, of two seeds or more. *Experts
+inverted* (the paper's Figure 8) are the same runs as all parts, with the semantic logits flipped.
 """
 
 
 def by_clip(scores: dict) -> dict[str, list[float]]:
     """What evaluate.measure returned -> {measure: a value a clip}; of routers a single value."""
-    errors = scores["errors"]
-    values = {"law error": [error for _, n, error, _ in errors if n == 1],
-              "two phenomena": [error for _, n, error, _ in errors if n == 2],
-              "found": [float(found) for *_, found in errors],
+    clips = []  # [(phenomenon, actors, error, found) of each actor of a clip]
+    for judged in scores["errors"]:
+        if clips and len(clips[-1]) < clips[-1][0][1]:  # the other actor of the same clip
+            clips[-1].append(judged)
+        else:
+            clips.append([judged])
+
+    def mean(clip, place):
+        return sum(actor[place] for actor in clip) / len(clip)
+
+    values = {"law error": [mean(clip, 2) for clip in clips if len(clip) == 1],
+              "two phenomena": [mean(clip, 2) for clip in clips if len(clip) == 2],
+              "found": [mean(clip, 3) for clip in clips],
               "held-out loss": scores["held_out"],
-              "held-out, weak": scores["held_out_weak"]}
+              "held-out, weak": scores["held_out_weak"],
+              "dynamic degree": scores["dynamic"],
+              "motion elsewhere": scores["elsewhere"]}
     for name, column in NAMES.items():
         if name in scores["which_where"]:
             values[column] = [scores["which_where"][name]]
-    values["dynamic degree"] = scores["dynamic"]
-    inverted = scores.get("inverted", [])
-    values["inversion"] = [after - before for (*_, before, _), (*_, after, _) in zip(errors, inverted)]
     for name in laws.LAWS:
-        values[f"law: {name}"] = [error for one, n, error, _ in errors if (one, n) == (name, 1)]
+        values[LAW + name] = [mean(clip, 2) for clip in clips if len(clip) == 1 and clip[0][0] == name]
     return {name: [round(value, 5) for value in some] for name, some in values.items() if some}
 
 
-def compared(runs: list[dict], reference: list[dict] | None) -> dict:
-    """{measure: [mean, half of its 95 % interval]} of by_clip of each seed, minus those of a
-    reference if there is one."""
+def compared(rows: dict[int, dict], reference: dict[int, dict] | None) -> dict:
+    """{measure: (mean, half of its 95 % interval)} of {seed: by_clip}, minus those of a reference
+    with the same seeds if there is one."""
     found = {}
-    for name in runs[0]:
-        a = {seed: run[name] for seed, run in enumerate(runs)}
+    for name in next(iter(rows.values())):
+        a = {seed: row[name] for seed, row in rows.items()}
         b = {seed: [0.] * len(some) for seed, some in a.items()}
         if reference:
-            b = {seed: run[name] for seed, run in enumerate(reference) if name in run}
+            b = {seed: row[name] for seed, row in reference.items() if name in row}
         if b:
-            found[name] = list(score.paired(a, b))
+            found[name] = score.paired(a, b)
     return found
 
 
-def cell(name: str, value: list[float]) -> str:
-    """A mean and its interval, as text."""
+def cell(name: str, value: tuple[float, float] | None) -> str:
+    """A mean and its interval, if it has one, as text."""
     digits = 4 if name.startswith("held-out") else 3
-    return " ± ".join(f"{part:.{digits}f}" for part in value)
+    known = [part for part in value or () if math.isfinite(part)]
+    return " ± ".join(f"{part:.{digits}f}" for part in known)
 
 
 def facts(config: str, section: dict) -> str:
     """What a config's figures were made with."""
-    made = [run["made"] for run in section["runs"].values()]
-    told = {"config": config, "seeds": section["seeds"], **section["asked"]}
-    for name in ("date", "revision", "machine", "torch"):
-        told[name] = ", ".join(sorted({one[name] for one in made}))
+    runs = section["runs"].values()
+    told = {"config": config, **section["shared"], **section["asked"]}
+    for name in ("date", "revision", "measured by", "machine", "torch", "base"):
+        told[name] = ", ".join(sorted({run[name] for run in runs}))
     return "\n".join(f"* {name}: {value}" for name, value in told.items())
 
 
 def tables(lines: dict[str, dict[str, dict]]) -> str:
     """The Markdown of {"equal steps" | "equal time": {row: what the table tells}}."""
     text = ""
-    for title, rows in lines.items():
-        table = {}
-        per_law = {}
-        for row in rows.values():
-            values = row["values"]
-            table[row["row"]] = {
-                "trained (M)": f"{row['trained'] / 1e6:.2f}",
-                "time a step": "" if row["ratio"] is None else f"{row['ratio']:.2f}",
-                "steps": str(row["steps"]),
-                **{column: cell(column, value) for column, value in values.items()
-                   if not column.startswith("law: ")},
-                **{f"{column}, difference": cell(column, row["differences"][column])
-                   for column in DIFFERENCES},
-                "paper": row["paper"]}
-            per_law[row["row"]] = {column.removeprefix("law: "): cell(column, value)
-                                   for column, value in values.items()
-                                   if column.startswith("law: ")}
-        text += (f"\n### At {title}\n\n{score.markdown(table)}\n\n"
-                 f"Law errors of each phenomenon:\n\n{score.markdown(per_law)}\n")
+    for kind, rows in lines.items():
+        for title, measures in TABLES.items():
+            table = {}
+            for row in rows.values():
+                cells = table[row["row"]] = {}
+                if title == "Law errors":
+                    cells |= {"seeds": str(row["seeds"]), "trained (M)": f"{row['trained'] / 1e6:.2f}",
+                              "time a step": f"{row['ratio']:.2f}" if row["ratio"] else "",
+                              "steps": str(row["steps"])}
+                for name in measures:
+                    column = name.removeprefix(LAW)
+                    cells[column] = cell(name, row["values"].get(name))
+                    if title in COMPARED:
+                        cells[f"{column}, difference"] = cell(name, row["differences"].get(name))
+                if title == "Law errors":
+                    cells["paper"] = row["paper"]
+            text += f"\n### {title}, at {kind}\n\n{score.markdown(table)}\n"
     return text
 
 
@@ -113,9 +129,9 @@ def read_table(path: Path) -> dict:
     if not data.is_file():
         return {}
     stored = read_json(data)
-    if not is_intact(stored):
-        raise UserError(f"{data} is damaged: remove it, and all runs are scored again.")
-    stored.pop("digest", None)
+    if not (is_intact(stored) and stored.pop("digest", None)):
+        raise UserError(f"{data} is damaged, or no table of this command: move it away, and all "
+                        "runs are scored again.")
     return stored
 
 

@@ -8,8 +8,7 @@ from config import Config
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised (Jordan et al. 2024), for matrices (m, n) and for
-    stacks of them (E, m, n), which an expert's table is.
+    """Momentum whose update is orthogonalised (Jordan et al. 2024), for matrices (m, n).
 
     The rule is that of torch.optim.Muon with adjust_lr_fn="match_rms_adamw": an orthogonal update
     gets the size that AdamW's would have, so that one learning rate serves both. torch computes it
@@ -36,17 +35,15 @@ class Muon(torch.optim.Optimizer):
                 momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 1 - self.MOMENTUM)
                 update = p.grad.lerp(momentum, self.MOMENTUM)  # Nesterov's
-                shapes.setdefault(p.shape[-2:], []).append((p, update))
+                shapes.setdefault(p.shape, []).append((p, update))
 
             # All matrices of one shape are orthogonalised together.
             for shape, some in shapes.items():
-                stack = torch.cat([update.reshape(-1, *shape) for _, update in some])
-                stack = orthogonalised(stack.to(self.dtype))
-                sizes = [update.numel() // shape.numel() for _, update in some]
-                for (p, _), update in zip(some, stack.split(sizes)):
+                stack = torch.stack([update for _, update in some])
+                size = 0.2 * math.sqrt(max(shape))
+                for (p, _), update in zip(some, orthogonalised(stack.to(self.dtype))):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    size = 0.2 * math.sqrt(max(shape))
-                    p.add_(update.view_as(p).type_as(p), alpha=-group["lr"] * size)
+                    p.add_(update.type_as(p), alpha=-group["lr"] * size)
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:

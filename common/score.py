@@ -99,7 +99,8 @@ def paired(a, b) -> tuple[float, float]:
 
     The interval is for other seeds and other clips at once: half of Student's interval of the
     seeds' means and half of that of the clips' means, added as squares. It holds the truth in 95 to
-    99 of 100 cases, whether seeds or clips make the spread. A single seed tells of clips alone.
+    99 of 100 cases, whether seeds or clips make the spread. A single seed tells of clips alone, and
+    a single value has no interval: NaN.
     """
     if a.keys() != b.keys():
         raise ValueError("the seeds differ")
@@ -110,7 +111,7 @@ def paired(a, b) -> tuple[float, float]:
         if df:
             t = T_95[df - 1] if df <= len(T_95) else 1.96 + 2.7 / df
             squares += t ** 2 * means.var(ddof=1) / len(means)
-    return float(d.mean()), float(np.sqrt(squares))
+    return float(d.mean()), float(np.sqrt(squares)) if d.size > 1 else math.nan
 
 
 # --- Markdown -----------------------------------------------------------------------------------

@@ -220,7 +220,7 @@ def test_what_cannot_be_is_refused_by_name(argv):
     "--data_dir films --colour_cues", "--data_dir films --negatives 0.1", "--lora_alpha 8", "--lora_targets to_q", "--snr_shift 3",
     "--process vpred --shift 2", "--process vpred --predict v", "--background divide", "--lineage wan --time_dim 16", "--freq_dim 64",
     "--fit_height 20", "--init_from runs/a --lr 0.1", "--init_from runs/a --base_steps 9",
-    "--semantic false --semantic_experts 4", "--refinement false --top_k 1", "--refinement false --teacher maps",
+    "--semantic false --semantic_experts 4", "--semantic false --map_rank 4", "--refinement false --top_k 1", "--refinement false --teacher maps",
     "--config wan-1.3b --weights w --cache c --guidance 3", "--config wan-1.3b --weights w --cache c --pool_dir p",
     "--config wan-1.3b --weights w --cache c --annotations a.json",
     "--base_data_dir films", "--data_dir films --physics still", "--init_from runs/a --physics true",
@@ -235,7 +235,7 @@ def test_a_flag_that_changes_nothing_is_refused_by_name(argv):
     "--data_dir films --annotations a.json --windows 2 --fps 9", "--negatives 0.5", "--teacher maps --negatives 0.5 --background divide",
     "--data_dir films --teacher maps --negatives 0.1", "--lora_rank 4 --lora_alpha 8", "--process vpred --snr_shift 3",
     "--lineage wan --freq_dim 64", "--positions fitted --fit_height 20", "--init_from runs/a --base_steps 0 --physics_lr 0.1",
-    "--physics_steps 0 --lora_rank 2 --physics_lr 0.1", "--physics_steps 0 --physics still",
+    "--refinement false --map_rank 4", "--physics_steps 0 --lora_rank 2 --physics_lr 0.1", "--physics_steps 0 --physics still",
     "--data_dir films --base_data_dir others",
     "--config wan-1.3b --dry_run --lr 0.1 --guidance 2", "--data_dir films --colour_cues false --ood="])
 def test_a_flag_that_is_used_or_says_nothing_is_not(argv):

@@ -120,7 +120,7 @@ def test_the_whole_command(tmp_path, capsys):
     run_main("--run", run, "--guidance", 3, "--only", "laws")
     changed = json.loads((run / "evaluation.json").read_text())
     assert changed["laws"]["settings"]["guidance"] == 3 and changed["localisation"] == stored["localisation"]
-    assert list((run).glob("*.tmp")) == []
+    assert list(run.glob("*.part")) == []
 
     (run / "evaluation.json").write_text("[half-writ")
     other = run_folder(tmp_path / "other", dataclasses.replace(CFG, seed=1), branch=False)
@@ -229,7 +229,7 @@ def test_a_wrong_caption_tells_of_nothing_in_its_clip():
 def measured(loaded, **how):
     """evaluate.measure of few clips."""
     few = dict(n=1, pairs=2, clips=6, seed=0, steps=2, guidance=1., batch=5, precision="fp32", judged_seed=998,
-               edit=None, only_laws=False)
+               edit=None)
     return evaluate.measure(loaded, types.SimpleNamespace(**few | how))
 
 
@@ -237,7 +237,7 @@ def test_measure_counts_what_its_flags_ask_for(tmp_path):
     loaded = sample.load_run(run_folder(tmp_path / "run"))
     found = json.loads(json.dumps(measured(loaded)))
     assert [row[:2] for row in found["errors"][:12]] == [[name, 1] for name in physics.laws.LAWS]
-    assert [n for _, n, *_ in found["errors"][12:]] == [2] * 4 and len(found["dynamic"]) == 14
+    assert [n for _, n, *_ in found["errors"][12:]] == [2] * 4 and len(found["dynamic"]) == len(found["elsewhere"]) == 14
     assert len(found["held_out"]) == len(found["held_out_weak"]) == 6 and found["held_out"] != found["held_out_weak"]
     assert {name.split(":")[0] for name in found["which_where"]} == {"where", "which", "text"}
     # Another batch size moves rounding alone, another world everything.
@@ -245,7 +245,6 @@ def test_measure_counts_what_its_flags_ask_for(tmp_path):
     assert again["held_out"] == pytest.approx(found["held_out"], rel=1e-4)
     other = measured(loaded, judged_seed=999)
     assert other["held_out"] != pytest.approx(found["held_out"], rel=1e-2)
-    assert set(measured(loaded, only_laws=True)) == {"errors", "dynamic"}
     bare = sample.load_run(run_folder(tmp_path / "bare", branch=False))
     assert measured(bare)["which_where"] == {}
 

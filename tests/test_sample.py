@@ -467,11 +467,15 @@ def test_flags_that_the_model_cannot_serve_are_refused(tmp_path):
     base = run_folder(tmp_path / "base", branch=False)
     fine = run_folder(tmp_path / "fine", dataclasses.replace(CFG, semantic=False))
     vpred = run_folder(tmp_path / "vpred", dataclasses.replace(CFG, process="vpred", predict="v"))
+    lora = run_folder(tmp_path / "lora", dataclasses.replace(CFG, lora_rank=2))
+    along = run_folder(tmp_path / "along", dataclasses.replace(CFG, freeze_backbone=False))
     for run, flags, sentence in ((base, ["--show_routing"], "needs a router"),
                                  (base, ["--invert_experts"], "semantic router"),
                                  (base, ["--expert", "1=2"], "semantic router"),
                                  (fine, ["--expert", "1=2"], "semantic router"),
                                  (base, ["--with_and_without"], "needs a branch"),
+                                 (lora, ["--with_and_without"], "--with_and_without needs the backbone of stage one"),
+                                 (along, ["--no_branch"], "--no_branch needs the backbone of stage one"),
                                  (fine, ["--invert_experts"], "semantic router"),
                                  (vpred, ["--steps", "1001"], "1000")):
         with pytest.raises(UserError, match=sentence):

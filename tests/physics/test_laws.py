@@ -199,12 +199,13 @@ def test_a_bounce_that_gains_energy_is_no_bounce():
     assert errors(clips).max() < .1 and errors(clips, lambda video, i: video[::-1]).min() == 1
 
 
-def test_motion_is_the_change_in_the_actors_cells():
+def test_motion_is_the_change_in_the_actors_cells_and_that_of_the_rest():
     clip = draw("combustion", 1, decoys=0)[0]
-    assert physics.laws.motion(clip.video[[3] * 12], clip) == 0
+    assert physics.laws.motion(clip.video[[3] * 12], clip) == (0, 0)
     beside = clip.video.copy()
     other = np.s_[:, :, 16:] if clip.actors[0].side == "left" else np.s_[:, :, :16]
     beside[other] = np.random.default_rng(0).integers(0, 256, beside[other].shape)
-    assert physics.laws.motion(beside, clip) == physics.laws.motion(clip.video, clip) > 0
+    (inside, rest), (true, still) = (physics.laws.motion(video, clip) for video in (beside, clip.video))
+    assert inside == true > 0 and rest > 10 and still == 0
     ramp = np.broadcast_to(np.arange(0, 36, 3, dtype=np.uint8)[::-1, None, None, None], clip.video.shape)
-    assert physics.laws.motion(ramp, clip) == 3  # whether brighter or darker
+    assert physics.laws.motion(ramp, clip) == (3, 3)  # whether brighter or darker
