@@ -22,7 +22,6 @@ import hashlib
 import platform
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import date
@@ -37,8 +36,8 @@ import config
 import diffusion
 import evaluate
 import sample
-from common.ablation import by_clip, compared, read_table, write_table
-from common.files import cores, digest, handle_of, lock, take
+from common.ablation import Table, by_clip, compared, read_table
+from common.files import cores, digest, lock
 from common.paths import check_writable
 from common.run import git_revision, pick_device, resolve
 from config import Config, Stopped, UserError, flag
@@ -435,32 +434,6 @@ def lines_of(section: dict) -> dict:
     return lines
 
 
-class Table:
-    """The table's section of this config, and its files, which any number of threads and of other
-    processes add to."""
-
-    def __init__(self, flags: Flags, cfg: Config):
-        """Raises UserError."""
-        self.path = Path(flags.table)
-        self.config = cfg.config
-        check_writable(self.path)  # before hours of work
-        self.section = open_section(read_table(self.path), flags, cfg)
-        self.thread = threading.Lock()
-
-    def add(self, part: str, more: dict) -> None:
-        """Write both files, with more "runs" or "ratios", and with what others wrote meanwhile."""
-        with self.thread, handle_of(self.path.parent) as handle:
-            take(handle, wait=True)
-            stored = read_table(self.path)
-            self.section = stored.setdefault(self.config, self.section)
-            self.section[part] |= more
-            write_table(self.path, stored, {name: lines_of(one) for name, one in stored.items()})
-
-    def has(self, job: Job) -> bool:
-        """Is it there, and as it would be made today?"""
-        return self.section["runs"].get(job.name, {}).get("key") == job.key
-
-
 def main(flags: Flags, cfg: Config) -> None:
     """Train, score and tabulate. Raises UserError before work starts, and Stopped at its end where
     a row failed."""
@@ -470,7 +443,9 @@ def main(flags: Flags, cfg: Config) -> None:
                        cfg.preview_steps)
     threads = max(cores(cfg.threads) // flags.jobs, 1)
     torch.set_num_threads(threads)
-    table = Table(flags, cfg)
+    path = Path(flags.table)
+    check_writable(path)  # before hours of work
+    table = Table(path, cfg.config, open_section(read_table(path), flags, cfg), lines_of)
     here = {"threads": threads, "pool_dir": str(Path(cfg.pool_dir).resolve())}
     cfg = replace(cfg, **table.section["shared"] | here)
     out = Path(flags.out_dir or f"runs/ablation/{cfg.config}").resolve()

@@ -103,9 +103,8 @@ def law_table(loaded, flags) -> dict:
     scenes = scenes_to_judge(cfg, flags)
     models = {"backbone alone": model}
     if isinstance(model, ProPhy):
-        models = {"with the branch": model}
-        if sample.leaves_backbone(cfg, model):
-            models = {"backbone alone": model.backbone, **models}
+        models = {"backbone alone": model.backbone} if model.leaves_backbone else {}
+        models["with the branch"] = model
     for name, one in models.items():
         videos[name] = generated(loaded, one, scenes, flags), scenes
     return {"rows": {name: laws.law_means(laws.judge(*both)) for name, both in videos.items()}}
@@ -321,25 +320,20 @@ def held_out_losses(loaded, flags, physics) -> list[float]:
 def measure(loaded, flags) -> dict:
     """What ablate.py compares of a model (loaded: as sample.load_run returns it), clip by clip, so
     that differences can be paired. JSON-able:
-
     - errors: laws.judge of the clips made of scenes_to_judge;
-    - dynamic, elsewhere: of each of these clips, the motion where its actors are, and that of the
-      rest of the picture, over the motion of the true clip's actors;
+    - dynamic, elsewhere: their laws.motion, each over that of the true clip's actors;
     - held_out, held_out_weak: held_out_losses on true and on weak physics;
     - which_where: {score: value} at 50 % noise; what the model has not is left out.
-
-    flags: n, pairs, clips, seed, steps, guidance, batch and precision as in Flags, none left open;
-    judged_seed: the world of all clips, JUDGED_SEED in reports and another for choices; edit: None
-    or a function of the semantic logits.
+    flags: those of Flags, none left open; judged_seed: the world of all clips, another one for
+    choices than in reports; edit: None or a function of the semantic logits.
     """
     scenes = scenes_to_judge(loaded[0], flags)
     videos = generated(loaded, loaded[1], scenes, flags)
-    true = [laws.motion(scene.video, scene)[0] for scene in scenes]
-    made = [laws.motion(video, scene) for video, scene in zip(videos, scenes)]
+    motion = np.array([laws.motion(video, scene) for video, scene in zip(videos, scenes)])
+    motion /= np.array([laws.motion(scene.video, scene)[:1] for scene in scenes])
     seen = observe(loaded, flags, range(SCORED, SCORED + flags.clips), .5)
     return {"errors": laws.judge(videos, scenes),
-            "dynamic": [where / all_of_it for (where, _), all_of_it in zip(made, true)],
-            "elsewhere": [rest / all_of_it for (_, rest), all_of_it in zip(made, true)],
+            "dynamic": motion[:, 0].tolist(), "elsewhere": motion[:, 1].tolist(),
             "held_out": held_out_losses(loaded, flags, "true"),
             "held_out_weak": held_out_losses(loaded, flags, "weak"),
             "which_where": {name: one for name, (one, _) in routing_scores(seen).items()}}
@@ -370,8 +364,7 @@ class Flags:
     device: str = flag("auto", config.CHOICES["device"])  # auto = cuda, else mps, else cpu
     precision: str = flag("auto", config.CHOICES["precision"])  # auto = the run's, on its device
 
-    # No flags, but what `measure` may be asked as well.
-    judged_seed = JUDGED_SEED
+    judged_seed = JUDGED_SEED  # no flags, but what `measure` may be asked as well
     edit = None
 
     IDLE = (  # as in rules.py
@@ -412,8 +405,7 @@ def with_defaults(flags, cfg, device):
 def version_of(run, checkpoint, step) -> dict:
     """What else a table depends on: the checkpoint, and the code that measures and draws."""
     path = sample.find_checkpoint(Path(run) / "checkpoints", checkpoint)
-    saved = path.stat().st_mtime_ns
-    return dict(checkpoint=path.name, step=step, saved=saved, code=code_version())
+    return dict(checkpoint=path.name, step=step, saved=path.stat().st_mtime_ns, code=code_version())
 
 
 def code_version() -> str:

@@ -211,6 +211,7 @@ class ProPhy(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.at = cfg.physical_at  # rising indices of the backbone blocks with one beside them
+        self.leaves_backbone = cfg.freeze_backbone and not cfg.lora_rank  # as stage one made it
         # Without physical blocks nothing would read what the experts do to the tokens.
         self.semantic = self.refinement = None
         if cfg.semantic and self.at:

@@ -206,30 +206,27 @@ def play_fps(cfg: Config) -> float:
     return cfg.fps if cfg.data_dir else cfg.frames
 
 
-def leaves_backbone(cfg: Config, net) -> bool:
-    """Is there a branch, whose backbone is still that of stage one? LoRA sits inside of it."""
-    return isinstance(net, ProPhy) and cfg.freeze_backbone and not cfg.lora_rank
-
-
 def bare(model: RunModel) -> RunModel:
-    """The same model without its branch."""
-    net = model.net.backbone if isinstance(model.net, ProPhy) else model.net
-    return dataclasses.replace(model, net=net)
+    """The same model without its branch. Raises UserError where stage two changed more than that."""
+    if not isinstance(model.net, ProPhy):
+        return model
+    if not model.net.leaves_backbone:
+        raise UserError("Stage two changed the backbone itself: --checkpoint base has it as it was.")
+    return dataclasses.replace(model, net=model.net.backbone)
 
 
 def preview(path, model: RunModel, prompts: dict[str, list[int]]) -> None:
-    """A GIF of one clip a prompt, at least 128 pixels high, sampled as the model's config says for
-    previews. Of a branch: the clip of the same noise without it, then with it, and where the router
-    looked.
+    """A GIF of one clip a prompt, at least 128 pixels high, sampled as the config says for previews.
+    Of a branch: the clip of the same noise without it, then with it, and where the router looked.
 
     prompts: {prompt: indices of the phenomena it names, which the map is chosen from}.
     """
     cfg = model.cfg
-    make = functools.partial(generate, prompts=list(prompts), seed=cfg.seed, progress=False,
-                             steps=cfg.preview_steps, guidance=cfg.guidance)
+    make = functools.partial(generate, prompts=list(prompts), seed=cfg.seed,
+                             steps=cfg.preview_steps, guidance=cfg.guidance, progress=False)
     scale = max(4, math.ceil(128 / cfg.height))
     made = list(make(model))
-    if leaves_backbone(cfg, model.net):
+    if getattr(model.net, "leaves_backbone", False):
         names = data.category_names(cfg)
         cells = [comparison_cell(first, *one, prompt, scale, {i: names[i] for i in named})
                  for (first, _), one, (prompt, named) in zip(make(bare(model)), made, prompts.items())]
@@ -439,19 +436,13 @@ def open_run(flags: Flags) -> tuple[RunModel, Callable | None]:
     """The model of --run, and its edit. Raises UserError where it cannot do what is asked for."""
     cfg, net, process, tokenizer, info = load_run(flags.run, flags.checkpoint, flags.device)
     model = RunModel(cfg, net, process, tokenizer, flags.precision, info)
-    asked = "--no_branch" if flags.no_branch else "--with_and_without"
-    if isinstance(net, ProPhy) and not leaves_backbone(cfg, net) and (
-            flags.no_branch or flags.with_and_without):
-        raise UserError(f"{asked} needs the backbone of stage one, which {flags.run} trained further; "
-                        "--checkpoint base has it.")
     model = bare(model) if flags.no_branch else model
 
-    # Has it the routers?
     maps = getattr(model.net, "refinement", None) and info["categories_present"]
     which = f"this {info['stage']} model of {flags.run} has none"
     if flags.show_routing and getattr(model.net, "semantic", None) is None and not maps:
         raise UserError(f"--show_routing needs a router; {which} to show.")
-    if flags.with_and_without and not isinstance(model.net, ProPhy):
+    if flags.with_and_without and bare(model) is model:
         raise UserError(f"--with_and_without needs a branch; {which}.")
     edit = edit_of(flags, model, which)
 
@@ -478,8 +469,7 @@ def scale_of(flags: Flags, cfg: Config) -> int:
 def clips_in_one(flags: Flags, model: RunModel, edit: Callable | None, prompts: list[str],
                  make: Callable) -> np.ndarray:
     """The clips of a run as one moving picture. make: `generate`, told most of what it needs."""
-    # The same prompts and the same noise for each version.
-    versions = {"": (model, None)}
+    versions = {"": (model, None)}  # of the same prompts and the same noise
     if flags.with_and_without:
         versions = {"without": (bare(model), None), "with": (model, None)}
     elif edit:

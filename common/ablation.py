@@ -7,10 +7,12 @@ or another, adds rows to the same table. Nothing here imports torch.
 """
 import json
 import math
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from common import score
-from common.files import is_intact, read_json, sealed, write_text
+from common.files import handle_of, is_intact, read_json, sealed, take, write_text
 from config import UserError
 from physics import laws
 
@@ -60,7 +62,8 @@ def by_clip(scores: dict) -> dict[str, list[float]]:
               "held-out loss": scores["held_out"],
               "held-out, weak": scores["held_out_weak"],
               "dynamic degree": scores["dynamic"],
-              "motion elsewhere": scores["elsewhere"]}
+              "motion elsewhere": [rest for clip, rest in zip(clips, scores["elsewhere"])
+                                   if len(clip) == 1]}  # two leave no room beside them
     for name, column in NAMES.items():
         if name in scores["which_where"]:
             values[column] = [scores["which_where"][name]]
@@ -141,3 +144,29 @@ def write_table(path: Path, stored: dict, lines: dict) -> None:
     sections = [f"## {config}\n\n{facts(config, stored[config])}\n{tables(some)}"
                 for config, some in lines.items()]
     write_text(path, "\n".join([INTRO, *sections]))
+
+
+class Table:
+    """A table's section of one config, to which any number of threads and processes add."""
+
+    def __init__(self, path: Path, config: str, section: dict, lines_of: Callable):
+        """section: as it is now. lines_of(section): what the Markdown tells of it."""
+        self.path = path
+        self.config = config
+        self.section = section
+        self.lines_of = lines_of
+        self.thread = threading.Lock()
+
+    def add(self, part: str, more: dict) -> None:
+        """Write both files, with more "runs" or "ratios", and with what others wrote meanwhile."""
+        with self.thread, handle_of(self.path.parent) as handle:
+            take(handle, wait=True)
+            stored = read_table(self.path)
+            self.section = stored.setdefault(self.config, self.section)
+            self.section[part] |= more
+            write_table(self.path, stored,
+                        {name: self.lines_of(one) for name, one in stored.items()})
+
+    def has(self, job) -> bool:
+        """Is an ablate.Job there, as it would be made today?"""
+        return self.section["runs"].get(job.name, {}).get("key") == job.key

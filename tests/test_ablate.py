@@ -114,7 +114,7 @@ MADE = {"date": "2026-01-02", "revision": "abc", "machine": "x86_64 AVX2", "torc
 def scores(error, **more):
     return {"errors": [["collision", 1, error, True], ["melting", 1, error + .1, True],
                        ["melting", 2, .5, False], ["collision", 2, .7, True]],
-            "dynamic": [1., 1., 1.], "elsewhere": [.1, .1], "held_out": [.04, .05], "held_out_weak": [.06, .07],
+            "dynamic": [1., 1., 1.], "elsewhere": [.1, .1, 0.], "held_out": [.04, .05], "held_out_weak": [.06, .07],
             "which_where": {"which: average precision": .5}, **more}
 
 
@@ -126,6 +126,7 @@ def test_the_two_actors_of_a_clip_are_one_value():
     values = ablation.by_clip(scores(.2))
     assert values["two phenomena"] == [.6] and values["found"] == [1, 1, .5]
     assert values["law error"] == [.2, .3] and values["law: melting"] == [.3]
+    assert values["motion elsewhere"] == [.1, .1]
 
 
 def test_a_single_value_has_no_interval_and_decides_nothing():
@@ -218,7 +219,13 @@ def test_the_json_keeps_every_clip_and_a_damaged_one_is_refused(tmp_path):
 def test_two_processes_add_to_one_table(tmp_path):
     flags = ablate.Flags(table=str(tmp_path / "t.md"))
     cfg = config.preset("debug", device="cpu", precision="fp32")
-    one, other = (ablate.Table(flags, cfg) for _ in range(2))
+    path = tmp_path / "t.md"
+
+    def opened(flags):
+        return ablation.Table(path, "debug", ablate.open_section(ablation.read_table(path), flags, cfg),
+                              lambda section: {})
+
+    one, other = opened(flags), opened(flags)
     made = {"key": "k", "steps": 1, "trained": 0, "values": {}, **MADE}
     one.add("runs", {"a-0": made})
     other.add("runs", {"b-0": made})
@@ -226,7 +233,7 @@ def test_two_processes_add_to_one_table(tmp_path):
     section = ablation.read_table(tmp_path / "t.md")["debug"]
     assert list(section["runs"]) == ["a-0", "b-0"] and section["ratios"] == {"default": 1.}
     with pytest.raises(UserError, match="another --n"):
-        ablate.Table(dataclasses.replace(flags, n=3), cfg)
+        opened(dataclasses.replace(flags, n=3))
 
 
 def test_a_file_that_this_command_did_not_write_is_no_table(tmp_path):

@@ -474,8 +474,8 @@ def test_flags_that_the_model_cannot_serve_are_refused(tmp_path):
                                  (base, ["--expert", "1=2"], "semantic router"),
                                  (fine, ["--expert", "1=2"], "semantic router"),
                                  (base, ["--with_and_without"], "needs a branch"),
-                                 (lora, ["--with_and_without"], "--with_and_without needs the backbone of stage one"),
-                                 (along, ["--no_branch"], "--no_branch needs the backbone of stage one"),
+                                 (lora, ["--with_and_without"], "Stage two changed the backbone"),
+                                 (along, ["--no_branch"], "Stage two changed the backbone"),
                                  (fine, ["--invert_experts"], "semantic router"),
                                  (vpred, ["--steps", "1001"], "1000")):
         with pytest.raises(UserError, match=sentence):
