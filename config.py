@@ -160,7 +160,7 @@ class Config:
     two: float = knob(0.4, SHARE)  # share of scenes with two phenomena
     colour_cues: bool = False  # each phenomenon in a colour of its own: an easier world
     ood: str = knob("", choices=("", "speed", "radius", "gravity"))  # draw this outside its usual range
-    physics: str = knob(  # stage one's world: true | weak (any speed and direction of time) | still
+    physics: str = knob(  # stage one's world: true | weak (slower, forwards or backwards) | still
         "weak", choices=("true", "weak", "still"))
     val_clips: int = 64  # held-out clips for the validation loss
     caption_dropout: float = knob(0.1, SHARE)  # share of captions emptied, for guidance
