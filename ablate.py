@@ -153,7 +153,7 @@ def cost_of(cfg: Config) -> str:
     return digest([getattr(cfg, name) for name in shape])
 
 
-NOISE = .03  # of a ratio of two times
+NOISE = .05  # of a ratio of two times
 
 
 def measure_ratios(cfg: Config, rows: dict[str, Config], rounds: int) -> dict[str, float]:

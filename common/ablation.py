@@ -105,7 +105,7 @@ def facts(config: str, section: dict) -> str:
 def tables(lines: dict[str, dict[str, dict]]) -> str:
     """The Markdown of {"equal steps" | "equal time": {row: what the table tells}}."""
     text = ""
-    for kind, rows in lines.items():
+    for kind, rows in [(kind, rows) for kind, rows in lines.items() if rows]:
         for title, measures in TABLES.items():
             table = {}
             for row in rows.values():

@@ -201,6 +201,7 @@ def test_cells_hold_mean_and_interval_and_laws_have_a_table_of_their_own(tmp_pat
     assert law_errors[:6] == ["2", "1.25", "", "9", "0.900 ± 0.899", "0.600 ± 1.271"]
     assert kept[:2] == ["0.0450 ± 0.0636", "0.0000 ± 0.0000"] and routing[0] == "0.500 ± 0.000"
     assert "0.850 ± 0.635" in laws and "0.950 ± 0.635" in laws
+    assert "equal time" in text and "equal time" not in ablation.tables({"equal steps": {}, "equal time": {}})
     assert "* n: 1" in text and "* revision: abc" in text and "* precision: fp32" in text
 
 
