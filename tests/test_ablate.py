@@ -237,6 +237,12 @@ def test_two_processes_add_to_one_table(tmp_path):
         opened(dataclasses.replace(flags, n=3))
 
 
+def test_the_commands_of_the_readme_are_not_refused_by_a_table_that_is_there():
+    stored = ablation.read_table(Path(ablate.__file__).parent / ablate.Flags.table)
+    cfg = dataclasses.replace(SMALL, precision="fp32", device="cpu")
+    ablate.open_section(stored, ablate.Flags(), cfg)
+
+
 def test_a_file_that_this_command_did_not_write_is_no_table(tmp_path):
     (tmp_path / "README.md").write_text("# Mine")
     for name in ("README.md", "table.txt"):
