@@ -1,8 +1,10 @@
-"""Which fields of a Config go together: broken rules as sentences, and flags that nothing reads.
+"""Which fields of a Config, and which flags of sample.py, go together: broken rules as sentences, and
+flags that nothing reads.
 
-config.py asks this file, and names the fields. Nothing here knows the class Config, only its fields.
+config.py and sample.py ask this file. Nothing here knows their classes, only the fields of these.
 """
 import re
+from pathlib import Path
 
 # Which flags are used only with, or without, another one: one condition of a row is enough, and
 # where flags stand in several rows each of these must hold.
@@ -114,3 +116,43 @@ def training_rules(cfg):
     yield router and compares and cfg.batch_size == 1, (
         "--batch_size 1 leaves L_coarse no pair of clips to compare: use more, or --coarse_loss "
         "bce, or --coarse_weight 0.")
+
+
+# --- flags of sample.py -------------------------------------------------------------------------
+COMPARED = ("with_and_without", "invert_experts", "expert")  # a picture shows two versions
+OFFICIAL_ONLY = ("branch", "negative", "solver", "dynamic", "tiled", "frames", "height", "width")
+
+
+def sample_rules(flags):
+    """One model, one layout of a picture, and a file or a folder that can hold it."""
+    yield not flags.run and not flags.weights, (
+        "Say which model: --run DIR (made by train.py), or --weights DIR (an official one).")
+    yield flags.run and flags.weights, (
+        "Give --run or --weights, not both; what a run trained beside official weights is attached "
+        "by --branch RUN/branch.safetensors.")
+    only = [f"--{name}" for name in OFFICIAL_ONLY if getattr(flags, name)]
+    yield only and not flags.weights, f"{', '.join(only)} belongs to --weights."
+
+    # What is shown beside a clip, or in its place.
+    compared = [f"--{name}" for name in COMPARED if getattr(flags, name)]
+    need = ["--show_routing"] * flags.show_routing + compared
+    listed = ", ".join(need)
+    yield len(compared) > 1 or (flags.with_and_without and flags.show_routing), (
+        f"Give one of {listed}: a picture has one layout and compares two versions.")
+    yield flags.no_branch and need, f"{listed} needs the branch that --no_branch leaves out."
+    yield flags.weights and need and not flags.branch, (
+        f"{listed} needs a branch: give --branch, a file that train.py made.")
+    yield flags.fills and (flags.show_routing or flags.with_and_without), (
+        f"{listed} makes a picture: --out must end in .gif or .mp4.")
+
+    # Where it goes.
+    out = Path(flags.out or "clip.gif")
+    yield not flags.fills and out.suffix.lower() not in (".gif", ".mp4"), (
+        f"--out must end in .gif or .mp4, not {out.name!r}; with --prompts it may be a folder, "
+        "without a dot in its name.")
+    yield flags.names != "readable" and not flags.fills, (
+        "--names is for the clips of --prompts FILE --out DIR.")
+    yield flags.column != "caption" and not flags.prompts.lower().endswith(".csv"), (
+        "--column is for --prompts FILE.csv.")
+    for name in ("n", "steps", "batch"):
+        yield getattr(flags, name) == 0, f"--{name} must be 1 or more, not 0."

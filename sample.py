@@ -9,16 +9,18 @@
                                         the same noise without and with the branch, where it looked
     python sample.py --weights DIR --prompt "..." [--branch FILE]
                                         an official model, bare or with a branch
+    python sample.py ... --prompts FILE.csv --out DIR
+                                        an mp4 a clip and tables of them, as raters read them
 
     run folder --load_run--> model --generate--> clips, routing --cells, sheet--> one moving picture
 
 A clip is a function of (seed, its index), whatever else is in its batch. Another batch size
-changes rounding only: in float32 one number in 30,000 moves by one level of 255. Nothing trains
-here.
+changes rounding only: in float32 one number in 30,000 moves by one level of 255.
 
 Letters: n clips, B clips of a batch, L words, F H W video, T' h w token grid, E_s semantic experts,
 E_cat phenomena.
 """
+import copy
 import dataclasses
 import functools
 import math
@@ -37,19 +39,12 @@ from tqdm import tqdm
 import config
 import data
 import diffusion
-from common.paths import check_writable, read_lines
-from common.pictures import (
-    MOST_PIXELS,
-    ClipRouting,
-    check_fps,
-    comparison_cell,
-    plain_cell,
-    routing_cell,
-    save,
-    save_gif,
-    sheet,
-)
-from common.run import description, pick_device, pick_precision, read_checkpoint
+import rules
+from common import clips
+from common.paths import check_writable
+from common.pictures import (MOST_PIXELS, ClipRouting, check_fps, comparison_cell, enlarge,
+                             plain_cell, routing_cell, save, save_gif, sheet)
+from common.run import description, find_checkpoint, pick_device, pick_precision, read_checkpoint
 from common.video import to_bytes
 from config import Config, UserError, flag
 from experts import ProPhy, invert
@@ -108,15 +103,17 @@ def generate(model, prompts: list[str], *, indices: Sequence[int] | None = None,
     for the routers to matter still.
     """
     indices = indices or range(len(prompts))
-    words, lengths = model.read([*prompts, negative])
+    texts = list(dict.fromkeys([*prompts, negative]))  # each is read once
+    row_of = {text: row for row, text in enumerate(texts)}
+    words, lengths = model.read(texts)
     copies = 1 if guidance == 1 else 2
     bar = tqdm(total=math.ceil(len(prompts) / batch) * steps, unit="step", disable=not progress,
                desc="sampling, edited" if edit else "sampling", dynamic_ncols=True)
     for start in range(0, len(prompts), batch):
         # The prompts of this batch; with guidance, as many times the negative one behind them.
-        rows = list(range(len(prompts)))[start:start + batch]
+        rows = [row_of[prompt] for prompt in prompts[start:start + batch]]
         B = len(rows)
-        rows += [-1] * (copies - 1) * B
+        rows += [row_of[negative]] * (copies - 1) * B
         text = words[rows].to(model.device)  # (copies B, L) ids, or (copies B, L, D_text)
         length = lengths[rows].to(model.device)
         said = {"t": math.inf}  # the newest routing, and the one to show with its time
@@ -182,37 +179,23 @@ def load_run(run_dir, checkpoint: str = "best", device: str = "cpu"):
     return cfg, model.to(device).eval(), diffusion.build(cfg), tokenizer, info
 
 
-def find_checkpoint(folder: Path, name: str) -> Path:
-    """The file that best | last | base | a file's own name stands for. Raises UserError where there
-    is none."""
-    steps = {int(path.stem[4:]): path for path in folder.glob("step*.pt")
-             if path.stem[4:].isdigit()}
-    if name == "last" or (name == "best" and not (folder / "best.pt").is_file()):
-        if not steps:
-            raise UserError(f"{folder} holds no checkpoint yet: train first, or wait for the first "
-                            "save.")
-        return steps[max(steps)]
-    path = folder / (name if name.endswith(".pt") else f"{name}.pt")
-    if not path.is_file():
-        there = ", ".join(sorted(p.name for p in folder.glob("*.pt"))) or "no checkpoint"
-        raise UserError(f"There is no {path}; its folder holds {there}.")
-    return path
-
-
 # --- files --------------------------------------------------------------------------------------
 def play_fps(cfg: Config) -> float:
     """A synthetic clip lasts one second, however many frames it has; videos play as they were
     sampled."""
-    return cfg.fps if cfg.data_dir else cfg.frames
+    return cfg.fps if cfg.data_dir or cfg.latent else cfg.frames
 
 
-def bare(model: RunModel) -> RunModel:
+def bare(model):
     """The same model without its branch. Raises UserError where stage two changed more than that."""
     if not isinstance(model.net, ProPhy):
         return model
     if not model.net.leaves_backbone:
-        raise UserError("Stage two changed the backbone itself: --checkpoint base has it as it was.")
-    return dataclasses.replace(model, net=model.net.backbone)
+        raise UserError("Stage two changed the backbone itself: --checkpoint base, or --weights "
+                        "without --branch, has it as it was.")
+    alone = copy.copy(model)
+    alone.net = model.net.backbone
+    return alone
 
 
 def preview(path, model: RunModel, prompts: dict[str, list[int]]) -> None:
@@ -236,8 +219,8 @@ def preview(path, model: RunModel, prompts: dict[str, list[int]]) -> None:
 
 
 # --- the command --------------------------------------------------------------------------------
-COMPARED = ("with_and_without", "invert_experts", "expert")  # a picture shows two versions
-OFFICIAL_ONLY = ("branch", "negative", "solver", "dynamic", "tiled", "frames", "height", "width")
+# Between commands that fill one folder these may differ; any other flag shapes its clips.
+MAY_DIFFER = ("prompt", "prompts", "n", "batch", "device", "out", "guidance")  # until it is known
 
 
 @dataclass(frozen=True)
@@ -252,8 +235,9 @@ class Flags:
 
     # --- which clips
     prompt: list[str] = flag([])  # what the clip shows; may be given several times
-    prompts: str = ""  # text file with a prompt a line
-    n: int | None = None  # clips a prompt; None = 4, with --weights 1
+    prompts: str = ""  # text file with a prompt a line, or a .csv with a column of them
+    column: str = "caption"  # --prompts FILE.csv: which column to sample from
+    n: int | None = None  # clips a prompt; None = 4, with --weights or into a folder 1
     seed: int = 0  # of the noise; clip i of a prompt depends on (seed, i) alone
     steps: int | None = flag(None, marks=(10**4,))  # sampling steps; None = 25, with --weights 50
     guidance: float | None = None  # classifier-free; 1 = off; None = 1.5, with --weights 6, Wan 5
@@ -271,11 +255,12 @@ class Flags:
     expert: list[str] = flag([])  # 3=+2: raise the logit of semantic expert 3 by 2; several times
     scale: int = 0  # screen pixels per pixel; 0 = so that a clip is about 256 high
     fps: float = 0  # frames shown a second; 0 = as the clips were made
-    batch: int = 8  # clips at a time
+    batch: int | None = None  # clips at a time; None = 8, into a folder 1, so that bits stay the same
     tiled: bool = False  # --weights: decode in tiles, which needs less memory
     device: str = flag("auto", config.CHOICES["device"])  # auto = cuda, else mps, else cpu
     precision: str = flag("auto", config.CHOICES["precision"])  # auto = bf16 on cuda, else fp32
-    out: str = ""  # clip.gif or clip.mp4; empty = RUN/samples/<prompt>.gif
+    out: str = ""  # clip.gif, clip.mp4, or --prompts: a folder; empty = RUN/samples/<prompt>.gif
+    names: str = flag("readable", ("readable", "vbench"))  # in a folder; vbench: <caption>-<number>.mp4
 
     IDLE = (  # as in rules.py
         ("checkpoint batch scale", "without --weights"),
@@ -283,35 +268,17 @@ class Flags:
 
     def check(self) -> None:
         """Raises UserError with the first broken rule."""
-        if not self.run and not self.weights:
-            raise UserError("Say which model: --run DIR (made by train.py), or --weights DIR (an "
-                            "official one).")
-        if self.run and self.weights:
-            raise UserError("Give --run or --weights, not both; what a run trained beside official "
-                            "weights is attached by --branch RUN/branch.safetensors.")
-        only = [f"--{name}" for name in OFFICIAL_ONLY if getattr(self, name)]
-        if only and not self.weights:
-            raise UserError(f"{', '.join(only)} belongs to --weights.")
-        compared = [f"--{name}" for name in COMPARED if getattr(self, name)]
-        need = ["--show_routing"] * self.show_routing + compared
-        if len(compared) > 1 or (self.with_and_without and self.show_routing):
-            raise UserError(f"Give one of {', '.join(need)}: a picture has one layout and compares "
-                            "two versions.")
-        for name in ("show_routing", "with_and_without"):
-            if self.weights and getattr(self, name):
-                raise UserError(f"--{name} is for models trained here; official ones have no picture "
-                                "of it yet.")
-        if self.no_branch and need:
-            raise UserError(f"{', '.join(need)} needs the branch that --no_branch leaves out.")
         self.shifts()
-        if self.out and Path(self.out).suffix.lower() not in (".gif", ".mp4"):
-            raise UserError(f"--out must end in .gif or .mp4, not {Path(self.out).name!r}.")
+        for broken, sentence in rules.sample_rules(self):
+            if broken:
+                raise UserError(sentence)
         if self.fps:
-            check_fps(Path(self.out or "clip.gif"), self.fps)
-        for name in ("n", "steps"):
-            if getattr(self, name) == 0:
-                raise UserError(f"--{name} must be 1 or more, not 0.")
+            check_fps(Path("clip.mp4" if self.fills else self.out or "clip.gif"), self.fps)
 
+    @property
+    def fills(self) -> bool:
+        """Is --out a folder to fill with clips?"""
+        return bool(self.prompts and self.out and not Path(self.out).suffix)
 
     def shifts(self) -> list[tuple[int, float]]:
         """What --expert asks for: (number of the expert from 1, what its logit gains). Raises
@@ -328,11 +295,17 @@ class Flags:
 
 def edit_of(flags: Flags, model, told: str) -> Callable | None:
     """What is done to semantic logits (B, E_s). Raises UserError, with what is `told` of the model,
-    where it has no such router or expert."""
+    where it lacks what is to be changed or shown."""
+    semantic = getattr(model.net, "semantic", None)
+    if flags.show_routing and semantic is None:
+        if getattr(model.net, "refinement", None) is None or not model.info.get("categories_present"):
+            raise UserError(f"--show_routing needs a router; {told}.")
+    if flags.with_and_without and bare(model) is model:
+        raise UserError(f"--with_and_without needs a branch; {told}.")
     shifts = flags.shifts()
     if not flags.invert_experts and not shifts:
         return None
-    if getattr(model.net, "semantic", None) is None:
+    if semantic is None:
         name = "expert" if shifts else "invert_experts"
         raise UserError(f"--{name} needs a semantic router; {told}.")
     experts = model.cfg.semantic_experts
@@ -344,21 +317,17 @@ def edit_of(flags: Flags, model, told: str) -> Callable | None:
     return (lambda logits: logits + change.to(logits)) if shifts else invert
 
 
-def all_prompts(flags: Flags) -> list[str]:
-    """What --prompt and --prompts ask for: of a file its lines that are not empty. Raises
-    UserError."""
-    lines = []
+def all_prompts(flags: Flags) -> list[tuple[str, str]]:
+    """(caption, prompt) of each that --prompt and --prompts ask for. Raises UserError."""
+    pairs = [(prompt, prompt) for prompt in flags.prompt]
     if flags.prompts:
-        lines = read_lines("--prompts", flags.prompts)
-        if not lines:
-            raise UserError(f"--prompts {flags.prompts} holds no prompt.")
-    prompts = flags.prompt + lines
-    if not prompts:
+        pairs += clips.read_prompts(flags.prompts, flags.column)
+    if not pairs:
         raise UserError('Say what to generate: --prompt "..." or --prompts FILE.')
-    for prompt in prompts:
+    for _, prompt in pairs:
         if not data.Tokenizer.split(prompt):
             raise UserError(f"The prompt {prompt!r} is empty: it has no word.")
-    return prompts
+    return pairs
 
 
 def warn(tokenizer: data.Tokenizer, cfg: Config, prompts: list[str]) -> None:
@@ -387,43 +356,91 @@ def main(argv: list[str]) -> None:
     flags = config.parse_flags(Flags, argv,
                                "Generate clips from a run folder, or with an official model.")
     device = pick_device(flags.device)
-    n, steps = (1, 50) if flags.weights else (4, 25)
+    pairs = all_prompts(flags)
+    alone = flags.fills or flags.weights  # each clip in a file of its own
+    n, batch = (1, 1) if alone else (4, 8)
     flags = dataclasses.replace(
-        flags, prompt=all_prompts(flags), device=device, n=flags.n or n, steps=flags.steps or steps,
+        flags, prompt=[prompt for _, prompt in pairs], device=device, n=flags.n or n,
+        batch=flags.batch or batch, steps=flags.steps or (50 if flags.weights else 25),
         precision=pick_precision(flags.precision, device))
+    if flags.fills:
+        return fill_folder(flags, clips.wanted(pairs, flags.n, flags.names))
 
     # Everything that can be refused is refused before the first step.
-    model, edit = (open_official if flags.weights else open_run)(flags)
+    model, edit = open_model(flags)
     out = open_out(flags)
+    fps = flags.fps or play_fps(model.cfg)
     prompts = [prompt for prompt in flags.prompt for _ in range(flags.n)]
-    guidance = flags.guidance
-    if guidance is None:
-        guidance = model.cfg.guidance if flags.weights else 1.5
-    make = functools.partial(generate, prompts=prompts, seed=flags.seed, steps=flags.steps,
-                             guidance=guidance)
+    make = maker(flags, model, prompts, list(range(flags.n)) * len(flags.prompt))
+    cells = cells_of(flags, model, edit, prompts, make)
     if not flags.weights:
-        warn(model.tokenizer, model.cfg, flags.prompt)
-        save(out, clips_in_one(flags, model, edit, prompts, make), flags.fps or play_fps(model.cfg))
+        cells = list(cells)
+        pair = len(cells[0])
+        group = pair * (flags.n if len(flags.prompt) > 1 else 1)
+        save(out, sheet([cell for row in cells for cell in row], pair, group), fps)
         print(f"wrote {out}")
         return
 
     # Each clip of an official model is written when it is done, for it took minutes.
-    for i, (clip, _) in enumerate(make(model, negative=flags.negative, edit=edit, batch=1)):
+    shown = (clip for clip, _ in make(model, edit=edit))
+    if flags.show_routing or flags.with_and_without:
+        shown = (sheet(row, len(row)) for row in cells)
+    for i, frames in enumerate(shown):
         path = out if len(prompts) == 1 else out.with_stem(f"{out.stem}-{i}")
-        save(path, clip, flags.fps or model.cfg.fps)
+        save(path, frames, fps)
         print(f"wrote {path}")
 
 
-def open_official(flags: Flags):
-    """The model of --weights and its edit. Raises UserError where it cannot do what is asked for."""
-    from official import clips
-    model = clips.OfficialModel(
-        flags.weights, flags.device, torch.bfloat16 if flags.precision == "bf16" else torch.float32,
-        "" if flags.no_branch else flags.branch, solver=flags.solver, dynamic=flags.dynamic,
-        tiled=flags.tiled, frames=flags.frames, height=flags.height, width=flags.width)
-    edit = edit_of(flags, model, "give --branch, a file trained with one")
+def fill_folder(flags: Flags, asked: list[clips.Wanted]) -> None:
+    """Make the clips that have no file yet, and the tables of all that were asked for. Raises
+    UserError and Stopped."""
+    out = Path(flags.out)
+    settings = {name: value for name, value in dataclasses.asdict(flags).items()
+                if name not in MAY_DIFFER}
+    settings |= {name: str(Path(settings[name]).resolve()) for name in ("run", "weights", "branch")
+                 if settings[name]}
+    with clips.only_writer(out):
+        # Is it as the folder was begun: the flags before weights are read, then what these say.
+        clips.check_settings(out, settings)
+        model, edit = open_model(flags)
+        left = clips.without_file(out, asked)
+        make = maker(flags, model, [one.prompt for one in left], [one.index for one in left])
+        settings |= dict(step=model.info.get("step"), guidance=make.keywords["guidance"])
+        clips.check_settings(out, settings)
+
+        scale = 1 if flags.weights else scale_of(flags, model.cfg)
+        frames = (enlarge(clip, scale) for clip, _ in make(model, edit=edit)) if left else ()
+        clips.fill(out, asked, zip(frames, left), flags.fps or play_fps(model.cfg), settings)
+    print(f"wrote {out / 'clips.csv'}")
+
+
+def maker(flags: Flags, model, prompts: list[str], indices: list[int]) -> Callable:
+    """`generate`, told all that the command line says of these clips of a model."""
+    guidance = flags.guidance
+    if guidance is None:
+        guidance = model.cfg.guidance if flags.weights else 1.5
+    return functools.partial(generate, prompts=prompts, indices=indices, seed=flags.seed,
+                             steps=flags.steps, guidance=guidance, negative=flags.negative,
+                             batch=flags.batch)
+
+
+def open_model(flags: Flags) -> tuple:
+    """The model of --run or --weights, and its edit. Raises UserError where it cannot do what is
+    asked for."""
+    if flags.weights:
+        from official import clips as theirs
+        dtype = torch.bfloat16 if flags.precision == "bf16" else torch.float32
+        model = theirs.OfficialModel(
+            flags.weights, flags.device, dtype, "" if flags.no_branch else flags.branch,
+            solver=flags.solver, dynamic=flags.dynamic, tiled=flags.tiled, frames=flags.frames,
+            height=flags.height, width=flags.width)
+        told = "give --branch, a file trained with one"
+    else:
+        model = open_run(flags)
+        told = f"this {model.info['stage']} model of {flags.run} has none"
+    edit = edit_of(flags, model, told)
     try:
-        model.process.times(flags.steps, model.solver)
+        model.process.times(flags.steps, *[model.solver] * bool(flags.weights))
         if flags.dynamic:
             model.process.dynamic(1.0, 0, flags.steps)
     except ValueError as e:
@@ -432,33 +449,19 @@ def open_official(flags: Flags):
     return model, edit
 
 
-def open_run(flags: Flags) -> tuple[RunModel, Callable | None]:
-    """The model of --run, and its edit. Raises UserError where it cannot do what is asked for."""
+def open_run(flags: Flags) -> RunModel:
+    """The model of --run, whose clips fit into one picture. Raises UserError."""
     cfg, net, process, tokenizer, info = load_run(flags.run, flags.checkpoint, flags.device)
     model = RunModel(cfg, net, process, tokenizer, flags.precision, info)
-    model = bare(model) if flags.no_branch else model
-
-    maps = getattr(model.net, "refinement", None) and info["categories_present"]
-    which = f"this {info['stage']} model of {flags.run} has none"
-    if flags.show_routing and getattr(model.net, "semantic", None) is None and not maps:
-        raise UserError(f"--show_routing needs a router; {which} to show.")
-    if flags.with_and_without and bare(model) is model:
-        raise UserError(f"--with_and_without needs a branch; {which}.")
-    edit = edit_of(flags, model, which)
-
-    # Can all clips be one picture, and can its process take so many steps?
-    clips = flags.n * len(flags.prompt)
+    n = 1 if flags.fills else flags.n * len(flags.prompt)
     size = 4 if flags.show_routing else 1  # a routing cell is as large as four clips
-    cells = clips * (3 if flags.with_and_without else 2 if edit else 1) * size
+    versions = 3 if flags.with_and_without else 2 if flags.invert_experts or flags.expert else 1
     scale = scale_of(flags, cfg)
-    if cells * cfg.frames * cfg.height * cfg.width * scale**2 > MOST_PIXELS:
-        raise UserError(f"{clips} clips at --scale {scale} make too large a picture: lower --n or "
-                        "--scale.")
-    try:
-        process.times(flags.steps)
-    except ValueError as e:
-        raise UserError(f"--steps {flags.steps}: {e}") from None
-    return model, edit
+    if n * versions * size * cfg.frames * cfg.height * cfg.width * scale**2 > MOST_PIXELS:
+        raise UserError(f"{n} clips at --scale {scale} make too large a picture: lower --n or "
+                        "--scale, or with --prompts give a folder as --out.")
+    warn(tokenizer, cfg, flags.prompt)
+    return bare(model) if flags.no_branch else model
 
 
 def scale_of(flags: Flags, cfg: Config) -> int:
@@ -466,34 +469,31 @@ def scale_of(flags: Flags, cfg: Config) -> int:
     return flags.scale or max(1, round(256 / cfg.height))
 
 
-def clips_in_one(flags: Flags, model: RunModel, edit: Callable | None, prompts: list[str],
-                 make: Callable) -> np.ndarray:
-    """The clips of a run as one moving picture. make: `generate`, told most of what it needs."""
+def cells_of(flags: Flags, model, edit: Callable | None, prompts: list[str],
+             make: Callable) -> Iterator[list[np.ndarray]]:
+    """For each clip its cells in a picture, one a version. make: as `maker` gives it."""
     versions = {"": (model, None)}  # of the same prompts and the same noise
     if flags.with_and_without:
         versions = {"without": (bare(model), None), "with": (model, None)}
     elif edit:
         label = f"expert {' '.join(flags.expert)}" if flags.expert else "inverted"
         versions = {"plain": (model, None), label: (model, edit)}
-    indices = list(range(flags.n)) * len(flags.prompt)
-    made = [list(make(one, indices=indices, edit=how, batch=flags.batch))
-            for one, how in versions.values()]
+    made = zip(*(make(one, edit=how) for one, how in versions.values()))
 
     # One cell a clip, its versions side by side; or one cell for both, with a map.
-    names = {i: data.category_names(model.cfg)[i] for i in model.info["categories_present"]}
+    names = {i: data.category_names(model.cfg)[i] for i in model.info.get("categories_present", ())}
     scale = scale_of(flags, model.cfg)
-    cells = []
-    for prompt, *clips in zip(prompts, *made):
+    for shown, prompt in zip(made, prompts):
+        if flags.weights:
+            shown = [model.shown(*one) for one in shown]
+            scale = max(1, round(256 / shown[0][0].shape[1]))
         if flags.with_and_without:
-            cells.append(comparison_cell(clips[0][0], *clips[1], prompt, scale, names))
-            continue
-        for label, (clip, routing) in zip(versions, clips):
-            if flags.show_routing:
-                cells.append(routing_cell(clip, prompt, label, scale, routing, names))
-            else:
-                cells.append(plain_cell(clip, prompt, label, scale))
-    pair = len(cells) // len(prompts)
-    return sheet(cells, pair, pair * (flags.n if len(flags.prompt) > 1 else 1))
+            yield [comparison_cell(shown[0][0], *shown[1], prompt, scale, names)]
+        elif flags.show_routing:
+            yield [routing_cell(clip, prompt, label, scale, routing, names)
+                   for label, (clip, routing) in zip(versions, shown)]
+        else:
+            yield [plain_cell(clip, prompt, label, scale) for label, (clip, _) in zip(versions, shown)]
 
 
 if __name__ == "__main__":

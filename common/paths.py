@@ -5,16 +5,22 @@ from pathlib import Path
 from config import UserError
 
 
-def read_lines(flag: str, path: str) -> list[str]:
-    """The lines of a UTF-8 file that are not empty, stripped. Raises UserError, which names the
-    flag, for a file that cannot be read."""
+def read_text(flag: str, path: str) -> str:
+    """A UTF-8 file, without a byte-order mark. Raises UserError, which names the flag, for one that
+    cannot be read."""
     try:
-        # A byte-order mark is no part of the first line, and str.splitlines would also end a line
-        # at form feeds and Unicode's separators.
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        text = Path(path).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{flag} {path} cannot be read as UTF-8 text ({type(e).__name__}).") from None
-    return [line.strip() for line in lines if line.strip()]
+    if "\0" in text:
+        raise UserError(f"{flag} {path} is no text: it holds a zero byte.")
+    return text
+
+
+def read_lines(flag: str, path: str) -> list[str]:
+    """The lines of such a file that are not empty, stripped. Raises UserError likewise."""
+    # str.splitlines would also end a line at form feeds and Unicode's separators.
+    return [line.strip() for line in read_text(flag, path).split("\n") if line.strip()]
 
 
 def check_writable(out: Path) -> None:

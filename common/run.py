@@ -259,6 +259,23 @@ def save_and_prune(contents: dict, folder: Path, step: int) -> None:
         old.unlink()
 
 
+def find_checkpoint(folder: Path, name: str) -> Path:
+    """The file that best | last | base | a file's own name stands for. Raises UserError where there
+    is none."""
+    steps = {int(path.stem[4:]): path for path in folder.glob("step*.pt")
+             if path.stem[4:].isdigit()}
+    if name == "last" or (name == "best" and not (folder / "best.pt").is_file()):
+        if not steps:
+            raise UserError(f"{folder} holds no checkpoint yet: train first, or wait for the first "
+                            "save.")
+        return steps[max(steps)]
+    path = folder / (name if name.endswith(".pt") else f"{name}.pt")
+    if not path.is_file():
+        there = ", ".join(sorted(p.name for p in folder.glob("*.pt"))) or "no checkpoint"
+        raise UserError(f"There is no {path}; its folder holds {there}.")
+    return path
+
+
 def read_checkpoint(path: Path, device="cpu") -> dict:
     """What `save` wrote, without unpickling code. Raises errors of many types where the file is
     damaged, FileNotFoundError where there is none.

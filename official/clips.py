@@ -15,10 +15,12 @@ import config
 import diffusion
 from common.files import read_json
 from common.libraries import library
+from common.pictures import MOST_PIXELS, ClipRouting
 from common.run import refuse_beyond_memory
+from common.store import read_about
 from common.video import to_bytes
 from config import Config, UserError
-from experts import ProPhy
+from experts import ProPhy, Routing
 from official.branch import attach_branch, read_branch
 from official.cost import input_size
 from official.encoders import VAE, TextEncoder
@@ -68,8 +70,12 @@ class OfficialModel:
         network = {name: getattr(net.cfg, name) for name in config.marked(config.NETWORK)}
         self.cfg = dataclasses.replace(cfg, **network)
         config.check_latent_size(self.cfg)
+        self.info = {}  # what the branch's file says of itself
         if published:
             net = attach_branch(net, *published)
+            self.info = read_about(Path(branch))
+            sizes = {name: getattr(published[0], name) for name in ("categories", "semantic_experts")}
+            self.cfg = dataclasses.replace(self.cfg, **sizes)
         self.net = net.to(device).eval()
         self.process = diffusion.build(self.cfg)
         self.process.spacing = spacing
@@ -83,17 +89,25 @@ class OfficialModel:
         if too_long := encoder.too_long(different):
             print(f"Warning: {too_long} of {len(different)} prompts have more than "
                   f"{encoder.lineage.preset.text_len} tokens and are cut.", file=sys.stderr)
-        text, length = encoder(prompts)
+        # One at a time: a clip is the same to the bit, whatever else is asked for.
+        text, length = encoder(prompts, batch=1)
         self.vae = VAE(self.weights, self.device, self.dtype, self.tiled)
         return text.to(self.dtype), length
 
     def predict(self, x_t: Tensor, t: Tensor, text: Tensor, length: Tensor, edit):
-        """The network's outputs, and None in place of a Routing. One row after the other: half the
-        memory of both at once."""
+        """The network's outputs, and of its Routing what pictures show (None of a bare backbone).
+        One row after the other: half the memory of both at once."""
         rows = zip(x_t.to(self.dtype).split(1), t.split(1), text.split(1), length.split(1))
-        if isinstance(self.net, ProPhy):
-            return torch.cat([self.net(*row, edit)[0] for row in rows]), None
-        return torch.cat([self.net(*row) for row in rows]), None
+        if not isinstance(self.net, ProPhy):
+            return torch.cat([self.net(*row) for row in rows]), None
+        out, routings = zip(*(self.net(*row, edit) for row in rows))
+
+        def of_rows(name):
+            found = [getattr(routing, name) for routing in routings]
+            return None if found[0] is None else torch.cat(found)
+
+        return torch.cat(out), Routing(semantic=of_rows("semantic"),
+                                       refinement_lift=of_rows("refinement_lift"))
 
     def draw(self, denoise: Callable, seed: int, index: Sequence[int], *how) -> np.ndarray:
         """Clips uint8 (B, F, H, W, 3). Clip i starts from generator seed + i, which goes on in
@@ -109,8 +123,31 @@ class OfficialModel:
         noise = self.process.randn(shape, generators, dtype).to(self.device)
         x = self.process.sample(denoise, noise, *how, solver=self.solver, dynamic=self.dynamic,
                                 generator=generators)
-        wanted = 1 + (self.cfg.frames - 1) // 4  # latent frames
-        return to_bytes(self.vae.decode(x[:, :, -wanted:])).cpu().numpy()
+        return to_bytes(self.vae.decode(x[:, :, -self.latents:])).cpu().numpy()
+
+    @property
+    def latents(self) -> int:
+        """Latent frames of a clip, those aside that were added in front."""
+        return 1 + (self.cfg.frames - 1) // 4
+
+    def shown(self, clip: np.ndarray, routing: ClipRouting | None):
+        """A clip (F, H, W, 3) and its routing as a picture of both has room for them: the clip
+        smaller by a whole number, the map of each decoded frame (F, h, w, E_cat).
+
+        Of latent frames the first is one frame and each other four; where the VAE makes four of
+        the first, too, F says so.
+        """
+        # A cell with all its maps is about 40 times as large as the clip.
+        F, H, W, _ = clip.shape
+        small = [k for k in (1, 2, 4, 8) if H // k <= 192 and F * (H // k) * (W // k) * 40 <= MOST_PIXELS]
+        k = small[0] if small else 8 * self.cfg.patch  # one pixel a token
+        squares = clip.reshape(F, H // k, k, W // k, k, 3)
+        clip = squares.mean((2, 4), dtype=np.float32).round().astype(np.uint8)
+        if routing and routing.lift is not None:
+            of_latents = routing.lift.repeat(self.cfg.patch_t, axis=0)[-self.latents:]
+            at = (np.arange(F) + 4 * self.latents - F) // 4
+            routing = dataclasses.replace(routing, lift=of_latents[at])
+        return clip, routing
 
 
 def scheduled(lineage: Lineage, folder: Path) -> tuple[Config, str, str]:

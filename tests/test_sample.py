@@ -419,7 +419,11 @@ def test_folder_runs_play_at_their_own_rate(tmp_path, command):
     *[(["--prompt", "a ball", "--expert", bad], "must be NUMBER=CHANGE")
       for bad in ("3=x", "3", "=2", "3=nan", "3=inf", "3=1e9", "3=100", "3=+-2", "")],
     (["--prompt", "a ball", "--expert", "0=1"], "1 to 4"), (["--prompt", "a ball", "--expert", "5=1"], "1 to 4"),
-    (["--prompt", "a ball", "--n", "3000"], "lower --n or --scale")])
+    (["--prompt", "a ball", "--n", "3000"], "lower --n or --scale"),
+    (["--prompt", "a ball", "--batch", "0"], "--batch must be 1 or more"),
+    (["--prompt", "a ball", "--names", "vbench"], "--names is for"),
+    (["--prompt", "a ball", "--names", "short"], "--names must be one of readable, vbench"),
+    (["--prompt", "a ball", "--column", "text"], "--column is for")])
 def test_bad_input_is_one_sentence_before_any_work(run, monkeypatch, argv, sentence):
     monkeypatch.setattr(sample, "generate", lambda *a, **k: pytest.fail("it began to sample"))
     with pytest.raises(UserError) as e:
@@ -450,7 +454,8 @@ def test_a_flag_that_another_makes_idle_is_refused(argv):
 
 @pytest.mark.parametrize("argv, sentence", [
     (["--expert", "3=x"], "must be NUMBER=CHANGE"), (["--no_branch", "--expert", "3=1"], "leaves out"),
-    (["--with_and_without"], "trained here"), (["--show_routing"], "trained here")])
+    (["--with_and_without"], "needs a branch"), (["--show_routing"], "needs a branch"),
+    (["--expert", "3=1"], "needs a branch")])
 def test_official_weights_refuse_before_they_are_read(argv, sentence):
     assert sentence in helpers.sentence(sample.main, ["--weights", "nowhere", "--prompt", "a ball", *argv])
 
@@ -460,7 +465,7 @@ def test_a_file_of_prompts_has_no_byte_order_mark_and_ends_lines_at_line_ends_al
     odd = "a ball\u2028falls\x0con\x0bthe\x1cred\x85left\u2029wall"
     (tmp_path / "p.txt").write_bytes(f"\ufeffa red ball\r\na cube\n\n{odd}\r a disc ".encode())
     flags = sample.Flags(run="r", prompts=str(tmp_path / "p.txt"))
-    assert sample.all_prompts(flags) == ["a red ball", "a cube", odd, "a disc"]
+    assert sample.all_prompts(flags) == [(line, line) for line in ("a red ball", "a cube", odd, "a disc")]
 
 
 def test_flags_that_the_model_cannot_serve_are_refused(tmp_path):

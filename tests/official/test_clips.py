@@ -287,7 +287,7 @@ def test_sample_command_with_official_weights(weights, tmp_path, capsys):
     assert iio.imread(tmp_path / "c.gif").shape == (9, 16, 32, 3) and "wrote" in capsys.readouterr().out
     for flags, word in ((["--solver", "dpm"], "dpm"), (["--dynamic"], "CogVideoX"),
                         (["--frames", "8"], "1 \\+ 4 m"), (["--invert_experts"], "--branch"),
-                        (["--run", "."], "not both"), (["--show_routing"], "routing")):
+                        (["--run", "."], "not both"), (["--show_routing"], "needs a branch")):
         with pytest.raises(UserError, match=word):
             sample.main(["--weights", str(weights["wan"]), "--prompt", PROMPT, "--height", "16", "--width",
                          "32", *flags])
