@@ -440,7 +440,7 @@ def open_model(flags: Flags) -> tuple:
         told = f"this {model.info['stage']} model of {flags.run} has none"
     edit = edit_of(flags, model, told)
     try:
-        model.process.times(flags.steps, *[model.solver] * bool(flags.weights))
+        model.process.times(flags.steps, getattr(model, "solver", None))
         if flags.dynamic:
             model.process.dynamic(1.0, 0, flags.steps)
     except ValueError as e:

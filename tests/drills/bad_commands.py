@@ -164,7 +164,11 @@ def plain_files(at: Path) -> None:
         (at / f"{name}.json").write_bytes(content)
     texts = {"file.txt": b"a red ball\n", "empty.txt": b"", "blank.txt": b"\n \n\n", "marks.txt": b"a ball\n?!\n",
              "utf16.txt": "a red ball".encode("utf-16"), "latin1.txt": "ein Bäll".encode("latin-1"),
-             "noise.bin": bytes(range(256)) * 9}
+             "noise.bin": bytes(range(256)) * 9, "empty.csv": b"", "names.csv": b"caption,longer\n",
+             "hole.csv": b'caption,longer\na ball,a red ball\n" ",a cube\n', "wide.csv": b"caption\na ball, red\n",
+             "open.csv": b'caption\n"a ball\na cube\n', "zero.csv": b"caption\na\0ball\n",
+             "latin1.csv": "caption\nein Bäll".encode("latin-1"), "slash.csv": b"caption\nwet/dry\n",
+             "long.csv": b"caption\n" + b"ball " * 60, "good.csv": b"caption,longer\na ball,a red ball\n"}
     for name, content in texts.items():
         (at / name).write_bytes(content)
     (at / "loop").symlink_to(at / "loop")
