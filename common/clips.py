@@ -57,7 +57,7 @@ def read_prompts(path: str, column: str) -> list[tuple[str, str]]:
                                 "--column says which one to sample from.")
             found = [pair_of(row, column, f"{flag}, line {rows.line_num}") for row in rows]
         except csv.Error as e:
-            raise UserError(f"{flag}, line {rows.line_num}, is no row of a csv ({e}).") from None
+            raise UserError(f"{flag} is no csv after line {rows.line_num} ({e}).") from None
     if not found:
         raise UserError(f"{flag} holds no prompt.")
     return found
@@ -66,7 +66,7 @@ def read_prompts(path: str, column: str) -> list[tuple[str, str]]:
 def pair_of(row: dict, column: str, where: str) -> tuple[str, str]:
     """(caption, prompt) of a row. Raises UserError, which says where it stands."""
     if None in row:
-        raise UserError(f"{where}, has more cells than there are columns: are its commas quoted?")
+        raise UserError(f"{where}, has more cells than there are columns: quote those with a comma.")
     for name in sorted({"caption", column}):
         if name in row and not (row[name] or "").strip():
             raise UserError(f"{where}, has nothing in column {name!r}.")

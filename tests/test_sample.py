@@ -1,5 +1,6 @@
 """sample.py: clips depend on seed and index alone,
 pictures show what was generated, mistakes are one sentence."""
+import csv
 import dataclasses
 import json
 import pickle
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import common.clips
 import common.pictures
 import physics.phenomena
 import config
@@ -487,6 +489,133 @@ def test_flags_that_the_model_cannot_serve_are_refused(tmp_path):
             sample.main(["--run", str(run), "--prompt", "a ball", *flags])
 
 
+# --- a folder of clips --------------------------------------------------------------------------------------
+TABLE = [("A ball, red; it's \"fast\"", "a red ball bounces"), ("wet/dry " * 40, "blue smoke rises"),
+         ("红球", "a candle burns on the left"), ("a ball", "a ball")]
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "table.csv"
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows([("caption", "longer"), *TABLE])
+    return path
+
+
+def fill(run, table, out, **flags):
+    """Fill a folder; returns the rows of its table."""
+    flags = dict(run=run, prompts=table, out=out, n=2, steps=3, scale=2) | flags
+    if str(flags["prompts"]).endswith(".csv"):
+        flags.setdefault("column", "longer")
+    sample.main(helpers.words_of(flags))
+    with open(Path(out) / "clips.csv", newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def films(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).glob("*.mp4")}
+
+
+def test_a_folder_holds_each_clip_by_its_seed_and_index_and_says_what_it_is(run, table, loaded, tmp_path):
+    rows = fill(run, table, tmp_path / "clips", seed=5)
+    assert [(row["caption"], row["prompt"]) for row in rows] == [pair for pair in TABLE for _ in range(2)]
+    assert [row["index"] for row in rows] == ["0", "1"] * 4 and {row["seed"] for row in rows} == {"5"}
+    videos, _ = clips(loaded, [row["prompt"] for row in rows], indices=[0, 1] * 4, seed=5, steps=3)
+    distance = np.zeros((8, 8))
+    for i, row in enumerate(rows):
+        shown = iio.imread(row["videopath"], plugin="pyav")
+        assert shown.shape == (4, 32, 32, 3)
+        for j, video in enumerate(videos):
+            distance[i, j] = np.abs(shown.astype(int) - common.pictures.enlarge(video, 2)).mean()
+    assert (distance.argmin(1) == range(8)).all()  # an mp4 loses something, not which clip it is
+    names = helpers.json_of(tmp_path / "clips" / "prompts.json")
+    assert names == {Path(row["videopath"]).name: row["caption"] for row in rows}
+
+
+def test_a_killed_command_goes_on_and_ends_with_the_folder_of_an_undisturbed_one(run, table, tmp_path, monkeypatch):
+    calm, killed = tmp_path / "calm", tmp_path / "killed"
+    fill(run, table, calm, n=6)
+    flags = dict(run=run, prompts=table, out=killed, n=6, steps=3, scale=2, column="longer")
+    assert helpers.killed_when(lambda: len(films(killed)) >= 2, ["sample.py", *helpers.words_of(flags)])
+    first = films(killed)
+    assert 2 <= len(first) < 24 and first.items() <= films(calm).items()
+    (killed / f"{min(first)}.77.part").write_bytes(b"half a film")
+
+    made, save = [], common.clips.save
+    monkeypatch.setattr(common.clips, "save", lambda path, *rest: (made.append(path.name), save(path, *rest)))
+    rows = fill(run, table, killed, n=6)
+    assert len(made) == len(set(made)) == 24 - len(first) and not set(made) & set(first)
+    assert films(killed) == films(calm) and len(rows) == 24 and not list(killed.glob("*.part"))
+    made.clear()
+    fill(run, table, killed, n=6)
+    assert not made  # nothing is left to do
+
+
+def test_more_rows_and_more_clips_leave_what_is_there(run, table, tmp_path, capsys):
+    few = tmp_path / "few.csv"
+    few.write_bytes(b"".join(table.read_bytes().splitlines(True)[:2]))
+    fill(run, few, tmp_path / "grown", n=1)
+    first = films(tmp_path / "grown")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "grown").glob("*.mp4")}
+    assert len(first) == 1
+    fill(run, table, tmp_path / "grown")
+    fill(run, table, tmp_path / "whole")
+    assert films(tmp_path / "grown") == films(tmp_path / "whole") and len(films(tmp_path / "whole")) == 8
+    assert all(path.stat().st_mtime_ns == time for path, time in times.items())
+    assert "8 clips, 1 of them are" in capsys.readouterr().out
+
+
+def test_a_file_of_lines_fills_a_folder_too_and_a_double_prompt_is_sampled_once(run, tmp_path, capsys):
+    (tmp_path / "p.txt").write_text("a ball\na red ball bounces\n\na ball\n")
+    rows = fill(run, tmp_path / "p.txt", tmp_path / "clips", names="vbench")
+    assert [Path(row["videopath"]).name for row in rows] == [
+        "a ball-0.mp4", "a ball-1.mp4", "a red ball bounces-0.mp4", "a red ball bounces-1.mp4"]
+    assert all(row["caption"] == row["prompt"] for row in rows)
+    assert "1 prompts are there before, and sampled once" in capsys.readouterr().out
+
+
+def test_edited_experts_fill_a_folder_with_edited_clips(run, table, loaded, tmp_path):
+    plain, inverted = (fill(run, table, tmp_path / name, n=1, **more)
+                       for name, more in (("a", {}), ("b", dict(invert_experts="true"))))
+    assert films(tmp_path / "a").keys() == films(tmp_path / "b").keys()
+    videos, _ = clips(loaded, [TABLE[0][1]], edit=experts.invert, steps=3)
+    shown = [iio.imread(rows[0]["videopath"], plugin="pyav").astype(int) for rows in (plain, inverted)]
+    near = [np.abs(one - common.pictures.enlarge(videos[0], 2)).mean() for one in shown]
+    assert near[1] < near[0]
+
+
+@pytest.mark.parametrize("change, said", [
+    (dict(seed=1), "seed 0, not 1"), (dict(steps=4), "steps 3, not 4"), (dict(scale=3), "scale 2, not 3"),
+    (dict(guidance=2), "guidance 1.5, not 2.0"), (dict(column="caption"), "column 'longer', not 'caption'"),
+    (dict(checkpoint="last"), "checkpoint 'best', not 'last'"), (dict(names="vbench"), "names"),
+    (dict(precision="bf16"), "precision 'fp32', not 'bf16'"), (dict(no_branch="true"), "no_branch False, not True"),
+    (dict(expert="1=2"), "expert [], not ['1=2']")])
+def test_a_folder_is_not_gone_on_with_under_other_settings(run, tmp_path, monkeypatch, change, said):
+    (tmp_path / "p.csv").write_text("caption,longer\na ball,a red ball\n")
+    fill(run, tmp_path / "p.csv", tmp_path / "clips", n=1)
+    before = helpers.files_of(tmp_path / "clips")
+    monkeypatch.setattr(sample, "generate", lambda *a, **k: pytest.fail("it began to sample"))
+    found = helpers.sentence(fill, run, tmp_path / "p.csv", tmp_path / "clips", **dict(n=3) | change)
+    assert said in found and "give another --out" in found
+    assert helpers.files_of(tmp_path / "clips") == before
+
+
+def test_a_folder_belongs_to_one_state_of_its_run_wherever_one_stands(tmp_path, monkeypatch):
+    run = run_folder(tmp_path / "run")
+    (tmp_path / "p.txt").write_text("a ball\n")
+    fill(run, tmp_path / "p.txt", tmp_path / "clips", n=1)
+    monkeypatch.chdir(tmp_path)
+    assert len(fill("run", "p.txt", "clips", n=2)) == 2
+    path = run / "checkpoints" / "step000050.pt"
+    torch.save(torch.load(path, weights_only=True) | dict(step=90), path)
+    assert "step 50, not 90" in helpers.sentence(fill, run, "p.txt", "clips", n=3)
+
+
+def test_a_second_process_in_the_same_folder_is_refused(run, table, tmp_path):
+    with common.clips.only_writer(tmp_path):
+        assert "Another process fills" in helpers.sentence(fill, run, table, tmp_path)
+
+
 @pytest.mark.slow
 def test_as_a_program(run, tmp_path):
     def call(*argv):
@@ -499,3 +628,9 @@ def test_as_a_program(run, tmp_path):
     assert right.returncode == 0 and right.stdout.strip() == "wrote clip.mp4"
     assert "Traceback" not in right.stderr
     assert len(iio.imread(tmp_path / "clip.mp4", plugin="pyav")) == CFG.frames
+    (tmp_path / "p.csv").write_text("caption\n\"a ball, red\"\n")
+    folder = call("--run", str(run), "--prompts", "p.csv", "--steps", "2", "--out", "clips")
+    assert folder.returncode == 0 and folder.stdout.splitlines()[-1] == "wrote clips/clips.csv"
+    again = call("--run", str(run), "--prompts", "p.csv", "--steps", "3", "--out", "clips")
+    assert again.returncode == 2 and again.stderr == (
+        "The clips in clips were made with steps 2, not 3: go on with that, or give another --out.\n")
