@@ -482,11 +482,10 @@ def cells_of(flags: Flags, model, edit: Callable | None, prompts: list[str],
 
     # One cell a clip, its versions side by side; or one cell for both, with a map.
     names = {i: data.category_names(model.cfg)[i] for i in model.info.get("categories_present", ())}
-    scale = scale_of(flags, model.cfg)
+    scale = 2 if flags.weights else scale_of(flags, model.cfg)
     for shown, prompt in zip(made, prompts):
         if flags.weights:
             shown = [model.shown(*one) for one in shown]
-            scale = max(1, round(256 / shown[0][0].shape[1]))
         if flags.with_and_without:
             yield [comparison_cell(shown[0][0], *shown[1], prompt, scale, names)]
         elif flags.show_routing:

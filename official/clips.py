@@ -74,8 +74,9 @@ class OfficialModel:
         if published:
             net = attach_branch(net, *published)
             self.info = read_about(Path(branch))
-            sizes = {name: getattr(published[0], name) for name in ("categories", "semantic_experts")}
-            self.cfg = dataclasses.replace(self.cfg, **sizes)
+            theirs = published[0]
+            self.cfg = dataclasses.replace(self.cfg, categories=theirs.categories,
+                                           semantic_experts=theirs.semantic_experts)
         self.net = net.to(device).eval()
         self.process = diffusion.build(self.cfg)
         self.process.spacing = spacing
@@ -131,16 +132,16 @@ class OfficialModel:
         return 1 + (self.cfg.frames - 1) // 4
 
     def shown(self, clip: np.ndarray, routing: ClipRouting | None):
-        """A clip (F, H, W, 3) and its routing as a picture of both has room for them: the clip
+        """A clip (F, H, W, 3) and its routing as a picture at scale 2 has room for them: the clip
         smaller by a whole number, the map of each decoded frame (F, h, w, E_cat).
 
         Of latent frames the first is one frame and each other four; where the VAE makes four of
         the first, too, F says so.
         """
-        # A cell with all its maps is about 40 times as large as the clip.
+        # A cell with all its maps is about 40 times as large as the small clip.
         F, H, W, _ = clip.shape
-        small = [k for k in (1, 2, 4, 8) if H // k <= 192 and F * (H // k) * (W // k) * 40 <= MOST_PIXELS]
-        k = small[0] if small else 8 * self.cfg.patch  # one pixel a token
+        fitting = (k for k in (1, 2, 4, 8) if H <= 192 * k and 40 * clip[..., 0].size <= MOST_PIXELS * k**2)
+        k = next(fitting, 8 * self.cfg.patch)  # at most one pixel a token
         squares = clip.reshape(F, H // k, k, W // k, k, 3)
         clip = squares.mean((2, 4), dtype=np.float32).round().astype(np.uint8)
         if routing and routing.lift is not None:

@@ -152,7 +152,7 @@ def tiny_official(lineage, **fields):
     return config.preset(PRESETS[lineage], **{**sizes, **branch, **machine, **fields})
 
 
-def trained_branch(cfg):
+def trained_branch(cfg, step=123):
     """A state as after some steps, its average apart from its weights;
     its branch is published in the run folder."""
     cfg.run_dir.mkdir(exist_ok=True)
@@ -162,7 +162,7 @@ def trained_branch(cfg):
     for p, average in zip(state.trained.values(), state.ema.values()):
         p.data.add_(torch.randn_like(p))
         average.add_(0.1 * torch.randn_like(p))
-    state.step = 123
+    state.step = step
     official.branch.publish(state, cfg.run_dir, 0.25, [0, 4])
     return state
 

@@ -2,6 +2,7 @@
 pictures show what was generated, mistakes are one sentence."""
 import csv
 import dataclasses
+import gc
 import json
 import pickle
 import subprocess
@@ -497,9 +498,11 @@ TABLE = [("A ball, red; it's \"fast\"", "a red ball bounces"), ("wet/dry " * 40,
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "table.csv"
+    gc.freeze()  # the writer of films collects garbage each time
     with open(path, "w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([("caption", "longer"), *TABLE])
-    return path
+    yield path
+    gc.unfreeze()
 
 
 def fill(run, table, out, **flags):

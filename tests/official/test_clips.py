@@ -1,10 +1,12 @@
 """Official models end to end:
 clips against diffusers' pipelines, the branch trained on a cache, resumed, sampled."""
 import dataclasses
+import gc
 import json
 import math
 import re
 import shutil
+import types
 
 import imageio.v3 as iio
 import numpy as np
@@ -14,6 +16,7 @@ import torch
 diffusers = pytest.importorskip("diffusers", reason="needs diffusers: pip install -r requirements-extra.txt")
 pytest.importorskip("ftfy", reason="needs ftfy: pip install -r requirements-extra.txt")
 
+import common.pictures  # noqa: E402
 import common.store  # noqa: E402
 import official.clips  # noqa: E402
 import config  # noqa: E402
@@ -22,7 +25,7 @@ import model  # noqa: E402
 import sample  # noqa: E402
 import train  # noqa: E402
 from config import UserError  # noqa: E402
-from helpers import resave, rewrite, sentence, tiny_official  # noqa: E402
+from helpers import resave, rewrite, sentence, tiny_official, trained_branch, words_of  # noqa: E402
 from tiny_weights import LINEAGES, PROMPT, SIZE, pipeline  # noqa: E402
 
 
@@ -293,6 +296,166 @@ def test_sample_command_with_official_weights(weights, tmp_path, capsys):
                          "32", *flags])
     with pytest.raises(UserError, match="--weights"):
         sample.main(["--prompt", PROMPT])
+
+
+# --- routing pictures, and folders of clips -----------------------------------------------------------------
+WIDE = dict(frames=9, height=32, width=64)  # three latent frames of 2 x 4 tokens
+
+
+@pytest.fixture
+def branches(weights, tmp_path):
+    """{lineage: a branch beside the tiny weights}, whose captions were labelled with categories 0 and 4."""
+    gc.freeze()  # the writer of films collects garbage each time
+    made = {}
+    for name, more in (("wan", {}), ("cogvideox", {}), ("1.5", dict(patch_t=2, positions="integer"))):
+        lineage = "wan" if name == "wan" else "cogvideox"
+        places = dict(weights=str(weights[name]), cache="none", out_dir=str(tmp_path / f"{name}_run"))
+        trained_branch(tiny_official(lineage, **places, **more))
+        made[name] = tmp_path / f"{name}_run" / "branch.safetensors"
+    yield made
+    gc.unfreeze()
+
+
+def call(weights, name, *argv, size=WIDE):
+    sample.main([*words_of(dict(weights=weights[name], prompt=PROMPT, steps=3, seed=2, **size)), *map(str, argv)])
+
+
+@pytest.fixture
+def saved(monkeypatch):
+    """What the command would write."""
+    found = []
+    monkeypatch.setattr(sample, "save", lambda path, frames, fps: found.append((path, frames, fps)))
+    return found
+
+
+@pytest.mark.parametrize("name, token, lit", [
+    ("wan", 0, [0]), ("wan", 2, [5, 6, 7, 8]), ("cogvideox", 1, [1, 2, 3, 4]),
+    ("1.5", 0, [0]), ("1.5", 1, list(range(1, 9)))])  # pairs of latents, the first pair half padding
+def test_a_planted_map_glows_over_its_token_and_over_the_frames_that_its_latents_decode_to(
+        weights, branches, saved, monkeypatch, name, token, lit):
+    forward = experts.ProPhy.forward
+
+    def planted(self, *args, **named):
+        out, routing = forward(self, *args, **named)
+        grid = routing.refinement_lift.view(-1, 2 if name == "1.5" else 3, 2, 4, 17)
+        grid.zero_()
+        grid[:, token, 1, 3, 4] = 1  # the second of the two phenomena
+        return out, routing
+    monkeypatch.setattr(experts.ProPhy, "forward", planted)
+    call(weights, name, "--branch", branches[name], "--show_routing", "--out", "clip.mp4")
+    (_, frames, fps), = saved
+    one = official.clips.OfficialModel(weights[name], branch=str(branches[name]), **WIDE)
+    clip, routing = next(sample.generate(one, [PROMPT], seed=2, steps=3, guidance=one.cfg.guidance))
+    assert len(frames) == 9 and fps == one.cfg.fps
+
+    # The picture: the clip twice as large; below, as large as it is, the maps of both phenomena.
+    gap, line = common.pictures.GAP, common.pictures.LINE
+    assert np.array_equal(frames[:, gap + line + 2:][:, :64, gap:gap + 128], common.pictures.enlarge(clip, 2))
+    below = frames[:, -gap - 32 - gap:][:, :32]  # a row of maps ends in a gap of its own
+    dark = common.pictures.overlay(clip, np.zeros((9, 2, 4)), 1)
+    plates = below[:, :, gap:gap + 64]
+    assert (plates[..., 0] == plates[0, ..., 0]).all()  # "not seen" does not move
+    glows = (below[:, :, 2 * gap + 64:][:, :, :64] != dark).any(-1)
+    expected = np.zeros((9, 32, 64), bool)
+    expected[lit, 16:, 48:] = True
+    assert np.array_equal(glows, expected)
+    assert routing.semantic.shape == (4,) and 0 < routing.t < 1
+
+
+def test_latents_decode_to_the_frames_that_their_maps_are_laid_over(weights):
+    """Wan's VAE is causal: a latent changes no frame before its own. Twice as many of one that begins with four."""
+    one = official.clips.OfficialModel(weights["wan"], **WIDE)
+    one.read([PROMPT])
+    lift = np.arange(3, dtype=np.float32).reshape(3, 1, 1, 1)
+    routing = common.pictures.ClipRouting(lift, None, 0.5)
+    number = one.shown(np.zeros((9, 32, 64, 3), np.uint8), routing)[1].lift.flatten()
+    latent = torch.randn(1, 4, 3, 4, 8)
+    plain = one.vae.decode(latent)
+    for k in range(3):
+        other = latent.clone()
+        other[:, :, k] += 1
+        changed = (one.vae.decode(other) != plain).flatten(3).any(-1).any(1).flatten()
+        assert changed.int().argmax() == (number == k).argmax()
+
+    cog = official.clips.OfficialModel(weights["cogvideox"], frames=5, height=32, width=64)
+    clip, _ = next(sample.generate(cog, [PROMPT], steps=2))
+    assert len(clip) == 8  # two latents, as diffusers decodes an even number of them
+    shown = cog.shown(clip, common.pictures.ClipRouting(lift[:2], None, 0.5))[1].lift.flatten()
+    assert shown.tolist() == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize("name, shape, small", [
+    ("cogvideox-5b", (49, 480, 720), (120, 180)), ("wan-14b", (81, 480, 832), (120, 208)),
+    ("cogvideox1.5-5b", (81, 768, 1360), (192, 340)), ("wan-14b", (161, 720, 1280), (90, 160))])
+def test_a_picture_of_a_clip_of_full_size_is_one_that_can_be_watched(name, shape, small):
+    cfg = config.preset(name, frames=shape[0], height=shape[1], width=shape[2])
+    tall = np.zeros((*shape, 3), np.uint8)
+    tall[:, ::2] = 200
+    lift = np.ones((*cfg.grid, 29), np.float32)
+    one = types.SimpleNamespace(cfg=cfg, latents=1 + (shape[0] - 1) // 4)
+    clip, routing = official.clips.OfficialModel.shown(one, tall, common.pictures.ClipRouting(lift, None, 0.5))
+    assert clip.shape == (shape[0], *small, 3) and (clip == 100).all()
+    assert routing.lift.shape == (shape[0], *cfg.grid[1:], 29)
+    frame = common.pictures.ClipRouting(routing.lift[:1], np.ones(8, np.float32) / 8, 0.5)
+    cell = common.pictures.routing_cell(clip[:1], "a ball " * 30, "", 2, frame, dict(enumerate("abcdefg" * 4)))
+    assert cell.size / 3 * shape[0] < common.pictures.MOST_PIXELS and min(cell.shape[1:3]) > 600
+
+
+def test_official_clips_without_and_with_the_branch_and_with_edited_experts(weights, branches, saved):
+    both = [next(sample.generate(official.clips.OfficialModel(weights["wan"], branch=branch, **WIDE), [PROMPT],
+                                 seed=2, steps=3, guidance=5.0)) for branch in ("", str(branches["wan"]))]
+    call(weights, "wan", "--branch", branches["wan"], "--with_and_without")
+    gap, top = common.pictures.GAP, common.pictures.GAP + common.pictures.LINE + 2
+    for i, (clip, _) in enumerate(both):
+        x = gap + i * (128 + gap)
+        assert np.array_equal(saved[0][1][:, top:top + 64, x:x + 128], common.pictures.enlarge(clip, 2))
+    assert not np.array_equal(both[0][0], both[1][0]) and both[0][1] is None
+    assert saved[0][0].parent == branches["wan"].parent / "samples"
+
+    call(weights, "wan", "--branch", branches["wan"], "--expert", "3=+9")  # the edited clip alone, as it is
+    assert saved[1][1].shape == (9, 32, 64, 3) and not np.array_equal(saved[1][1], both[1][0])
+    assert "1 to 4" in sentence(call, weights, "wan", "--branch", branches["wan"], "--expert", "5=1")
+    call(weights, "wan", "--branch", branches["wan"], "--expert", "3=+9", "--show_routing", "--prompt", "ice")
+    assert len(saved) == 4 and saved[2][0].stem.endswith("-0")  # plain and edited in one picture, one a prompt
+    assert np.array_equal(saved[2][1][:, top:top + 64, gap:gap + 128], common.pictures.enlarge(both[1][0], 2))
+
+
+def test_a_router_is_needed_to_show_one(weights, tmp_path):
+    run = dict(weights=str(weights["wan"]), cache="none", out_dir=str(tmp_path / "run"))
+    trained_branch(tiny_official("wan", semantic=False, refinement=False, injection="plain", **run))
+    path = tmp_path / "run" / "branch.safetensors"
+    assert "needs a router; give --branch" in sentence(call, weights, "wan", "--branch", path, "--show_routing")
+
+
+@pytest.mark.parametrize("name", LINEAGES)
+def test_a_folder_of_official_clips_goes_on_to_the_bit_and_belongs_to_one_branch(
+        weights, branches, tmp_path, name):
+    """Whatever else is read beside a prompt changes no bit of its clip."""
+    texts = [PROMPT, "ice melts", "smoke rises and bounces on the floor " * 9, "a ball is red", "the floor"]
+
+    def fill(folder, n_prompts, *argv):
+        path = tmp_path / f"{n_prompts}.txt"
+        path.write_text("\n".join(texts[:n_prompts]))
+        sample.main([*words_of(dict(weights=weights[name], branch=branches[name], prompts=path, out=folder, steps=2,
+                                    n=2, **SMALL)), *argv])
+        return {file.name: file.read_bytes() for file in folder.glob("*.mp4")}
+
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    first = fill(parts, 1)
+    assert len(first) == 2 and first.items() <= fill(parts, 5).items()
+    next(parts.glob("ice-melts-*-1.mp4")).unlink()
+    films = fill(parts, 5)
+    assert films == fill(whole, 5) and len(set(films.values())) == len(films) == 10
+
+    # Of single clips, index i of a prompt is the same.
+    one = official.clips.OfficialModel(weights[name], branch=str(branches[name]), **SMALL)
+    clip, _ = next(sample.generate(one, [texts[3]], indices=[1], steps=2, guidance=one.cfg.guidance))
+    common.pictures.save(tmp_path / "one.mp4", clip, one.cfg.fps)
+    assert next(whole.glob("a-ball-is-red-*-1.mp4")).read_bytes() == (tmp_path / "one.mp4").read_bytes()
+
+    trained_branch(tiny_official(name, weights=str(weights[name]), cache="none", lora_rank=1,
+                                 out_dir=str(tmp_path / f"{name}_run")), step=124)
+    assert "step 123, not 124" in sentence(fill, whole, 5)
 
 
 @pytest.mark.parametrize("preset", ["full", "wan-14b", "small", "small-wan"])
