@@ -102,13 +102,10 @@ class OfficialModel:
         if not isinstance(self.net, ProPhy):
             return torch.cat([self.net(*row) for row in rows]), None
         out, routings = zip(*(self.net(*row, edit) for row in rows))
-
-        def of_rows(name):
-            found = [getattr(routing, name) for routing in routings]
-            return None if found[0] is None else torch.cat(found)
-
-        return torch.cat(out), Routing(semantic=of_rows("semantic"),
-                                       refinement_lift=of_rows("refinement_lift"))
+        shown = {name: torch.cat([getattr(routing, name) for routing in routings])
+                 for name in ("semantic", "refinement_lift")
+                 if getattr(routings[0], name) is not None}
+        return torch.cat(out), Routing(**shown)
 
     def draw(self, denoise: Callable, seed: int, index: Sequence[int], *how) -> np.ndarray:
         """Clips uint8 (B, F, H, W, 3). Clip i starts from generator seed + i, which goes on in
