@@ -81,7 +81,8 @@ def wanted(prompts: list[tuple[str, str]], n: int, names: str) -> list[Wanted]:
     different = dict.fromkeys(tuple(text.encode("utf-8", "replace").decode() for text in pair)
                               for pair in prompts)
     if len(different) < len(prompts):
-        print(f"{len(prompts) - len(different)} prompts are there before, and sampled once.")
+        print(f"{len(prompts) - len(different)} of {len(prompts)} prompts repeat others, and are "
+              "sampled once.")
     name_of = suite_name if names == "vbench" else readable_name
     found = [Wanted(*pair, i, f"{name_of(*pair)}-{i}.mp4")
              for pair in different for i in range(n)]

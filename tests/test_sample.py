@@ -574,7 +574,7 @@ def test_a_file_of_lines_fills_a_folder_too_and_a_double_prompt_is_sampled_once(
     assert [Path(row["videopath"]).name for row in rows] == [
         "a ball-0.mp4", "a ball-1.mp4", "a red ball bounces-0.mp4", "a red ball bounces-1.mp4"]
     assert all(row["caption"] == row["prompt"] for row in rows)
-    assert "1 prompts are there before, and sampled once" in capsys.readouterr().out
+    assert "1 of 3 prompts repeat others, and are sampled once" in capsys.readouterr().out
 
 
 def test_edited_experts_fill_a_folder_with_edited_clips(run, table, loaded, tmp_path):

@@ -80,7 +80,7 @@ def test_names_are_safe_different_and_stay_when_rows_are_added(tmp_path, capsys)
     # The longer prompt is part of a name: of the same caption, another clip.
     pairs = [("a ball", "a red ball"), ("a ball", "a blue ball"), ("a ball", "a red ball")]
     assert len({clip.name for clip in wanted(pairs, 1, "readable")}) == 2
-    assert "1 prompts" in capsys.readouterr().out
+    assert "1 of 3 prompts repeat" in capsys.readouterr().out
 
 
 def test_the_suites_names_are_the_captions_or_refused():
@@ -104,7 +104,7 @@ def test_the_longest_name_that_is_taken_can_be_written(tmp_path):
 def test_tables_give_back_what_was_asked_for_and_name_only_clips_that_are_there(tmp_path):
     folder = tmp_path / "a, 'folder'; with \"signs\""
     folder.mkdir()
-    clips = wanted([(text, f"{text} - longer") for text in ODD], 2, "readable")
+    clips = wanted([(text, f"{text} - longer") for text in ODD], 1, "readable")
     frames = np.zeros((2, 16, 16, 3), np.uint8)
     with pytest.raises(KeyboardInterrupt):  # after five clips
         def made():

@@ -385,7 +385,7 @@ def test_latents_decode_to_the_frames_that_their_maps_are_laid_over(weights):
 
 
 @pytest.mark.parametrize("name, shape, small", [
-    ("cogvideox-5b", (49, 480, 720), (120, 180)), ("wan-14b", (81, 480, 832), (120, 208)),
+    ("cogvideox-5b", (49, 480, 720), (120, 180)),
     ("cogvideox1.5-5b", (81, 768, 1360), (192, 340)), ("wan-14b", (161, 720, 1280), (90, 160))])
 def test_a_picture_of_a_clip_of_full_size_is_one_that_can_be_watched(name, shape, small):
     cfg = config.preset(name, frames=shape[0], height=shape[1], width=shape[2])
