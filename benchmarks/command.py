@@ -4,7 +4,8 @@ four things is asked for. What needs a network is imported when it is.
 import dataclasses
 from dataclasses import dataclass
 
-from benchmarks import vbench, videophy2
+from benchmarks.vbench import show_quality
+from benchmarks.videophy2 import compare
 from config import CHOICES, UserError, flag, take_flags
 
 COMMANDS = ("videophy2", "vbench", "dynamic", "judge")
@@ -60,13 +61,13 @@ def run(given: dict) -> bool:
         raise UserError("--device changes something only with a network: --judge, --flow_weights.")
 
     if flags.videophy2:
-        videophy2.compare(flags.videophy2, flags.other, flags.hard)
+        compare(flags.videophy2, flags.other, flags.hard)
     elif flags.vbench:
-        vbench.show_quality(flags.vbench)
+        show_quality(flags.vbench)
     elif flags.dynamic:
-        from benchmarks import dynamic
-        dynamic.show(flags.dynamic, flags.flow_weights, flags.device)
+        from benchmarks.dynamic import show_degree
+        show_degree(flags.dynamic, flags.flow_weights, flags.device)
     else:
-        from benchmarks import judge
-        judge.rate(flags.judge, flags.clips_dir, flags.agree, flags.device)
+        from benchmarks.judge import rate
+        rate(flags.judge, flags.clips_dir, flags.agree, flags.device)
     return True

@@ -8,12 +8,15 @@ Letters: F frames, H W pixels.
 """
 from pathlib import Path
 
+import imageio.v3 as iio
 import numpy as np
+import torch
 
 import world
 from benchmarks.intervals import wilson
 from common import score
 from common.files import join_some
+from common.run import pick_device
 from common.video import reason_of
 from config import UserError
 
@@ -70,7 +73,6 @@ def of_world() -> dict[str, list[bool]]:
 def read_frames(path: Path) -> np.ndarray:
     """(F, H, W, 3) uint8 frames 1/8 s apart, or as near as whole frames are. Raises what decoders
     raise, and ValueError where there are not two."""
-    import imageio.v3 as iio
     fps = iio.immeta(path, plugin="pyav")["fps"]
     every = max(round(fps / PAIRS_A_SECOND), 1)
     frames = [frame for i, frame in enumerate(iio.imiter(path, plugin="pyav")) if i % every == 0]
@@ -82,7 +84,6 @@ def read_frames(path: Path) -> np.ndarray:
 def raft(weights: str, device: str):
     """frames (F, H, W, 3) -> their flows (F - 1, H, W, 2), by torchvision's RAFT. Raises UserError
     where the library or its weights are not there."""
-    import torch
     try:
         from torchvision.models.optical_flow import raft_large
     except ImportError:
@@ -124,7 +125,6 @@ def videos_in(places: list[str]) -> list[Path]:
 
 def of_videos(places: list[str], weights: str, device: str) -> dict[str, list[bool]]:
     """{"videos": is each one in motion?}; those that cannot be read are named. Raises UserError."""
-    from common.run import pick_device
     paths = videos_in(places)
     if not weights:
         raise UserError("--dynamic on videos needs --flow_weights FILE, weights of torchvision's "
@@ -146,7 +146,7 @@ def of_videos(places: list[str], weights: str, device: str) -> dict[str, list[bo
     return {"videos": found}
 
 
-def show(places: list[str], weights: str, device: str) -> None:
+def show_degree(places: list[str], weights: str, device: str) -> None:
     """--dynamic: print the dynamic degree. Raises UserError."""
     found = of_world() if places == [WORLD] else of_videos(places, weights, device)
     rows = {name: {"clips": str(len(moves)), "dynamic degree": sum(moves) / len(moves),

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from benchmarks import videophy2
 from benchmarks.intervals import correlations
-from benchmarks.videophy2 import PASS, TASKS, percent, read_scores, read_table, some
+from benchmarks.videophy2 import (
+    PASS, TASKS, percent, read_clips, read_scores, read_table, show, some)
 from common import score
 from common.annotations import Video
 from common.files import digest, lock, whole_file
@@ -25,6 +25,7 @@ from common.libraries import fingerprint
 from common.run import pick_device, pick_precision
 from common.video import reason_of, timeline
 from config import Stopped, UserError
+from vlm import maps, qwen
 
 QUESTIONS = {
     "SA": ("This video was made from a description: {caption}\n"
@@ -102,7 +103,6 @@ def write_judged(folder: Path, judged: dict[str, list[dict]]) -> None:
 def ask(vlm, path: Path, caption: str) -> list[str]:
     """The VLM's greedy answers to both questions about a clip. Raises VLMError, Stopped, and what
     decoders raise."""
-    from vlm import maps, qwen
     times, end, _ = timeline(path)
     fps = FRAMES / (end - times[0])
     window, = maps.windows_for_vlm(path, vlm, FRAMES, fps, 1, PIXELS)
@@ -117,7 +117,6 @@ def ask(vlm, path: Path, caption: str) -> list[str]:
 def judge_clips(rows: list[dict], folder: Path, vlm_dir: str, device: str) -> list[str]:
     """Judge the rows {caption, videopath} whose clip this judge has not seen; the files are written
     after each. Returns those that could not be, with the reason. Raises UserError, Stopped."""
-    from vlm import qwen
     device = pick_device(device)
     precision = pick_precision("auto", device)
     who = digest([QUESTIONS, WORDS, FRAMES, PIXELS, precision, fingerprint(Path(vlm_dir))])[:16]
@@ -177,7 +176,7 @@ def rate(vlm_dir: str, clips_dir: str, agree: list[str], device: str) -> None:
         print(f"Skipped: {some(skipped)}.")
 
     files = [output(folder, task) for task in TASKS]
-    videophy2.show({"all": videophy2.read_clips(*files)})
+    show({"all": read_clips(*files)})
     print(f"{NOTE} They are in {files[0]} and {files[1].name}.")
     if others:
         rows = {task: agreement(read_scores(path, task), theirs)

@@ -77,7 +77,9 @@ def read_scores(path, task: str) -> dict[str, tuple[str, float]]:
     """{videopath: (caption, score)} of a csv file, sorted by path. The score is in the column of
     the task's name, as in people's files, which have both, else in `score`. Raises UserError."""
     rows = read_table(path, "videopath")
-    column = task.lower() if rows and task.lower() in rows[0] else "score"
+    if not rows:
+        raise UserError(f"{path} has no rows.")
+    column = task.lower() if task.lower() in rows[0] else "score"
     rows = read_table(path, column)
     found = {}
     twice, odd = [], []
@@ -96,8 +98,6 @@ def read_scores(path, task: str) -> dict[str, tuple[str, float]]:
                         (odd, f"have a {column} that is no number from 0 to 5")):
         if wrong:
             raise UserError(f"{path}: videopaths that {what}: {some(wrong)}.")
-    if not found:
-        raise UserError(f"{path} has no rows.")
     return dict(sorted(found.items()))
 
 

@@ -13,9 +13,10 @@ import evaluate
 from benchmarks import judge
 from common import files
 from helpers import ROOT, drifting, sentence
-from test_videophy2 import NASTY
 from tiny_vlm import LETTERS, MARKS, make_vlm
 from vlm import qwen
+
+NASTY = ["a ball, a cup and a \"glass\"; it's 1/2 full", "two\nlines, and 球", "un été à la plage; l'eau bout"]
 
 
 @pytest.mark.parametrize("answer, value", [
@@ -61,7 +62,7 @@ def clips(tmp_path):
     """Three clips of nasty prompts and a csv that names them."""
     folder = tmp_path / "my clips; a, b"
     folder.mkdir()
-    rows = [(caption, f"it's {i}, \"a\".mp4") for i, caption in enumerate(NASTY[:3])]
+    rows = [(caption, f"it's {i}, \"a\".mp4") for i, caption in enumerate(NASTY)]
     for i, (_, name) in enumerate(rows):
         drifting(folder / name, i)
     with open(folder / "prompts.csv", "w", encoding="utf-8", newline="") as file:
@@ -81,11 +82,11 @@ def rows_of(path):
 def test_a_planted_judge_always_says_four(vlms, clips, capsys):
     rate(vlms[1], clips)
     out = capsys.readouterr().out
-    assert "0 clips as judged before, 3 to judge" in out and "100.0 (43.8 to 100.0)" in out
+    assert "0 clips as judged before, 3 to judge" in out and "100.0 (43.9 to 100.0)" in out  # 3 / (3 + 1.96^2)
     assert "not those of VideoPhy-2's rater" in out and "0 answers on SA and 0 on PC" in out
     for task in ("sa", "pc"):
         rows = rows_of(clips / f"judge_{task}.csv")
-        assert [row["score"] for row in rows] == ["4.0"] * 3 and [row["caption"] for row in rows] == NASTY[:3]
+        assert [row["score"] for row in rows] == ["4.0"] * 3 and [row["caption"] for row in rows] == NASTY
     assert not list(clips.glob("*.part"))
     evaluate.main(["--videophy2", str(clips / "judge_sa.csv"), str(clips / "judge_pc.csv")])
     assert "| all | 3 " in capsys.readouterr().out  # the files are of the rater's form
@@ -176,9 +177,9 @@ def test_agreement_with_people(vlms, clips, tmp_path, monkeypatch, capsys):
     table = capsys.readouterr().out.split("Agreement")[1]
     cells = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
              for line in table.splitlines() if line.startswith("|")}
-    # SA: 4 2 5 against 5 3 4: Pearson (.333 + .333 ...) by hand 2 / sqrt(42 / 9 * 2), ranks 2 1 3 against 3 1 2
-    assert cells["SA"][:4] == ["3", "3", f"{3 / (14 / 3 * 2) ** .5:.3f}", "0.500"] and cells["SA"][4].startswith("100.0 (")
-    # PC: 1 2 and not understood, against 2 4 1; of the passes only the second differs
+    # SA: 4 2 5 against 5 3 4, products 2, squares 14/3 and 2; ranks 2 1 3 against 3 1 2.
+    assert cells["SA"][:4] == ["3", "3", f"{2 / (14 / 3 * 2) ** .5:.3f}", "0.500"] and cells["SA"][4].startswith("100.0 (")
+    # PC: 1 2 and not understood, against 2 4 1; of the passes only the second differs.
     assert cells["PC"][:4] == ["3", "2", "1.000", "1.000"] and cells["PC"][4].startswith("66.7 (")
 
 
@@ -217,7 +218,7 @@ def empty(path):
 
 
 @pytest.mark.parametrize("argv, piece", [
-    ("--videophy2 a.csv", "expected 2 arguments"), ("--videophy2 a b --videophy2 c d", "takes SA.csv and PC.csv, once"),
+    ("--videophy2 a.csv", "expected 2 arguments"), ("--videophy2 a b --videophy2 c d", "takes two files, SA.csv and PC.csv, once"),
     ("--videophy2 a b --vbench c", "--videophy2 and --vbench are two commands"), ("--hard a", "--hard changes something only"),
     ("--other a b", "--other changes something only"), ("--vbench", "expected at least one argument"),
     ("--judge a", "--judge needs --clips_dir"), ("--clips_dir a", "only with --judge"), ("--agree a b", "only with --judge"),
