@@ -58,11 +58,12 @@ def output(folder: Path, task: str) -> Path:
 
 
 def find_list(clips_dir: str) -> Path:
-    """The .csv of the clips: the one named, or the only one in the folder that is none of ours.
-    Raises UserError."""
+    """The .csv of the clips: the one named, clips.csv as sample.py writes it, or the only one in
+    the folder that is none of ours. Raises UserError."""
     place = Path(clips_dir)
-    if place.is_file():
-        return place
+    for path in (place, place / "clips.csv"):
+        if path.is_file():
+            return path
     ours = [output(place, task) for task in TASKS]
     lists = [path for path in sorted(place.glob("*.csv")) if path not in ours]
     if len(lists) != 1:

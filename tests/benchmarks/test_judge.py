@@ -203,6 +203,8 @@ def test_mistakes_are_one_sentence(vlms, clips, tmp_path):
     assert "There is no VLM in gone" in sentence(rate, "gone", clips)
     (clips / "more.csv").write_text("caption,videopath\na,b\n")
     assert "has 2 .csv files" in sentence(rate, vlms[1], clips)
+    shutil.copy(clips / "more.csv", clips / "clips.csv")  # as sample.py calls it
+    assert "No clip could be judged: 1 (b (missing))" in sentence(rate, vlms[1], clips)
     assert "has no rows" in sentence(rate, vlms[1], empty(clips / "none.csv"))
     assert "has 0 .csv files" in sentence(rate, vlms[1], tmp_path / "gone")
     (clips / "more.csv").write_text("videopath\nb\n")
