@@ -164,8 +164,8 @@ def show(subsets: dict[str, list[Clip]]) -> None:
     zeros = [sum(getattr(clip, task.lower()) == 0 for clip in clips) for task in TASKS]
     print(f"Intervals of 95 %: Wilson's for shares. Not understood: {zeros[0]} answers on SA and "
           f"{zeros[1]} on PC; they pass nothing, and the means of 1 to 5 leave them out.")
-    prompts = len({clip.caption for clip in clips})
-    if 1 < prompts < len(clips):
+    prompts = len({clip.caption for clip in clips} - {""})
+    if 0 < prompts < len(clips):
         print(f"{len(clips)} clips of {prompts} prompts: clips of a prompt resemble each other, so "
               "these intervals are too narrow.")
 

@@ -77,8 +77,9 @@ def test_shapes_of_the_official_repository_are_read(tmp_path):
     pc.write_text(",videopath,score\n0,v/2.mp4,5.0\n1,v/1.mp4,4\n")
     assert videophy2.read_clips(sa, pc) == [
         videophy2.Clip("v/1.mp4", "a, b", 4, 4), videophy2.Clip("v/2.mp4", "c", 0, 5)]
+    assert videophy2.read_clips(pc, sa)[0].caption == "a, b"  # which stands in one of the files alone
     people = tmp_path / "people.csv"  # one file with both tasks' columns
-    people.write_text("videopath,caption,sa,pc\n1.mp4,a,4.5,2\n")
+    people.write_text("\ufeffvideopath,caption,sa,pc\n1.mp4,a,4.5,2\n", encoding="utf-8")
     assert videophy2.read_clips(people, people) == [videophy2.Clip("1.mp4", "a", 4.5, 2)]
 
 
@@ -141,6 +142,8 @@ def test_the_table_by_hand(tmp_path, capsys):
     half = 1.959964 * math.sqrt(sum((x - 24 / 7) ** 2 for x in (4, 5, 4, 5, 3, 2, 1)) / 6 / 7)
     assert row["SA"] == f"{24 / 7:.2f} ± {half:.2f}" and row["PC"].startswith(f"{26 / 7:.2f} ±")
     assert "Not understood: 1 answers on SA and 1 on PC" in out and "hard" not in out and "narrow" not in out
+    twice = {"a/p-0.mp4": 4, "a/p-1.mp4": 5}
+    assert "2 clips of 1 prompts" in shown(capsys, "--videophy2", *pair(tmp_path, twice, twice))
 
 
 def test_scores_of_which_none_was_understood_have_no_mean(tmp_path, capsys):
