@@ -21,7 +21,7 @@ class Flags:
     dynamic: list[str] = flag([], words="+")  # folder, .mp4 files, or `world`: the share in motion
     flow_weights: str = ""  # weights of torchvision's raft_large, for --dynamic
     judge: str = ""  # folder of a Qwen-VL that rates clips; it is not VideoPhy-2's rater
-    clips_dir: str = ""  # what --judge rates: a folder with one .csv (caption, videopath), or that
+    clips_dir: str = ""  # of --judge: a folder with clips.csv (caption, videopath), or such a file
     agree: list[str] = flag([], words=2)  # SA.csv PC.csv of people or the rater, for --judge
     device: str = flag("auto", CHOICES["device"])  # auto = cuda, else mps, else cpu
 
@@ -43,7 +43,7 @@ class Flags:
         if len(self.asked) > 1:
             raise UserError(f"--{self.asked[0]} and --{self.asked[1]} are two commands: give one.")
         if self.judge and not self.clips_dir:
-            raise UserError("--judge needs --clips_dir, a folder of clips with their .csv.")
+            raise UserError("--judge needs --clips_dir, a folder of clips with their clips.csv.")
         if self.flow_weights and self.dynamic == ["world"]:
             raise UserError("--flow_weights changes nothing: the world's motion is known exactly.")
 

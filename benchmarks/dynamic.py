@@ -16,6 +16,7 @@ import world
 from benchmarks.intervals import wilson
 from common import score
 from common.files import join_some
+from common.libraries import library_error_as_sentence
 from common.run import pick_device
 from common.video import reason_of
 from config import UserError
@@ -86,16 +87,12 @@ def raft(weights: str, device: str):
     where the library or its weights are not there."""
     try:
         from torchvision.models.optical_flow import raft_large
-    except ImportError:
-        raise UserError("--dynamic on videos needs torchvision, which is not installed: pip "
-                        "install torchvision.") from None
+    except (ImportError, RuntimeError) as e:  # the latter where it is of another torch
+        raise UserError("--dynamic on videos needs torchvision, which cannot be imported "
+                        f"({reason_of(e)}): pip install torchvision.") from None
     model = raft_large(weights=None)
-    try:
+    with library_error_as_sentence(Path(weights)):  # damaged, pickled code, of another network
         model.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    except Exception as e:  # of a file that is damaged, pickled code, or of another network
-        said = " ".join(str(e).split())[:200].rstrip(".")
-        raise UserError(f"--flow_weights {weights} holds no weights of torchvision's raft_large "
-                        f"({said}).") from None
     model = model.to(device).eval()
 
     @torch.no_grad()
@@ -139,10 +136,10 @@ def of_videos(places: list[str], weights: str, device: str) -> dict[str, list[bo
             skipped.append(f"{path} ({reason_of(e)})")
             continue
         found.append(is_dynamic(flows(frames), min(frames.shape[1:3])))
+    if not found:
+        raise UserError(f"None of these videos can be read: {join_some(skipped, 3)}.")
     if skipped:
         print(f"Skipped {len(skipped)}: {join_some(skipped, 3)}.")
-    if not found:
-        raise UserError("None of these videos can be read.")
     return {"videos": found}
 
 

@@ -1,6 +1,6 @@
 """A local judge: a Qwen-VL rates clips as VideoPhy-2's rater does, but it is not that rater.
 
-    folder with a .csv (caption, videopath) --two questions a clip--> judge_sa.csv, judge_pc.csv
+    folder with clips.csv (caption, videopath) --two questions a clip--> judge_sa.csv, judge_pc.csv
 
 Both have the rater's columns (caption, videopath, score), so `--videophy2` reads them, and one more
 that says which judge saw which file: rows of which that is still true are not judged again. The
@@ -22,6 +22,7 @@ from common import score
 from common.annotations import Video
 from common.files import digest, lock, whole_file
 from common.libraries import fingerprint
+from common.paths import check_writable
 from common.run import pick_device, pick_precision
 from common.video import reason_of, timeline
 from config import Stopped, UserError
@@ -55,21 +56,6 @@ def read_answer(text: str) -> int:
 def output(folder: Path, task: str) -> Path:
     """Where the scores of a task are written."""
     return folder / f"judge_{task.lower()}.csv"
-
-
-def find_list(clips_dir: str) -> Path:
-    """The .csv of the clips: the one named, clips.csv as sample.py writes it, or the only one in
-    the folder that is none of ours. Raises UserError."""
-    place = Path(clips_dir)
-    for path in (place, place / "clips.csv"):
-        if path.is_file():
-            return path
-    ours = [output(place, task) for task in TASKS]
-    lists = [path for path in sorted(place.glob("*.csv")) if path not in ours]
-    if len(lists) != 1:
-        raise UserError(f"--clips_dir {place} has {len(lists)} .csv files; one with caption and "
-                        "videopath is needed, or name it: --clips_dir FILE.csv.")
-    return lists[0]
 
 
 def find_clip(name: str, folder: Path) -> Path | None:
@@ -165,12 +151,15 @@ def rate(vlm_dir: str, clips_dir: str, agree: list[str], device: str) -> None:
     if not Path(vlm_dir).is_dir():
         raise UserError(f"There is no VLM in {vlm_dir}: --judge takes the folder of a Qwen-VL.")
     others = list(map(read_scores, agree, TASKS))
-    listed = find_list(clips_dir)
+    listed = Path(clips_dir)
+    if not listed.is_file():
+        listed /= "clips.csv"  # as sample.py calls it
     folder = listed.parent
     table = read_table(listed, "caption", "videopath")
     if not table:
         raise UserError(f"{listed} has no rows.")
     rows = [{name: row[name] for name in COLUMNS[:2]} for row in table]
+    check_writable(output(folder, TASKS[0]))
     with lock(folder, f"Another process judges in {folder}."):
         skipped = judge_clips(rows, folder, vlm_dir, device)
     if skipped:

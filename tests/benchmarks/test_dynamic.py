@@ -103,10 +103,14 @@ def test_videos_by_a_planted_network(tmp_path, capsys, torchvision):
     class Code:
         def __reduce__(self):
             return print, ("run",)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad.mp4").rename(tmp_path / "bad" / "bad.mp4")
+    bad = ["--dynamic", str(tmp_path / "bad"), "--flow_weights", str(weights), "--device", "cpu"]
+    assert "None of these videos can be read" in sentence(evaluate.main, bad) and not capsys.readouterr().out
     for wrong in (Code(), {"other": torch.zeros(1)}):
         torch.save(wrong, weights)
         said = sentence(evaluate.main, ["--dynamic", str(tmp_path), "--flow_weights", str(weights), "--device", "cpu"])
-        assert "holds no weights of torchvision's raft_large" in said and "run" not in capsys.readouterr().out
+        assert "raft.pth cannot be loaded: " in said and "run" not in capsys.readouterr().out
 
 
 def test_what_is_missing_is_one_sentence(tmp_path, monkeypatch):

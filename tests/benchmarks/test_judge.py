@@ -65,7 +65,7 @@ def clips(tmp_path):
     rows = [(caption, f"it's {i}, \"a\".mp4") for i, caption in enumerate(NASTY)]
     for i, (_, name) in enumerate(rows):
         drifting(folder / name, i)
-    with open(folder / "prompts.csv", "w", encoding="utf-8", newline="") as file:
+    with open(folder / "clips.csv", "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("caption", "videopath"), *rows])
     return folder
 
@@ -138,8 +138,8 @@ def test_what_was_judged_is_not_judged_again(vlms, clips, monkeypatch, capsys):
     drifting(clips / judged[0], 9)
     rate(vlms[1], clips)
     assert judged[3:] == judged[:1]
-    text = (clips / "prompts.csv").read_text(encoding="utf-8")
-    (clips / "prompts.csv").write_text(text.replace("un été", "un hiver"), encoding="utf-8")
+    text = (clips / "clips.csv").read_text(encoding="utf-8")
+    (clips / "clips.csv").write_text(text.replace("un été", "un hiver"), encoding="utf-8")
     rate(vlms[1], clips)
     assert len(judged) == 5
     rate(vlms[0], clips)
@@ -163,7 +163,7 @@ def test_one_process_judges_a_folder(vlms, clips):
 
 def people(path, clips, sa, pc):
     """People's scores: one file with both."""
-    names = [row["videopath"] for row in rows_of(clips / "prompts.csv")]
+    names = [row["videopath"] for row in rows_of(clips / "clips.csv")]
     with open(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("pc", "videopath", "sa"), *zip(pc, names, sa), (3, "another.mp4", 3)])
     return path
@@ -202,16 +202,17 @@ def test_a_judge_that_never_varies_has_no_correlation(vlms, clips, tmp_path, cap
 def test_mistakes_are_one_sentence(vlms, clips, tmp_path):
     assert "There is no VLM in gone" in sentence(rate, "gone", clips)
     (clips / "more.csv").write_text("caption,videopath\na,b\n")
-    assert "has 2 .csv files" in sentence(rate, vlms[1], clips)
-    shutil.copy(clips / "more.csv", clips / "clips.csv")  # as sample.py calls it
-    assert "No clip could be judged: 1 (b (missing))" in sentence(rate, vlms[1], clips)
+    assert "No clip could be judged: 1 (b (missing))" in sentence(rate, vlms[1], clips / "more.csv")
     assert "has no rows" in sentence(rate, vlms[1], empty(clips / "none.csv"))
-    assert "has 0 .csv files" in sentence(rate, vlms[1], tmp_path / "gone")
+    assert "gone/clips.csv cannot be read" in sentence(rate, vlms[1], tmp_path / "gone")
     (clips / "more.csv").write_text("videopath\nb\n")
     assert "0 columns 'caption'" in sentence(rate, vlms[1], clips / "more.csv")
     (clips / "more.csv").write_text("videopath,sa,pc\nelse.mp4,3,3\n")
     agree = ("--agree", clips / "more.csv", clips / "more.csv")
-    assert "no videopath of these" in sentence(rate, vlms[1], clips / "prompts.csv", *agree)
+    assert "no videopath of these" in sentence(rate, vlms[1], clips, *agree)
+    (clips / "judge_sa.csv").unlink()
+    (clips / "judge_sa.csv").mkdir()
+    assert "judge_sa.csv cannot be written: it is a folder" in sentence(rate, vlms[1], clips)
 
 
 def empty(path):
