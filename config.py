@@ -47,10 +47,10 @@ MOST = 10**6
 MOST_SEED = 2**63 - 1  # of fields with "seed" in their name: torch reads no larger ones
 
 
-def flag(default, choices: tuple = (), marks: tuple = ()):
-    """A field with choices or marks. One whose default is [] takes one word each time its flag is
-    given."""
-    metadata = {"choices": choices, "marks": marks}
+def flag(default, choices: tuple = (), marks: tuple = (), words: int | str = 1):
+    """A field with choices or marks. One whose default is [] takes so many words ("+": one or more)
+    each time its flag is given."""
+    metadata = {"choices": choices, "marks": marks, "words": words}
     if default == []:
         return dataclasses.field(default_factory=list, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -391,7 +391,7 @@ def read_flags(argv: list[str], description: str, *classes) -> dict:
             how = dict(type=boolean, metavar="true|false", nargs="?", const=True)
         default = f.default
         if typing.get_origin(f.type) is list:
-            how["action"] = "append"
+            how |= dict(action="extend", nargs=f.metadata["words"])
             default = ""
 
         # The help is the field's meaning, and its default in brackets; a list has none.

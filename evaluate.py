@@ -2,16 +2,15 @@
 
     python evaluate.py --run runs/small               both, kept in runs/small/evaluation.json
     python evaluate.py --run runs/a --run runs/b      both for each run, then mean and spread
+    python evaluate.py --videophy2 SA.csv PC.csv      files of public benchmarks: benchmarks/
 
 *Law errors.* Each phenomenon of the world has one law and one detector (physics/laws.py), which
 measures the law from pixels alone. Rows of true and of spoilt clips say what the figures are worth.
+How clips look is left out on purpose: a blurred ball that falls rightly is right.
 
 *Localisation.* True clips with decoys are noised to t and passed once through the network, and the
 refinement router's maps P'_r are compared with the exact masks: where is a phenomenon (rivals: its
 usual place, and the backbone's attention to its words), and which one is it?
-
-Left out on purpose: how the clips look (a blurred ball that falls rightly is right), and judges
-that are networks.
 
 Letters: F frames, B clips, N video tokens, L text tokens, C phenomena.
 """
@@ -27,6 +26,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import benchmarks
 import config
 import data
 import sample
@@ -38,7 +38,6 @@ from common.video import pixels
 from config import Stopped, UserError, flag, stream
 from experts import ProPhy, Routing
 from physics import CATEGORIES, PHENOMENA, laws
-
 
 JUDGED_SEED = 999  # the world whose captions are prompts: no run trains on it
 PAIRS = 1_000_000  # the first of the clips that show two phenomena
@@ -342,8 +341,7 @@ def measure(loaded, flags) -> dict:
 PARTS = {"laws": law_table, "localisation": localisation_table}
 SETTINGS = {  # the flags that a table depends on
     "laws": ("n", "pairs", "seed", "steps", "guidance", "precision"),
-    "localisation": ("clips", "seed", "ood", "precision"),
-}
+    "localisation": ("clips", "seed", "ood", "precision")}
 
 
 # --- one run ------------------------------------------------------------------------------------
@@ -373,7 +371,7 @@ class Flags:
 
     def check(self):
         if not self.run:
-            raise UserError("Say --run DIR; --help lists every flag.")
+            raise UserError("Say --run DIR, or a benchmark's files; --help lists every flag.")
 
 
 def check_run(run, cfg, process, parts, steps) -> None:
@@ -479,8 +477,10 @@ def describe(part, table) -> None:
 
 def main(argv) -> None:
     """Print the tables of each run, and of several their means. Raises UserError."""
-    flags = config.parse_flags(Flags, argv, "Law errors of generated clips, and how well the "
-                                            "routing finds where physics happens.")
+    given = config.read_flags(argv, __doc__.partition("\n")[0], Flags, benchmarks.Flags)
+    if benchmarks.run(given):
+        return
+    flags = config.take_flags(Flags, given)
     for run in flags.run[1:]:  # to measure the first takes minutes
         cfg, _, process, *_ = sample.load_run(run, flags.checkpoint)
         check_run(run, cfg, process, flags.only or PARTS, flags.steps or cfg.preview_steps)
