@@ -37,7 +37,7 @@ from common.optim import learning_rate, make_optimizers
 from common.pool import telling_prompts
 from common.run import (
     Log, averaged_base, by_noise, check_data, check_memory, describe_run, description, load_newest,
-    million, only_decorates, only_run, resolve, save, save_and_prune, stop_at_full_disk,
+    only_decorates, only_run, parameters, resolve, save, save_and_prune, stop_at_full_disk,
     stop_requests, use_threads)
 from config import Config, Stopped, UserError
 from experts import ProPhy
@@ -392,7 +392,9 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
 
             # --------------------------------- the training step ----------------------------------
             positions = range(state.step * cfg.batch_size, (state.step + 1) * cfg.batch_size)
+            asked = time.perf_counter()
             batch = clips[state.stage].batch(positions).to(state.device)
+            waited = time.perf_counter() - asked
             # Noise belongs to the position too, so that it never depends on the size of a batch.
             t, eps = state.process.draw(cfg.seed, positions, batch.x.shape[1:], state.device)
             lr = learning_rate(cfg, state.stage, state.step - state.start)
@@ -413,7 +415,7 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
                 values = {name: value.item() for name, value in losses.items()}
                 log.write(step=state.step, stage=state.stage, seconds=state.seconds, **values,
                           grad_norm=grad_norm.item(), lr=lr, by_noise=by_noise(per_clip, t),
-                          skipped=not finite)
+                          waited=waited, skipped=not finite)
                 rate = (bar.format_dict["rate"] or 0) * cfg.batch_size
                 bar.set_postfix_str(f"{state.stage} loss {values['loss']:.3f}, {rate:.0f} clips/s")
             state.step += 1
@@ -483,16 +485,6 @@ def warn(clips: data.Clips, cfg: Config) -> None:
     if clips.cut:
         print(f"{clips.cut} captions have more than {cfg.text_len} words and are cut (--text_len).",
               file=sys.stderr)
-
-
-def parameters(state: State) -> str:
-    """How many parameters this stage has, and trains."""
-    if state.stage == "base":
-        return f"stage one: backbone of {million(state.model.parameters())} parameters"
-    backbone = million(state.model.backbone.parameters())
-    branch = million(state.model.branch_state().values())
-    return (f"stage two: backbone {backbone} + branch {branch}, "
-            f"training {million(state.trained.values())}")
 
 
 if __name__ == "__main__":

@@ -457,3 +457,13 @@ def stop_requests() -> Iterator[list[int]]:
 def million(parameters) -> str:
     """How many numbers there are in these parameters, as "1.23 M"."""
     return f"{sum(p.numel() for p in parameters) / 1e6:.2f} M"
+
+
+def parameters(state) -> str:
+    """How many parameters the stage of a train.State has, and trains."""
+    if state.stage == "base":
+        return f"stage one: backbone of {million(state.model.parameters())} parameters"
+    backbone = million(state.model.backbone.parameters())
+    branch = million(state.model.branch_state().values())
+    return (f"stage two: backbone {backbone} + branch {branch}, "
+            f"training {million(state.trained.values())}")
