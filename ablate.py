@@ -224,7 +224,7 @@ def train_run(out: Path, job: Job) -> Path:
     last = run / "checkpoints" / f"step{job.steps:06d}.pt"
     if last.is_file():
         return run
-    fields = job.fields | {"out_dir": str(run)}
+    fields = job.fields | {"out_dir": str(run), "report": False}
     if job.base:
         fields["init_from"] = str(out / job.base.folder)
         for name in ("base_steps", "lr"):  # train.py refuses what only stage one would read
@@ -287,7 +287,7 @@ def do_all(jobs: list[Job], work: Callable[[Job], None], at_once: int, threads: 
 
 
 # --- beside the paper -----------------------------------------------------------------------------
-def verdict(name: str, difference: list[float]) -> str:
+def verdict(name: str, difference: list) -> str:
     """The paper's figure of a row against its default's, and where ours points. difference: of the
     law error. Physical commonsense is better where it is higher, and a law error where lower."""
     paper = ROWS[name].paper
@@ -297,7 +297,7 @@ def verdict(name: str, difference: list[float]) -> str:
     if paper == ours:
         return f"{paper:.1f}"
     mean, half = difference
-    if not abs(mean) > half:
+    if half is None or not abs(mean) > half:
         points = "cannot be told apart"
     else:
         points = "same direction" if (mean < 0) == (paper > ours) else "opposite"

@@ -185,6 +185,7 @@ class Config:
     preview_every: int = knob(1000, MAY_CHANGE, MAY_BE_ZERO)  # steps between GIFs; 0 = at the end
     preview_steps: int = knob(25, MAY_CHANGE, 10**4)  # sampling steps of a preview
     guidance: float = knob(1.5, MAY_CHANGE, MAY_BE_ZERO)  # classifier-free, of previews; 1 = off
+    report: bool = knob(True, MAY_CHANGE)  # write report.html, a page to look at, at the end
 
     @property
     def grid(self) -> tuple[int, int, int]:

@@ -32,6 +32,7 @@ import align
 import config
 import data
 import diffusion
+import report
 import sample
 from common.optim import learning_rate, make_optimizers
 from common.pool import telling_prompts
@@ -420,7 +421,7 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
                 bar.set_postfix_str(f"{state.stage} loss {values['loss']:.3f}, {rate:.0f} clips/s")
             state.step += 1
             bar.update()
-    conclude(state, last, run, next(iter(prompts)))
+    conclude(state, last, run, list(prompts))
 
 
 # --- what the loop does once in a while -----------------------------------------------------------
@@ -456,8 +457,8 @@ def preview(state: State, run: Path, tokenizer: data.Tokenizer, prompts: dict) -
         sample.preview(run / "samples" / f"step{state.step:06d}.gif", drawn, prompts)
 
 
-def conclude(state: State, clips: data.Clips, run: Path, prompt: str) -> None:
-    """Say how the run ended, and what can be done next."""
+def conclude(state: State, clips: data.Clips, run: Path, prompts: list[str]) -> None:
+    """Say how the run ended, and what can be done next. A run that is done gets its page."""
     if not state.finished:
         print(f"Stopped at step {state.step} of {state.total} and saved; go on with --resume.")
         return
@@ -468,8 +469,13 @@ def conclude(state: State, clips: data.Clips, run: Path, prompt: str) -> None:
         if not branch.is_file():  # it was lost: the last step's weights make it again
             publish(state, clips, run, held_out_loss(state, clips)["diffusion"])
     print(f"Done: {run}, held-out diffusion loss {state.best:.4f}.")
+    if state.cfg.report:
+        with only_decorates("The report"):
+            page = run / "report.html"
+            report.write_page(page, [run], prompts=prompts[:4], device=state.cfg.device)
+            print(f"Look at {page}: curves, clips, and where the router looks.")
     if state.publishable or not state.cfg.latent:
-        print(f"Next:\npython sample.py {from_run} --prompt {shlex.quote(prompt[:300])}")
+        print(f"Next:\npython sample.py {from_run} --prompt {shlex.quote(prompts[0][:300])}")
 
 
 def keys(clips: dict[str, data.Clips]) -> dict[str, str]:

@@ -73,8 +73,8 @@ def by_clip(scores: dict) -> dict[str, list[float]]:
 
 
 def compared(rows: dict[int, dict], reference: dict[int, dict] | None) -> dict:
-    """{measure: (mean, half of its 95 % interval)} of {seed: by_clip}, minus those of a reference
-    with the same seeds if there is one."""
+    """{measure: [mean, half of its 95 % interval or None where there is none]} of {seed: by_clip},
+    minus those of a reference with the same seeds if there is one."""
     found = {}
     for name in next(iter(rows.values())):
         a = {seed: row[name] for seed, row in rows.items()}
@@ -82,14 +82,14 @@ def compared(rows: dict[int, dict], reference: dict[int, dict] | None) -> dict:
         if reference:
             b = {seed: row[name] for seed, row in reference.items() if name in row}
         if b:
-            found[name] = score.paired(a, b)
+            found[name] = [one if math.isfinite(one) else None for one in score.paired(a, b)]
     return found
 
 
-def cell(name: str, value: tuple[float, float] | None) -> str:
+def cell(name: str, value: list | None) -> str:
     """A mean and its interval, if it has one, as text."""
     digits = 4 if name.startswith("held-out") else 3
-    known = [part for part in value or () if math.isfinite(part)]
+    known = [part for part in value or () if part is not None]
     return " ± ".join(f"{part:.{digits}f}" for part in known)
 
 
@@ -139,7 +139,9 @@ def read_table(path: Path) -> dict:
 
 
 def write_table(path: Path, stored: dict, lines: dict) -> None:
-    """Write the JSON of {config: its section}, and the table of {config: its lines}."""
+    """Write the JSON of {config: its section}, and the table of {config: its lines}; the JSON has
+    these, too, for report.py."""
+    stored = {name: section | {"lines": lines[name]} for name, section in stored.items()}
     write_text(path.with_suffix(".json"), json.dumps(sealed(stored)) + "\n")
     sections = [f"## {config}\n\n{facts(config, stored[config])}\n{tables(some)}"
                 for config, some in lines.items()]

@@ -14,12 +14,14 @@ from common.files import join_some, read_json
 from config import UserError
 
 
-def library(name: str):
-    """The module of an extra package. Raises UserError that says what to install."""
+def library(name: str, what: str = "Official weights need"):
+    """The module of an extra package. Raises UserError that says what to install.
+
+    what: the beginning of that sentence."""
     try:
         module = importlib.import_module(name)
     except ImportError as e:
-        raise UserError(f"Official weights need {name}, which cannot be imported ({e}): pip "
+        raise UserError(f"{what} {name}, which cannot be imported ({e}): pip "
                         "install -r requirements-extra.txt.") from None
     if name in ("transformers", "diffusers"):  # their remarks and bars go, their errors stay
         logging = importlib.import_module(f"{name}.utils.logging")

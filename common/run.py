@@ -404,7 +404,7 @@ class Log:
         self.path = path
         if path.exists():
             lines = path.read_text(errors="replace").splitlines()
-            entries = [_entry(line) for line in lines]
+            entries = list(map(_entry, lines))
             # The last one a killed run may have left half-written.
             if damaged := entries[:-1].count({}):
                 print(f"{damaged} damaged lines of {path} are left out.", file=sys.stderr)
@@ -416,6 +416,15 @@ class Log:
         finite = json.loads(json.dumps(values), parse_constant=lambda name: None)
         with self.path.open("a") as f:
             f.write(json.dumps(sealed(finite)) + "\n")
+
+
+def read_log(path: Path) -> list[dict]:
+    """What the lines of a log say, in their order; damaged ones are left out. Empty where there is
+    no log."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(errors="replace").splitlines()
+    return [entry for entry in map(_entry, lines) if entry]
 
 
 def by_noise(per_clip: Tensor, t: Tensor) -> list[float | None]:

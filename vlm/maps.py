@@ -254,6 +254,14 @@ def regrid(maps: Tensor, times: np.ndarray, box: tuple, new_times: np.ndarray, n
     return maps
 
 
+def on_grid(values: Tensor, grid: tuple[int, int, int]) -> Tensor:
+    """A map (t, h, w) of a whole clip, on another grid of the same clip."""
+    whole = (0, 0, 1, 1)
+    t = len(values)
+    times = (np.arange(grid[0]) + .5) * t / grid[0]
+    return regrid(values[None], np.arange(t) + .5, whole, times, whole, grid[1:])[0]
+
+
 class Maps:
     """A folder of maps that teacher.py made. A map is read when its clip is asked for."""
 

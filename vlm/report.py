@@ -26,7 +26,7 @@ import world
 from common.pictures import annotate, enlarge, save_gif, tint
 from common.score import auc, table_head, table_line
 from config import Config, UserError
-from vlm.maps import DENIAL, regrid
+from vlm.maps import DENIAL, on_grid
 from vlm.qwen import VLM, AnswerAttention
 from vlm.settings import KINDS, Settings, layers_of
 
@@ -175,11 +175,7 @@ def print_report(vlm: VLM, settings: Settings, clips: list[world.Clip], batch: i
 # --- the preview --------------------------------------------------------------------------------
 def heat(frames: np.ndarray, values: Tensor) -> np.ndarray:
     """Lay a map (t, h, w) >= 0 over frames (F, H, W, 3), its peak strongest."""
-    t = len(values)
-    times = (np.arange(len(frames)) + .5) * t / len(frames)
-    all_of_it = (0, 0, 1, 1)
-    over = regrid(values[None], np.arange(t) + .5, all_of_it, times, all_of_it, frames.shape[1:3])
-    over = over[0].clamp(min=0)  # (F, H, W)
+    over = on_grid(values, frames.shape[:3]).clamp(min=0)  # (F, H, W)
     return tint(frames, (over / over.max().clamp(min=1e-9)).numpy(), ORANGE, .85)
 
 
