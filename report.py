@@ -32,7 +32,7 @@ import world
 from common import figures, score
 from common.ablation import read_table
 from common.files import write_text
-from common.page import as_bytes, data_uri, film, page
+from common.page import as_bytes, film, moving, page
 from common.paths import check_writable
 from common.pictures import ClipRouting, enlarge, tint
 from common.run import description, pick_device, read_log
@@ -41,10 +41,10 @@ from experts import invert
 from physics import laws
 
 POINTS = 300  # of a curve
-SAMPLES = 8  # previews of a run
+SAMPLES = 6  # previews of a run
 TIMES = 8  # of sampling at which maps are shown
 MOST_PROMPTS = 8
-GIFS = 1_400_000  # bytes of all previews of a page, which in all must stay below 5 MB
+PREVIEWS = 1_400_000  # bytes of all previews of a page, which in all must stay below 5 MB
 FILMS = 1_400_000  # of all films
 MAPS = 400_000  # of all maps
 CAPTIONS = 16  # of each phenomenon, for the correlation of experts
@@ -99,17 +99,13 @@ def mean(values) -> float | None:
 
 
 def previews(folder: Path, most: int) -> list[dict]:
-    """As many of the previews stepNNNNNN.gif as `most` bytes hold, evenly chosen, the last among
-    them."""
+    """At most SAMPLES of the previews stepNNNNNN.gif, evenly chosen, the last among them, in `most`
+    bytes together. What cannot be shown is left out."""
     paths = sorted(path for path in folder.glob("step*.gif") if path.stem[4:].isdigit())
-    for count in range(min(len(paths), SAMPLES), 0, -1):
-        chosen = [paths[i] for i in np.linspace(0, len(paths) - 1, count).round().astype(int)]
-        if count == 1:
-            chosen = paths[-1:]
-        if sum(path.stat().st_size for path in chosen) <= most:
-            return [{"step": int(path.stem[4:]), "src": data_uri("gif", path.read_bytes())}
-                    for path in chosen]
-    return []
+    paths = [paths[slot.stop - 1] for slot in chunks(len(paths), SAMPLES)]
+    shown = [{"step": int(path.stem[4:]), "src": moving(path, most // len(paths))}
+             for path in paths]
+    return [one for one in shown if one["src"]]
 
 
 # --- what a model does --------------------------------------------------------------------------
@@ -221,7 +217,7 @@ def run_data(run: Path, prompts: list[str], device: str, share: float) -> dict:
     of_world = not (cfg.data_dir or cfg.latent)
     found = {"name": run.resolve().name, "folder": str(run), "physics_world": of_world,
              "fps": sample.play_fps(cfg), "curves": curves(run, cfg), "settings": told,
-             "samples": previews(run / "samples", int(share * GIFS))}
+             "samples": previews(run / "samples", int(share * PREVIEWS))}
     measured = evaluate.read_stored(run / "evaluation.json")
     for part in evaluate.PARTS:
         if part in measured:

@@ -17,7 +17,7 @@ PLACE = ">{}<"  # in page.html: where the data goes
 
 
 def data_uri(kind: str, content: bytes) -> str:
-    """A file as the address of itself. kind: gif | jpeg | png."""
+    """A file as the address of itself. kind: jpeg | png | webp."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
@@ -39,6 +39,26 @@ def film(frames: np.ndarray, most: int) -> dict:
         if file.tell() <= most:
             break
     return {"src": data_uri(kind, file.getvalue()), "frames": F, "height": H, "width": W}
+
+
+def moving(path: Path, most: int) -> str | None:
+    """A GIF as an animated WebP of at most `most` bytes, at half its size if need be; None where
+    that cannot be done, or the file is damaged."""
+    from PIL import Image, ImageSequence
+    try:
+        with Image.open(path) as gif:
+            duration = gif.info.get("duration", 100)
+            frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(gif)]
+    except (OSError, ValueError, SyntaxError, EOFError):  # of what no longer is a picture
+        return None
+    for scale in (1, 2):
+        first, *others = [frame.reduce(scale) for frame in frames]
+        file = io.BytesIO()
+        first.save(file, "webp", save_all=True, append_images=others, duration=duration, loop=0,
+                   quality=70)
+        if file.tell() <= most:
+            return data_uri("webp", file.getvalue())
+    return None
 
 
 def as_bytes(maps: list[np.ndarray], most: int) -> tuple[list[str], list[int]]:

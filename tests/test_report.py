@@ -116,14 +116,23 @@ def test_a_run_without_a_log_or_an_evaluation_has_a_page_still(tmp_path):
     assert shown["physics_world"] and len(shown["films"]) == 4
 
 
-def test_previews_are_chosen_evenly_and_fit(tmp_path):
+def test_previews_are_chosen_evenly_move_and_fit(tmp_path):
+    rng = np.random.default_rng(0)
     for step in range(1, 21):
-        (tmp_path / f"step{step:06d}.gif").write_bytes(bytes(100))
+        frames = [Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8)) for _ in range(3)]
+        frames[0].save(tmp_path / f"step{step:06d}.gif", save_all=True, append_images=frames[1:], duration=80)
     (tmp_path / "mine.gif").write_bytes(bytes(10))
-    assert [one["step"] for one in report.previews(tmp_path, 10**6)] == [1, 4, 6, 9, 12, 15, 17, 20]
-    assert [one["step"] for one in report.previews(tmp_path, 399)] == [1, 11, 20]
-    assert [one["step"] for one in report.previews(tmp_path, 100)] == [20]
-    assert report.previews(tmp_path, 99) == [] == report.previews(tmp_path / "none", 99)
+    shown = report.previews(tmp_path, 10**6)
+    assert [one["step"] for one in shown] == [3, 7, 10, 13, 17, 20]
+    for scale, most in ((1, 10**6), (2, 20_000)):
+        for one in report.previews(tmp_path, most):
+            content = base64.b64decode(one["src"].removeprefix("data:image/webp;base64,"))
+            image = Image.open(io.BytesIO(content))
+            assert len(content) <= most / 6 and image.size == (60 // scale, 40 // scale) and image.n_frames == 3
+    assert report.previews(tmp_path, 600) == [] == report.previews(tmp_path / "none", 10**6)
+    (tmp_path / "step000020.gif").write_bytes((tmp_path / "step000020.gif").read_bytes()[:2000])
+    (tmp_path / "step000017.gif").write_bytes(b"no picture")
+    assert [one["step"] for one in report.previews(tmp_path, 10**6)] == [3, 7, 10, 13]
 
 
 def test_films_are_the_clips_of_sample_with_and_without_the_branch(run, pages):
@@ -218,12 +227,13 @@ def test_text_cannot_end_the_data_and_nan_is_no_json(pages):
 
 
 def test_a_page_stays_below_five_megabytes(tmp_path):
-    """Clips of noise that hardly compress, previews of megabytes, and three runs of both."""
+    """Clips and previews of noise, which hardly compress, of three runs."""
     cfg = config.preset("debug", frames=16, height=96, width=96, patch=8, preview_steps=1, guidance=1.)
     runs = [make_run(tmp_path / str(i), cfg) for i in range(3)]
     for run in runs:
         for path in (run / "samples").iterdir():
-            path.write_bytes(bytes(10**6))
+            noise = np.random.default_rng(0).integers(0, 256, (600, 800, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(path)
     out = tmp_path / "page.html"
     report.main([*(word for run in runs for word in ("--run", str(run))), "--out", str(out)])
     assert 10**5 < out.stat().st_size < 5_000_000
