@@ -9,7 +9,8 @@ import torch
 from drills import bad_commands
 
 ALL = bad_commands.read_list()
-PROGRAMS = {"train.py", "sample.py", "evaluate.py", "teacher.py", "encode.py", "world.py", "bench.py"}
+PROGRAMS = {"train.py", "sample.py", "evaluate.py", "teacher.py", "encode.py", "world.py", "bench.py",
+            "ablate.py", "report.py"}
 
 
 @pytest.fixture(scope="module")
