@@ -138,21 +138,29 @@ def without_file(folder: Path, clips: list[Wanted]) -> list[Wanted]:
     return left
 
 
+@contextlib.contextmanager
+def written(folder: Path) -> Iterator[None]:
+    """An error of the disk while a table is written becomes a sentence: raises Stopped."""
+    try:
+        yield
+    except OSError as e:
+        raise Stopped(f"{folder} could not be written to ({e.strerror or e}).") from None
+
+
 def fill(folder: Path, clips: list[Wanted], made: Iterable[tuple[np.ndarray, Wanted]], fps: float,
          settings: dict) -> None:
     """Write settings.json, then each clip as soon as it is made, frames uint8 (F, H, W, 3), at last
     the tables: of those clips that are there, also when something stops this. Raises Stopped where
     a file cannot be written."""
-    try:
+    with written(folder):
         write_text(folder / "settings.json", json.dumps(settings, indent=1))
-        try:
-            for frames, clip in made:
-                save(folder / clip.name, frames, fps)
-        finally:
-            there = [clip for clip in clips if (folder / clip.name).exists()]
+    try:
+        for frames, clip in made:
+            save(folder / clip.name, frames, fps)
+    finally:
+        there = [clip for clip in clips if (folder / clip.name).exists()]
+        with written(folder):
             write_tables(folder, there, settings["seed"])
-    except OSError as e:
-        raise Stopped(f"{folder} could not be written to ({e.strerror or e}).") from None
 
 
 def write_tables(folder: Path, clips: list[Wanted], seed: int) -> None:
