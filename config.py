@@ -12,6 +12,7 @@ import functools
 import inspect
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -442,12 +443,30 @@ def parse(argv: list[str], description: str) -> Config:
     return parse_with(dataclasses.make_dataclass("NoFlags", ()), argv, description)[1]
 
 
-def entry(main, *args) -> None:
-    """Run main(*args) as a program: a UserError exits 2, Stopped 1, both with one sentence."""
+def rank() -> tuple[int, int]:
+    """(number of this process from 0, how many torchrun started to share the work); (0, 1) without
+    torchrun."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def only_one_process() -> None:
+    """Raises UserError under torchrun, for what its processes would do several times over."""
+    if rank()[1] > 1:
+        raise UserError("This is no work to share: start it with python, not with torchrun, which "
+                        "is for encode.py, teacher.py and sample.py --prompts FILE --out DIR.")
+
+
+def entry(main, *args, ranks: bool = False) -> None:
+    """Run main(*args) as a program: a UserError exits 2, Stopped 1, both with one sentence.
+
+    ranks: may processes of torchrun share its work?
+    """
     for terminal in (sys.stdout, sys.stderr):  # half a character, or a name that is not UTF-8
         if hasattr(terminal, "reconfigure"):
             terminal.reconfigure(errors="backslashreplace")
     try:
+        if not ranks:
+            only_one_process()
         return main(*args)
     except (UserError, Stopped) as e:
         sentence, code = e, 2 if isinstance(e, UserError) else 1

@@ -51,7 +51,7 @@ class Flags:
     weights: str = ""  # folder in diffusers' layout: tokenizer, text_encoder, vae
     out: str = ""  # folder of the cache; started again, it goes on where it was stopped
     export: str = ""  # run folder whose trained official backbone is written to --out, in diffusers' layout
-    shard: str = "1/1"  # i/n: encode every n-th video from the i-th on; one process a shard
+    shard: str = ""  # i/n: every n-th video from the i-th on, a process each; empty = torchrun's
     frames: int | None = None  # frames a clip, 1 + 4 m; None = the lineage's
     fps: float | None = None  # frames a second; None = the lineage's
     height: int | None = None  # pixels, a multiple of 16; None = the lineage's
@@ -92,6 +92,7 @@ def main(argv: list[str]) -> None:
     flags = config.parse_flags(Flags, argv, "Turn a folder of videos into latents and text "
                                             "embeddings, for training.")
     if flags.export:
+        config.only_one_process()
         export_run(Path(flags.export), Path(flags.out))
         print(f"wrote {flags.out}")
         return
@@ -155,4 +156,4 @@ def encode_folder(flags: Flags, lineage: Lineage) -> None:
 
 
 if __name__ == "__main__":
-    config.entry(main, sys.argv[1:])
+    config.entry(main, sys.argv[1:], ranks=True)

@@ -365,6 +365,7 @@ def main(argv: list[str]) -> None:
         precision=pick_precision(flags.precision, device))
     if flags.fills:
         return fill_folder(flags, clips.wanted(pairs, flags.n, flags.names))
+    config.only_one_process()
 
     # Everything that can be refused is refused before the first step.
     model, edit = open_model(flags)
@@ -496,4 +497,4 @@ def cells_of(flags: Flags, model, edit: Callable | None, prompts: list[str],
 
 
 if __name__ == "__main__":
-    config.entry(main, sys.argv[1:])
+    config.entry(main, sys.argv[1:], ranks=True)

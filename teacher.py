@@ -72,7 +72,7 @@ class Flags:
     # --- which clips
     annotations: str = ""  # captions or a WISA list: .json, .jsonl, .csv; empty = the folder's
     out: str = ""  # folder of the videos' maps; started again, it goes on where it was stopped
-    shard: str = "1/1"  # i/n: every n-th video (or clip) from the i-th on; one process a shard
+    shard: str = ""  # i/n: every n-th video (or clip) from the i-th on; empty = torchrun's
     frames_shown: int = 49  # frames a window of a video, 1 + 4 m
     rate: float = 8.0  # of these frames a second
     sample: int = 0  # frames of a window to show, evenly; 0 = what latents stand for
@@ -346,6 +346,8 @@ def train_tiny(flags: Flags, cfg: Config) -> Flags:
 def main(argv: list[str]) -> None:
     """Check everything, load the VLM once, do what was asked for. Raises UserError and Stopped."""
     flags, cfg = parse(argv)
+    if flags.train_tiny or not (flags.videos or flags.annotate):
+        config.only_one_process()
     torch.set_num_threads(cores(cfg.threads))
     device = pick_device(cfg.device)
 
@@ -379,4 +381,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    config.entry(main, sys.argv[1:])
+    config.entry(main, sys.argv[1:], ranks=True)

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 
-from common.files import digest, lock, read_json, whole_file, write_text
+from common.files import digest, handle_of, lock, read_json, take, whole_file, write_text
 from common.paths import check_writable, read_lines, read_text
 from common.pictures import save
-from config import Stopped, UserError
+from config import Stopped, UserError, rank
 
 MOST_BYTES = 230  # of a caption: a file name has 255, and some more while it is written
 MOST_LETTERS = 40  # of a caption in a file name; in other scripts one takes up to four bytes
@@ -112,10 +112,21 @@ def suite_name(caption: str, prompt: str) -> str:
 # --- the folder ---------------------------------------------------------------------------------
 @contextlib.contextmanager
 def only_writer(folder: Path) -> Iterator[None]:
-    """A folder to fill, made if need be; no other process fills it meanwhile. Raises UserError."""
+    """A folder to fill, made if need be; no other process fills it meanwhile, but for those that
+    torchrun started with this one. Raises UserError."""
     check_writable(folder / "clips.csv")
-    with lock(folder, f"Another process fills {folder}: wait for it, or give another --out."):
-        for part in folder.glob("*.mp4.*.part"):  # left by one that was killed
+    number, processes = rank()
+    refusal = f"Another process fills {folder}: wait for it, or give another --out."
+    own = folder / f".{number + 1}of{processes}.lock"
+    with contextlib.ExitStack() as locks:
+        # One process holds the folder alone; several hold it together, and each its own file.
+        handle = locks.enter_context(handle_of(folder))
+        if take(handle, shared=processes > 1) is False:
+            raise UserError(refusal)
+        own.touch()
+        locks.callback(own.unlink, missing_ok=True)
+        locks.enter_context(lock(own, refusal))
+        for part in folder.glob("*.mp4.*.part") if processes == 1 else ():  # of one that was killed
             part.unlink()
         yield
 
@@ -132,7 +143,9 @@ def check_settings(folder: Path, settings: dict) -> None:
 
 
 def without_file(folder: Path, clips: list[Wanted]) -> list[Wanted]:
-    """Those that are still to be made, and says how many are not."""
+    """Those of this process that are still to be made, and says how many are not."""
+    number, processes = rank()
+    clips = clips[number::processes]
     left = [clip for clip in clips if not (folder / clip.name).exists()]
     print(f"{len(clips)} clips, {len(clips) - len(left)} of them are in {folder} already.")
     return left
@@ -158,9 +171,13 @@ def fill(folder: Path, clips: list[Wanted], made: Iterable[tuple[np.ndarray, Wan
         for frames, clip in made:
             save(folder / clip.name, frames, fps)
     finally:
-        there = [clip for clip in clips if (folder / clip.name).exists()]
+        # Processes that share the work may end together. The one that writes last looks again
+        # afterwards, so what stays lacks nothing that was there by then.
+        there = None
         with written(folder):
-            write_tables(folder, there, settings["seed"])
+            while there != (now := [clip for clip in clips if (folder / clip.name).exists()]):
+                there = now
+                write_tables(folder, there, settings["seed"])
 
 
 def write_tables(folder: Path, clips: list[Wanted], seed: int) -> None:

@@ -22,7 +22,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from config import UserError
+from config import UserError, rank
 
 try:
     import fcntl
@@ -172,7 +172,9 @@ def join_some(items: Iterable[str], most: int = 8) -> str:
 
 
 def shard_of(text: str) -> tuple[int, int]:
-    """"i/n" -> (i from 0, n). Raises UserError."""
+    """"i/n" -> (i from 0, n); "" -> what torchrun says, (0, 1) without it. Raises UserError."""
+    if not text:
+        return rank()
     shard = re.fullmatch(r"(\d+)/(\d+)", text)
     if not shard or not 1 <= int(shard[1]) <= int(shard[2]):
         raise UserError(f"--shard is i/n with i from 1 to n, such as 1/8, not {text!r}.")

@@ -37,17 +37,19 @@ BINS = 4  # the log has the loss of so many equal ranges of t: the total hides w
 
 # --- device and precision -------------------------------------------------------------------------
 def pick_device(name: str) -> str:
-    """`auto` is the best there is: cuda, else mps, else cpu. Raises UserError for one that is not
-    there."""
+    """`auto` is the best there is: cuda, else mps, else cpu. Under torchrun cuda is a GPU a process.
+    Raises UserError for one that is not there."""
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
     if name == "auto":
-        return max(there, key=there.get)  # the first that is there
+        name = max(there, key=there.get)  # the first that is there
     if not there.get(name):
         raise UserError(f"--device {name} is not available here.")
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
     return name
 
 

@@ -12,6 +12,10 @@ from pathlib import Path
 import pytest
 
 import config
+import encode
+import sample
+import teacher
+from common import files
 from config import Config, Stopped, UserError, flag, marked
 from helpers import ROOT
 
@@ -452,3 +456,19 @@ def test_stopped_work_exits_1(capsys):
     with pytest.raises(SystemExit) as e:
         config.entry(full)
     assert e.value.code == 1 and capsys.readouterr().err == "The disk is full.\n"
+
+
+# --- torchrun
+def test_what_processes_cannot_share_is_refused_under_torchrun(monkeypatch, capsys):
+    assert config.rank() == (0, 1)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert config.rank() == (1, 4) == files.shard_of("") and files.shard_of("3/8") == (2, 8)
+    assert config.entry(lambda: "done", ranks=True) == "done"
+    with pytest.raises(SystemExit) as e:
+        config.entry(lambda: "done")
+    assert e.value.code == 2 and "start it with python, not with torchrun" in capsys.readouterr().err
+    for main, argv in ((encode.main, ["--export", "run", "--out", "new"]), (teacher.main, ["--report"]),
+                       (teacher.main, ["--train_tiny"]), (sample.main, ["--run", "run", "--prompt", "a ball"])):
+        with pytest.raises(UserError, match="not with torchrun"):
+            main(argv)

@@ -554,6 +554,36 @@ def test_a_killed_command_goes_on_and_ends_with_the_folder_of_an_undisturbed_one
     assert not made  # nothing is left to do
 
 
+@pytest.mark.slow
+def test_processes_of_torchrun_share_a_folder(run, table, tmp_path):
+    rows = fill(run, table, tmp_path / "alone")
+    flags = dict(run=run, prompts=table, out=tmp_path / "shared", n=2, steps=3, scale=2, column="longer")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", "sample.py"]
+    done = subprocess.run([*command, *helpers.words_of(flags)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.count("4 clips, 0 of them") == 2, done.stderr
+    alone, shared = (helpers.files_of(tmp_path / name) for name in ("alone", "shared"))
+    assert shared.keys() == alone.keys()  # no lock stays behind
+    for name in alone.keys() - {"clips.csv"}:
+        assert shared[name] == alone[name], name
+    assert fill(run, table, tmp_path / "shared") == [
+        row | {"videopath": row["videopath"].replace("alone", "shared")} for row in rows]
+
+
+def test_a_share_of_a_folder_is_every_second_clip(run, table, tmp_path, monkeypatch):
+    whole = [Path(row["videopath"]).name for row in fill(run, table, tmp_path / "whole", n=1)]
+    for number in range(2):
+        monkeypatch.setenv("RANK", str(number))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        rows = fill(run, table, tmp_path / "shared", n=1)
+        made = whole[::2] if number == 0 else whole
+        assert [Path(row["videopath"]).name for row in rows] == made and set(films(tmp_path / "shared")) == set(made)
+    with common.clips.only_writer(tmp_path / "shared"):
+        monkeypatch.setenv("RANK", "0")  # the other share is free, the folder as a whole is not
+        fill(run, table, tmp_path / "shared", n=1)
+        monkeypatch.delenv("WORLD_SIZE")
+        assert "Another process fills" in helpers.sentence(fill, run, table, tmp_path / "shared", n=1)
+
+
 def test_more_rows_and_more_clips_leave_what_is_there(run, table, tmp_path, capsys):
     few = tmp_path / "few.csv"
     few.write_bytes(b"".join(table.read_bytes().splitlines(True)[:2]))
