@@ -27,7 +27,7 @@ def save(path: Path, drawn) -> None:
     from PIL import Image
     file = io.BytesIO()
     drawn.savefig(file, format="png")
-    image = Image.open(file).convert("RGB").quantize(128)
+    image = Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE)
     with whole_file(path) as part:
         image.save(part, "png", optimize=True)
 
