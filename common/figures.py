@@ -2,7 +2,6 @@
 
 Letters: F H W a clip, T' h w the token grid.
 """
-import io
 from pathlib import Path
 
 import numpy as np
@@ -23,13 +22,9 @@ def figure(width: float, height: float):
 
 
 def save(path: Path, drawn) -> None:
-    """Write a figure as a PNG of few colours, the whole file or none. Raises OSError."""
-    from PIL import Image
-    file = io.BytesIO()
-    drawn.savefig(file, format="png")
-    image = Image.open(file).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    """Write a figure as a PNG, the whole file or none. Raises OSError."""
     with whole_file(path) as part:
-        image.save(part, "png", optimize=True)
+        drawn.savefig(part, format="png", pil_kwargs={"optimize": True})
 
 
 def pictures(rows: list[list[tuple[str, np.ndarray]]], captions: list[str]):
