@@ -1,8 +1,8 @@
 """One page to look at: what runs learned, what they draw, where they look; and the paper's figures.
 
     python report.py --run runs/small                      runs/small/report.html
-    python report.py --run runs/a --run runs/b --out ab.html
-    python report.py --ablation docs/ablation_short.json --out ablation.html
+    python report.py --run runs/a --run runs/b             report.html: both side by side
+    python report.py --ablation docs/ablation_short.json   report.html: its rows
     python report.py --figures --run runs/small [--vlm DIR]    figures 4, 6, 7 and 8 as files
 
     run folder --curves, previews, films, correlation--> data --common/page.py--> one file
@@ -55,24 +55,26 @@ TOLD = ("config", "git", "torch", "transformers", "python", "device", "precision
 
 # --- what a run folder tells --------------------------------------------------------------------
 def curves(run: Path, cfg: Config) -> dict:
-    """The log as series, each of at most POINTS means of neighbouring entries."""
+    """The log as series, each of at most POINTS means of neighbouring entries. An older version's
+    may lack some."""
     entries = read_log(run / "log.jsonl")
     steps = [one for one in entries if "loss" in one]
     validations = [one for one in entries if "held_out" in one]
 
     # Clips a second, from one entry to the next; a stop and a start anew cost no seconds.
     for before, one in zip(steps, steps[1:]):
-        seconds = one["seconds"] - before["seconds"]
+        seconds = one.get("seconds", 0) - before.get("seconds", 0)
         if seconds > 0:
             one["speed"] = cfg.batch_size * (one["step"] - before["step"]) / seconds
     for one in steps:
         if "waited" in one:
             one["waited"] *= 1000
 
-    groups = [steps[i] for i in chunks(len(steps), POINTS)]
+    slots = chunks(len(steps), POINTS)
+    groups = [steps[slot] for slot in slots]
     names = dict.fromkeys(name for one in steps for name, value in one.items()
                           if type(value) in (int, float) and name not in ("step", "seconds"))
-    bins = max((len(one["by_noise"]) for one in steps), default=0)
+    noise = [one.get("by_noise") or [] for one in steps]
     held = dict.fromkeys(name for one in validations for name in one["held_out"])
     found = {name: [one["held_out"].get(name) for one in validations] for name in held}
     if any("held_out_base" in one for one in validations):
@@ -81,8 +83,8 @@ def curves(run: Path, cfg: Config) -> dict:
             "steps": [round(mean([one["step"] for one in group])) for group in groups],
             "values": {name: [mean([one.get(name) for one in group]) for group in groups]
                        for name in names},
-            "by_noise": [[mean([one["by_noise"][i] for one in group]) for group in groups]
-                         for i in range(bins)],
+            "by_noise": [[mean([one[i] for one in noise[slot] if i < len(one)]) for slot in slots]
+                         for i in range(max(map(len, noise), default=0))],
             "held_out": {"steps": [one["step"] for one in validations], "values": found}}
 
 
@@ -219,9 +221,10 @@ def run_data(run: Path, prompts: list[str], device: str, share: float) -> dict:
              "fps": sample.play_fps(cfg), "curves": curves(run, cfg), "settings": told,
              "samples": previews(run / "samples", int(share * PREVIEWS))}
     measured = evaluate.read_stored(run / "evaluation.json")
-    for part in evaluate.PARTS:
-        if part in measured:
-            found[part] = measured[part].get("rows")
+    for part, row in (("laws", "simulator"), ("localisation", "where: location prior")):
+        rows = measured.get(part, {}).get("rows", {})
+        if row in rows:  # as this version writes them
+            found[part] = rows
 
     prompts = prompts or (worlds_prompts(4) if of_world else [])
     try:
@@ -430,7 +433,7 @@ class Flags:
     """The command line."""
     run: list[str] = flag([])  # run folder; several are shown side by side
     ablation: str = ""  # .json that ablate.py wrote: its rows with their intervals
-    out: str = ""  # the page; empty = RUN/report.html. With --figures a folder; empty = docs/figures
+    out: str = ""  # the page; empty = report.html, of one run in its folder. --figures: a folder
     prompt: list[str] = flag([])  # of the clips that are shown; none = captions of the world
     figures: bool = False  # draw the paper's figures 6, 7 and 8 of a run, instead of a page
     vlm: str = ""  # folder of a Qwen-VL, for figure 4
@@ -454,8 +457,6 @@ class Flags:
             raise UserError(f"--prompt may be given {MOST_PROMPTS} times, not {len(self.prompt)}.")
         if any(not data.Tokenizer.split(prompt) for prompt in self.prompt):
             raise UserError("A --prompt is empty: it has no word.")
-        if not self.figures and len(self.run) != 1 and not self.out:
-            raise UserError("Say --out FILE.html: this page is not of one run.")
         if not self.figures and self.out and Path(self.out).suffix != ".html":
             raise UserError(f"--out must end in .html, not {Path(self.out).name!r}.")
 
@@ -468,7 +469,8 @@ def main(argv: list[str]) -> None:
         description(Path(run))
     if flags.figures:
         return draw_figures(Path(flags.run[0]), flags, device)
-    out = Path(flags.out or Path(flags.run[0]) / "report.html")
+    folder = flags.run[0] if len(flags.run) == 1 else ""  # the page of several runs is of none
+    out = Path(flags.out or Path(folder, "report.html"))
     check_writable(out)
     write_page(out, [Path(run) for run in flags.run], flags.ablation, flags.prompt, device)
     print(f"wrote {out}")

@@ -22,7 +22,7 @@ import sample
 import train
 from common import ablation
 from common.files import sealed
-from helpers import PRESENT, sentence, write_run
+from helpers import PRESENT, ROOT, sentence, write_run
 from physics import laws
 from runs import launch
 
@@ -114,6 +114,16 @@ def test_a_run_without_a_log_or_an_evaluation_has_a_page_still(tmp_path):
     shown, = told(run / "report.html")["runs"]
     assert shown["curves"]["steps"] == [] and shown["samples"] == [] and "laws" not in shown
     assert shown["physics_world"] and len(shown["films"]) == 4
+
+
+def test_files_of_another_version_are_passed_over(tmp_path):
+    run = make_run(tmp_path / "run")
+    (run / "log.jsonl").write_text(json.dumps({"step": 1, "loss": .5}) + "\n" + training_line(2, .3) + "[1]\n\0\n")
+    (run / "evaluation.json").write_text(json.dumps({"laws": {"table": [1]}, "localisation": {"rows": {"AUC": {}}}}))
+    report.main(["--run", str(run), "--prompt", "a ball"])
+    shown, = told(run / "report.html")["runs"]
+    assert shown["curves"]["values"]["loss"] == [.5, .3] and shown["curves"]["by_noise"][0] == [None, .3]
+    assert "laws" not in shown and "localisation" not in shown
 
 
 def test_previews_are_chosen_evenly_move_and_fit(tmp_path):
@@ -275,16 +285,17 @@ def test_ablate_leaves_the_rows_that_the_page_shows(tmp_path):
     assert report.ablation_data(str(tmp_path / "t.json")) == {"small": {}}
 
 
-def test_the_table_that_is_shipped_can_be_shown(tmp_path):
-    report.main(["--ablation", "docs/ablation_short.json", "--out", str(tmp_path / "page.html")])
-    rows = told(tmp_path / "page.html")["ablation"]["small"]["equal steps"]
+def test_the_table_that_is_shipped_can_be_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    report.main(["--ablation", str(ROOT / "docs/ablation_short.json")])
+    rows = told(tmp_path / "report.html")["ablation"]["small"]["equal steps"]
     assert rows["default"]["row"] == "all parts" and rows["inverted"]["differences"]["law error"][0] > 0
 
 
 # ------------------------------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize("argv, words", [
-    ([], "Say --run DIR"), (["--run", "nowhere"], "nowhere"), (["--ablation", "nowhere.json", "--out", "page.html"], "There is no nowhere.json"),
-    (["--run", "RUN", "--out", "page.pdf"], "--out must end in .html"), (["--run", "RUN", "--run", "RUN"], "Say --out"),
+    ([], "Say --run DIR"), (["--run", "nowhere"], "nowhere"), (["--ablation", "nowhere.json"], "There is no nowhere.json"),
+    (["--run", "RUN", "--out", "page.pdf"], "--out must end in .html"),
     (["--run", "RUN", "--prompt", " "], "no word"), (["--run", "RUN", "--figures", "--run", "RUN"], "one --run"),
     (["--run", "RUN", "--vlm", "vlm"], "--vlm"), (["--run", "RUN", "--n", "3"], "--n"),
     (["--run", "RUN", *["--prompt", "a ball"] * 9], "8 times"), (["--run", "RUN", "--out", "RUN/config.json/x.html"], "cannot be made")])
