@@ -12,6 +12,9 @@ errors are those that evaluate.py left in the run folder: to measure them takes 
 
 Letters: n clips, F H W video, T' h w token grid, N tokens, C phenomena, E_s semantic experts.
 """
+import contextlib
+import itertools
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,13 +29,15 @@ from tqdm import tqdm
 import align
 import config
 import data
+import diffusion
 import evaluate
 import sample
 import world
 from common import figures, score
 from common.ablation import read_table
 from common.files import write_text
-from common.page import as_bytes, film, moving, page
+from common.libraries import library
+from common.page import as_bytes, curves, film, number, page, previews
 from common.paths import check_writable
 from common.pictures import ClipRouting, enlarge, tint
 from common.run import description, pick_device, read_log
@@ -40,8 +45,6 @@ from config import Config, Stopped, UserError, flag
 from experts import invert
 from physics import laws
 
-POINTS = 300  # of a curve
-SAMPLES = 6  # previews of a run
 TIMES = 8  # of sampling at which maps are shown
 MOST_PROMPTS = 8
 PREVIEWS = 1_400_000  # bytes of all previews of a page, which in all must stay below 5 MB
@@ -51,63 +54,6 @@ CAPTIONS = 16  # of each phenomenon, for the correlation of experts
 SHOWN_FIRST = ("combustion", "rigid body motion", "elastic motion", "liquid motion")
 TOLD = ("config", "git", "torch", "transformers", "python", "device", "precision", "compile",
         "base_steps", "physics_steps", "seed", "data_dir", "physics", "teacher")
-
-
-# --- what a run folder tells --------------------------------------------------------------------
-def curves(run: Path, cfg: Config) -> dict:
-    """The log as series, each of at most POINTS means of neighbouring entries. An older version's
-    may lack some."""
-    entries = read_log(run / "log.jsonl")
-    steps = [one for one in entries if "loss" in one]
-    validations = [one for one in entries if "held_out" in one]
-
-    # Clips a second, from one entry to the next; a stop and a start anew cost no seconds.
-    for before, one in zip(steps, steps[1:]):
-        seconds = one.get("seconds", 0) - before.get("seconds", 0)
-        if seconds > 0:
-            one["speed"] = cfg.batch_size * (one["step"] - before["step"]) / seconds
-    for one in steps:
-        if "waited" in one:
-            one["waited"] *= 1000
-
-    slots = chunks(len(steps), POINTS)
-    groups = [steps[slot] for slot in slots]
-    names = dict.fromkeys(name for one in steps for name, value in one.items()
-                          if type(value) in (int, float) and name not in ("step", "seconds"))
-    noise = [one.get("by_noise") or [] for one in steps]
-    held = dict.fromkeys(name for one in validations for name in one["held_out"])
-    found = {name: [one["held_out"].get(name) for one in validations] for name in held}
-    if any("held_out_base" in one for one in validations):
-        found["diffusion, stage one's clips"] = [one.get("held_out_base") for one in validations]
-    return {"border": cfg.base_steps,
-            "steps": [round(mean([one["step"] for one in group])) for group in groups],
-            "values": {name: [mean([one.get(name) for one in group]) for group in groups]
-                       for name in names},
-            "by_noise": [[mean([one[i] for one in noise[slot] if i < len(one)]) for slot in slots]
-                         for i in range(max(map(len, noise), default=0))],
-            "held_out": {"steps": [one["step"] for one in validations], "values": found}}
-
-
-def chunks(n: int, most: int) -> list[slice]:
-    """0 ... n - 1 in order, cut into at most so many slices of one length or nearly so."""
-    edges = np.linspace(0, n, min(n, most) + 1).round().astype(int).tolist()
-    return [slice(first, end) for first, end in zip(edges, edges[1:])]
-
-
-def mean(values) -> float | None:
-    """The mean of those that are there."""
-    there = [value for value in values if value is not None]
-    return float(f"{sum(there) / len(there):.5g}") if there else None
-
-
-def previews(folder: Path, most: int) -> list[dict]:
-    """At most SAMPLES of the previews stepNNNNNN.gif, evenly chosen, the last among them, in `most`
-    bytes together. What cannot be shown is left out."""
-    paths = sorted(path for path in folder.glob("step*.gif") if path.stem[4:].isdigit())
-    paths = [paths[slot.stop - 1] for slot in chunks(len(paths), SAMPLES)]
-    shown = [{"step": int(path.stem[4:]), "src": moving(path, most // len(paths))}
-             for path in paths]
-    return [one for one in shown if one["src"]]
 
 
 # --- what a model does --------------------------------------------------------------------------
@@ -174,7 +120,7 @@ def worlds_prompts(n: int) -> list[str]:
 # --- which phenomena share experts --------------------------------------------------------------
 @torch.no_grad()
 def semantic_logits(model: sample.RunModel, captions: list[str]) -> np.ndarray:
-    """What the semantic router says of captions, (n, E_s). It reads text alone, so the clip that the
+    """What the semantic router says of captions, (n, E_s). It reads text alone: the clip that the
     network takes beside it is empty."""
     cfg = model.cfg
     text, length = (words.to(model.device) for words in model.read(captions))
@@ -218,13 +164,10 @@ def run_data(run: Path, prompts: list[str], device: str, share: float) -> dict:
     told = {name: value for name, value in description(run).items() if name != "digest"}
     of_world = not (cfg.data_dir or cfg.latent)
     found = {"name": run.resolve().name, "folder": str(run), "physics_world": of_world,
-             "fps": sample.play_fps(cfg), "curves": curves(run, cfg), "settings": told,
-             "samples": previews(run / "samples", int(share * PREVIEWS))}
-    measured = evaluate.read_stored(run / "evaluation.json")
-    for part, row in (("laws", "simulator"), ("localisation", "where: location prior")):
-        rows = measured.get(part, {}).get("rows", {})
-        if row in rows:  # as this version writes them
-            found[part] = rows
+             "fps": sample.play_fps(cfg), "settings": told,
+             "curves": curves(read_log(run / "log.jsonl"), cfg),
+             "samples": previews(run / "samples", int(share * PREVIEWS)),
+             "previews": len(list(run.glob("samples/step*.gif"))), **scores(run, cfg)}
 
     prompts = prompts or (worlds_prompts(4) if of_world else [])
     try:
@@ -235,22 +178,48 @@ def run_data(run: Path, prompts: list[str], device: str, share: float) -> dict:
     if not prompts:
         found["why"] = "No films: this run learned from videos, so say --prompt."
         return found
+    sample.warn(model.tokenizer, cfg, prompts)
     found["films"] = films(model, prompts, share)
-    if getattr(model.net, "semantic", None) is not None and of_world:
+    found["step"] = model.info["step"]
+    # Of two experts every correlation is 1 or -1.
+    if getattr(model.net, "semantic", None) is not None and of_world and cfg.semantic_experts > 2:
         found["correlation"] = correlation(model)
+    return found
+
+
+def scores(run: Path, cfg: Config) -> dict:
+    """What evaluate.py left in the run folder: {"laws", "localisation"}, each its rows and of what
+    they are; or {"to_measure": the command}. What another version wrote counts as not measured."""
+    found = {}
+    stored = evaluate.read_stored(run / "evaluation.json")
+    for part, row in (("laws", "simulator"), ("localisation", "where: location prior")):
+        table = stored.get(part, {})
+        rows = table.get("rows")
+        if isinstance(rows, dict) and row in rows and all(
+                isinstance(one, dict) and all(value is None or number(value) is not None
+                                              for value in one.values()) for one in rows.values()):
+            how = table.get("settings", {})
+            clips = f"{how.get('clips')} clips"
+            if part == "laws":
+                clips = f"{how.get('n')} clips a law"
+            of = f"{how.get('checkpoint')} of step {how.get('step')}, {clips}"
+            found[part] = {"rows": rows, "of": of}
+    if "laws" not in found:
+        with contextlib.suppress(UserError):  # where no law can be measured
+            evaluate.check_run(run, cfg, diffusion.build(cfg), ("laws",), cfg.preview_steps)
+            found["to_measure"] = f"python evaluate.py --run {shlex.quote(str(run))}"
     return found
 
 
 def ablation_data(path: str) -> dict:
     """{config: {"equal steps" | "equal time": rows}} of an ablation's JSON. Raises UserError."""
     file = Path(path)
-    if not file.with_suffix(".json").is_file():
-        raise UserError(f"There is no {file.with_suffix('.json')}: --ablation takes the .json that "
-                        "ablate.py writes.")
+    if file.suffix != ".json" or not file.is_file():
+        raise UserError(f"There is no file {path}: --ablation takes the .json that ablate.py writes.")
     stored = read_table(file)
     if not all(isinstance(one, dict) and "lines" in one for one in stored.values()):
-        raise UserError(f"{file} has no rows to show: start the same ablate.py command again, which "
-                        "adds them without new runs.")
+        raise UserError(f"{file} has no rows to show: start the same ablate.py command again, "
+                        "which adds them without new runs.")
     return {name: one["lines"] for name, one in stored.items()}
 
 
@@ -260,6 +229,9 @@ def write_page(out: Path, runs: Sequence[Path], ablation: str = "", prompts: Seq
     Stopped where the page cannot be written."""
     shown = {"about": f"{date.today()}; made by report.py", "told": TOLD, "runs": []}
     shown["ablation"] = ablation_data(ablation) if ablation else None
+    for run in runs:  # before the films of the first one are made
+        config.load(Path(run) / "config.json")
+    check_writable(out)
     for run in runs:
         shown["runs"].append(run_data(Path(run), list(prompts), device, 1 / len(runs)))
     names = [run["name"] for run in shown["runs"]]
@@ -325,6 +297,8 @@ def figure_4(model: Recorder, asked, vlm_dir: str, out: Path) -> str:
                 rows[clip.caption] = [("clip", large), ("exact mask", exact[f])] + [
                     (f"{who}, AUC {auc:.2f}", figures.glow(clip.video, peak_one(heat), f))
                     for who, heat, auc in zip(("teacher", "base model"), both, aucs[-1])]
+    if not rows:
+        raise UserError(f"None of {asked.clips} clips shows one phenomenon alone: raise --clips.")
     figures.save(out / "teacher.png", figures.pictures([*rows.values()], [*rows]))
     teacher, base = np.transpose(aucs).tolist()
     mean, half = score.paired({0: teacher}, {0: base})
@@ -345,7 +319,8 @@ def figure_6(model: Recorder, out: Path) -> str:
     names = found["names"]
     values = np.array(found["values"])
     figures.save(out / "correlation.png", figures.matrix(names, values))
-    pairs = [(values[i, j], f"{names[i]} and {names[j]}") for i, j in zip(*np.triu_indices(len(names), 1))]
+    pairs = [(values[i, j], f"{names[i]} and {names[j]}")
+             for i, j in itertools.combinations(range(len(names)), 2)]
     (low, least), (high, most) = min(pairs), max(pairs)
     return f"Figure 6: most alike {most} ({high:.2f}), least {least} ({low:.2f})."
 
@@ -365,7 +340,8 @@ def figure_7(model: Recorder, asked, prompts: list[str], out: Path) -> str:
         along = [ClipRouting.of(one, i, t, cfg.grid) for t, one in said]
         rows += [strip(clip),
                  [("", figures.glow(clip, routing.lift[..., best], f)) for f in some_of(cfg.frames)],
-                 [(f"t = {one.t:.2f}", figures.glow(clip, one.lift[..., best], middle)) for one in along]]
+                 [(f"t = {one.t:.2f}", figures.glow(clip, one.lift[..., best], middle))
+                  for one in along]]
         captions += [prompts[i], f"P'_r of {names[best]} at t = {routing.t:.2f}",
                      f"the same map of frame {middle + 1}, from noise to clip"]
     figures.save(out / "router_maps.png", figures.pictures(rows, captions))
@@ -404,6 +380,7 @@ def figure_8(model: Recorder, asked, prompts: list[str], out: Path) -> str:
 def draw_figures(run: Path, flags: "Flags", device: str) -> None:
     """Draw what this run has to show, and say what came out. Raises UserError where it has no
     branch with both routers, and Stopped where a file cannot be written."""
+    library("matplotlib.figure", "Figures need")  # before the work
     model = open_model(run, device)
     if None in (getattr(model.net, name, None) for name in ("semantic", "refinement")):
         raise UserError(f"{run} has no branch with both routers, which figures 6 to 8 are about.")
@@ -444,6 +421,7 @@ class Flags:
 
     IDLE = (  # as in rules.py
         ("ablation", "without --figures"),
+        ("prompt device", "with --run"),
         ("vlm n", "with --figures"),
         ("colour_cues clips", "with --vlm"))
 
@@ -465,13 +443,10 @@ def main(argv: list[str]) -> None:
     """Raises UserError before work starts, and Stopped."""
     flags = config.parse_flags(Flags, argv, __doc__.partition("\n")[0])
     device = pick_device(flags.device)
-    for run in flags.run:  # before the first one's films are made
-        description(Path(run))
     if flags.figures:
         return draw_figures(Path(flags.run[0]), flags, device)
     folder = flags.run[0] if len(flags.run) == 1 else ""  # the page of several runs is of none
     out = Path(flags.out or Path(folder, "report.html"))
-    check_writable(out)
     write_page(out, [Path(run) for run in flags.run], flags.ablation, flags.prompt, device)
     print(f"wrote {out}")
 

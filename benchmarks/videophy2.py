@@ -109,6 +109,10 @@ def read_clips(sa_path, pc_path) -> list[Clip]:
         alone = [name for name in have if name not in lack]
         if alone:
             raise UserError(f"{path} has videopaths that {other} lacks: {some(alone)}.")
+    unlike = [name for name in sa if sa[name][0] and pc[name][0] and sa[name][0] != pc[name][0]]
+    if unlike:
+        raise UserError(f"{sa_path} and {pc_path} have other captions, and so are of other clips, of "
+                        f"these videopaths: {some(unlike)}.")
     return [Clip(name, caption or pc[name][0], value, pc[name][1])
             for name, (caption, value) in sa.items()]
 
@@ -196,10 +200,11 @@ def difference(pairs: list[list[tuple[Clip, Clip]]]) -> dict[str, str]:
     gains = [[mine.joint - theirs.joint for mine, theirs in some] for some in pairs]
     flat = sum(gains, [])
     low, high = bootstrap(gains)
+    interval = f"({100 * low:+.1f} to {100 * high:+.1f})" if low < high else "(no spread, no interval)"
     gained, lost = flat.count(1), flat.count(-1)
     return {"clips": str(len(flat)),
             "joint minus the other's, points":
-                f"{100 * statistics.fmean(flat):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})",
+                f"{100 * statistics.fmean(flat):+.1f} {interval}",
             "only this one passes": str(gained), "only the other": str(lost),
             "McNemar's p": f"{mcnemar(gained, lost):.3g}"}
 

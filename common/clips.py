@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from common.files import digest, handle_of, lock, read_json, take, whole_file, write_text
-from common.paths import check_writable, read_lines, read_text
+from common.paths import check_writable, no_trace, read_lines, read_text
 from common.pictures import save
 from config import Stopped, UserError, rank
 
@@ -52,6 +52,8 @@ def read_prompts(path: str, column: str) -> list[tuple[str, str]]:
         rows = csv.DictReader(io.StringIO(read_text("--prompts", path)), strict=True)
         try:
             names = rows.fieldnames or []
+            if len(set(names)) < len(names):
+                raise UserError(f"{flag} has two columns of one name: {', '.join(names)}.")
             if names and column not in names:
                 raise UserError(f"{flag} has no column {column!r}; there are {', '.join(names)}: "
                                 "--column says which one to sample from.")
@@ -114,20 +116,23 @@ def suite_name(caption: str, prompt: str) -> str:
 def only_writer(folder: Path) -> Iterator[None]:
     """A folder to fill, made if need be; no other process fills it meanwhile, but for those that
     torchrun started with this one. Raises UserError."""
+    new = [place for place in (folder, *folder.parents) if not place.exists()]
     check_writable(folder / "clips.csv")
     number, processes = rank()
     refusal = f"Another process fills {folder}: wait for it, or give another --out."
     own = folder / f".{number + 1}of{processes}.lock"
-    with contextlib.ExitStack() as locks:
-        # One process holds the folder alone; several hold it together, and each its own file.
+    with no_trace(new), contextlib.ExitStack() as locks:
+        # One process holds the folder alone; several hold it together, and each a file of its own.
         handle = locks.enter_context(handle_of(folder))
         if take(handle, shared=processes > 1) is False:
             raise UserError(refusal)
-        own.touch()
-        locks.callback(own.unlink, missing_ok=True)
-        locks.enter_context(lock(own, refusal))
-        for part in folder.glob("*.mp4.*.part") if processes == 1 else ():  # of one that was killed
-            part.unlink()
+        if processes == 1:
+            for part in folder.glob("*.mp4.*.part"):  # left by one that was killed
+                part.unlink()
+        else:
+            own.touch()
+            locks.callback(own.unlink, missing_ok=True)
+            locks.enter_context(lock(own, refusal))
         yield
 
 

@@ -1,5 +1,7 @@
-"""Paths that a command line names: a text file to read, a file to write."""
+"""Paths that a command line names: a text file to read, a file or a folder to write."""
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from config import UserError
@@ -37,3 +39,16 @@ def check_writable(out: Path) -> None:
         raise UserError(f"{out} cannot be written ({e.strerror}).") from None
     if out.is_dir():
         raise UserError(f"{out} cannot be written: it is a folder.")
+
+
+@contextlib.contextmanager
+def no_trace(new: list[Path]) -> Iterator[None]:
+    """Those of these folders that are empty still when the block is refused are removed again, one
+    after the other."""
+    try:
+        yield
+    except UserError:
+        with contextlib.suppress(OSError):  # one that is not empty
+            for folder in new:
+                folder.rmdir()
+        raise

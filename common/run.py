@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 import config
 from common.files import is_intact, lock, read_json, sealed, whole_file, write_text
+from common.paths import no_trace
 from config import Config, Stopped, UserError
 from experts import ProPhy
 from model import build_backbone
@@ -265,7 +266,7 @@ def find_checkpoint(folder: Path, name: str) -> Path:
     """The file that best | last | base | a file's own name stands for. Raises UserError where there
     is none."""
     steps = {int(path.stem[4:]): path for path in folder.glob("step*.pt")
-             if path.stem[4:].isdigit()}
+             if path.stem[4:].isdecimal()}
     if name == "last" or (name == "best" and not (folder / "best.pt").is_file()):
         if not steps:
             raise UserError(f"{folder} holds no checkpoint yet: train first, or wait for the first "
@@ -347,19 +348,6 @@ def stop_at_full_disk(run: Path) -> Iterator[None]:
             raise
         raise Stopped("The disk is full; free some space and go on with --resume "
                       f"({run} keeps its last checkpoint).") from None
-
-
-@contextlib.contextmanager
-def no_trace(new: list[Path]) -> Iterator[None]:
-    """Those of these folders that are empty still when the block is refused are removed again, one
-    after the other."""
-    try:
-        yield
-    except UserError:
-        with contextlib.suppress(OSError):  # one that is not empty
-            for folder in new:
-                folder.rmdir()
-        raise
 
 
 @contextlib.contextmanager

@@ -56,7 +56,8 @@ def make_run(folder, cfg=CFG, branch=True):
     errors = {law.__name__: .1 for law in laws.LAWS.values()}
     rows = {name: {"found": 1., "all": .1, "two": .2, **errors, "se": .01}
             for name in ("simulator", "frozen", "backbone alone", "with the branch")}
-    (run / "evaluation.json").write_text(json.dumps(sealed({"laws": {"rows": rows}})))
+    (run / "evaluation.json").write_text(json.dumps(sealed({"laws": {
+        "rows": rows, "settings": {"checkpoint": "best.pt", "step": 40, "n": 16}}})))
     return run
 
 
@@ -95,11 +96,11 @@ def pixels_of(film):
 
 # ---------------------------------------------------------------------------------------------------- its data
 def test_curves_are_means_of_the_log(tmp_path, monkeypatch):
-    monkeypatch.setattr(report, "POINTS", 2)
+    monkeypatch.setattr(common.page, "POINTS", 2)
     lines = [training_line(0, 4.), training_line(10, 2.), "half a li\n", training_line(20, 1.),
              log_line(20, held_out={"diffusion": .3}, held_out_base=.4), training_line(30, None)]
     (tmp_path / "log.jsonl").write_text("".join(lines))
-    found = report.curves(tmp_path, config.preset("debug", batch_size=6, base_steps=20))
+    found = report.curves(common.run.read_log(tmp_path / "log.jsonl"), config.preset("debug", batch_size=6, base_steps=20))
     assert found["steps"] == [5, 25] and found["border"] == 20
     assert found["values"]["loss"] == [3, 1]  # a loss that was not finite is left out
     assert found["values"]["speed"] == [3, 3]  # six clips a step, two seconds each
@@ -143,6 +144,37 @@ def test_previews_are_chosen_evenly_move_and_fit(tmp_path):
     (tmp_path / "step000020.gif").write_bytes((tmp_path / "step000020.gif").read_bytes()[:2000])
     (tmp_path / "step000017.gif").write_bytes(b"no picture")
     assert [one["step"] for one in report.previews(tmp_path, 10**6)] == [3, 7, 10, 13]
+
+
+def test_odd_entries_of_a_log_count_as_not_said():
+    lines = [{"step": "0", "loss": 1.}, {"step": 0, "loss": 1., "waited": None, "seconds": "x"}, {"step": 1, "held_out": None},
+             {"step": 2, "loss": "low", "by_noise": 3}, {"step": 3, "held_out": {"diffusion": "low"}, "held_out_base": None}]
+    found = common.page.curves(lines, CFG)
+    assert found["steps"] == [0, 2] and found["values"]["loss"] == [1, None] and found["by_noise"] == []
+    assert found["held_out"]["values"] == {"diffusion": [None], "diffusion, stage one's clips": [None]}
+
+
+def test_what_cannot_be_shown_of_a_run_is_said(tmp_path, capsys):
+    run = make_run(tmp_path / "run", config.preset("debug", semantic_experts=2, preview_steps=1))
+    (run / "samples" / "step000040.gif").mkdir()
+    (run / "samples" / "step\u00b2.gif").write_bytes(b"")
+    (run / "evaluation.json").unlink()
+    report.main(["--run", str(run), "--prompt", "a zebra"])
+    shown, = told(run / "report.html")["runs"]
+    assert [one["step"] for one in shown["samples"]] == [10, 20, 30] and shown["previews"] == 5
+    assert "correlation" not in shown  # of two experts, each is 1 or -1
+    assert "to_measure" not in shown  # laws need larger clips than these
+    assert "zebra" in capsys.readouterr().err
+
+
+def test_a_second_run_that_is_none_is_refused_before_the_first_ones_films(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "load_run", None)
+    bad = tmp_path / "bad"
+    bad.mkdir()
+    argv = ["--run", str(run), "--run", str(bad), "--out", str(tmp_path / "new" / "page.html")]
+    assert "is no run folder" in sentence(report.main, argv)
+    (bad / "config.json").write_text("{}")
+    assert "it names no preset" in sentence(report.main, argv) and not (tmp_path / "new").exists()
 
 
 def test_films_are_the_clips_of_sample_with_and_without_the_branch(run, pages):
@@ -196,10 +228,11 @@ def test_large_maps_are_thinned_to_their_share():
     assert grid == [2, 20, 30]
     shown = np.frombuffer(base64.b64decode(text[1]), np.uint8).reshape(maps[1].shape)
     assert np.abs(shown - maps[1].clip(0, 1) * 255).max() <= .5
-    text, grid = common.page.as_bytes(maps, 5000)
-    shown = np.frombuffer(base64.b64decode(text[1]), np.uint8).reshape(*grid, 5)
-    assert sum(len(base64.b64decode(one)) for one in text) <= 5000
-    assert np.abs(shown - maps[1][:, ::2, ::2].clip(0, 1) * 255).max() <= .5 or grid[1] < 10
+    text, grid = common.page.as_bytes(maps, 5000)  # squares of two by two tokens: peaks stay
+    shown = np.frombuffer(base64.b64decode(text[1]), np.uint8).reshape(2, 10, 15, 5)
+    assert grid == [2, 10, 15]
+    assert np.abs(shown - maps[1].clip(0, 1).reshape(2, 10, 2, 15, 2, 5).max((2, 4)) * 255).max() <= .5
+    assert common.page.as_bytes([one[:, :19, :29] for one in maps], 5000)[1] == grid
 
 
 def test_experts_that_two_phenomena_share_are_seen(run, monkeypatch):
@@ -294,11 +327,12 @@ def test_the_table_that_is_shipped_can_be_shown(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------- refusals
 @pytest.mark.parametrize("argv, words", [
-    ([], "Say --run DIR"), (["--run", "nowhere"], "nowhere"), (["--ablation", "nowhere.json"], "There is no nowhere.json"),
+    ([], "Say --run DIR"), (["--run", "nowhere"], "nowhere"), (["--ablation", "nowhere.json"], "There is no file nowhere.json"),
     (["--run", "RUN", "--out", "page.pdf"], "--out must end in .html"),
     (["--run", "RUN", "--prompt", " "], "no word"), (["--run", "RUN", "--figures", "--run", "RUN"], "one --run"),
     (["--run", "RUN", "--vlm", "vlm"], "--vlm"), (["--run", "RUN", "--n", "3"], "--n"),
-    (["--run", "RUN", *["--prompt", "a ball"] * 9], "8 times"), (["--run", "RUN", "--out", "RUN/config.json/x.html"], "cannot be made")])
+    (["--run", "RUN", *["--prompt", "a ball"] * 9], "8 times"), (["--ablation", "a.json", "--prompt", "a ball"], "--prompt"),
+    (["--ablation", "."], "There is no file"), (["--run", "nowhere"], "nowhere is no run folder"), (["--run", "RUN", "--out", "RUN/config.json/x.html"], "cannot be made")])
 def test_bad_commands(argv, words, run):
     assert words in sentence(report.main, [word.replace("RUN", str(run)) for word in argv])
 
@@ -349,7 +383,10 @@ const mean = id => {
   values.forEach((value, i) => { if (i % 4 < 3) sums[i % 4] += value; });
   return sums.map(sum => sum / (width * height));
 };
-setTimeout(() => {
+const drawn = () => document.querySelector("svg[role=img]") && [...document.images].every(image => image.complete);
+const waiting = setInterval(() => {  // pictures are drawn when they are read, and charts when they have a width
+  if (!drawn()) return;
+  clearInterval(waiting);
   const result = {};
   try { result.seen = (() => { ACTION })(); } catch (e) { odd.push("act: " + e.stack); }
   result.odd = odd;
@@ -358,7 +395,7 @@ setTimeout(() => {
   pre.id = "result";
   pre.textContent = JSON.stringify(result);
   document.body.append(pre);
-}, 1500);
+}, 500);
 </script>"""
 
 
@@ -368,7 +405,7 @@ def browse(page, act, width=1280):
     text = page.read_text().replace("<head>", "<head>" + WATCH, 1).replace("</body>", ACT.replace("ACTION", act) + "</body>", 1)
     copy.write_text(text)
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},900",
-               "--virtual-time-budget=6000", "--dump-dom", f"file://{copy}"]
+               "--virtual-time-budget=20000", "--dump-dom", f"file://{copy}"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120).stdout
     found = re.search(r'<pre id="result">(.*?)</pre>', shown, re.S)
     assert found, shown[-500:]
@@ -408,11 +445,40 @@ def test_sliders_switches_and_choices_work(pages):
     assert seen["prompts"] == 2
     maps = films[0]["maps"]
     assert max(seen["off"]) - min(seen["off"]) < .01  # grey
-    assert all(max(one) - min(one) > .1 for one in seen["on"]) and len(seen["on"]) == len(maps["names"])
+    assert len(seen["on"]) == len(maps["names"]), seen["on"]
     assert seen["times"] == [f"{t:.2f}" for t in maps["times"]]
     values = [np.frombuffer(base64.b64decode(text), np.uint8).reshape(-1, len(maps["names"])) for text in maps["bytes"]]
     np.testing.assert_allclose(seen["peaks"], [one.max(0) / 255 for one in values], atol=.006)
+    middle = min(range(3), key=lambda i: abs(maps["times"][i] - .5))  # at which it opens
+    last = values[middle].reshape(*maps["grid"], -1)[-1].max((0, 1))  # of the frame that is shown
+    assert [max(one) - min(one) > .01 for one in seen["on"]] == (last > 5).tolist() and last.max() > 5
     assert seen["alts"] == [f"Clips that first drew at step {step}" for step in (10, 20, 30)]
+
+
+@in_browser
+@pytest.mark.slow
+def test_a_run_without_a_branch_beside_one_and_scores_that_are_missing(run, tmp_path):
+    """What a fresh pair of eyes found: another run's switches that stay, null drawn as lawful, axes without figures."""
+    base = make_run(tmp_path / "base", branch=False)
+    stored = json.loads((base / "evaluation.json").read_text())
+    stored["laws"]["rows"]["with the branch"]["two"] = None
+    stored["laws"]["rows"]["frozen"]["all"] = 0
+    (base / "evaluation.json").write_text(json.dumps(sealed(stored)))
+    (base / "log.jsonl").write_text("".join(training_line(step, .97 - .01 * step) for step in range(0, 50, 10)))
+    report.main(["--run", str(run), "--run", str(base), "--out", str(tmp_path / "page.html")])
+    seen = browse(tmp_path / "page.html", """
+      const shown = () => one("phenomena").offsetHeight > 0 && one("film-time").offsetHeight > 0;
+      const first = shown();
+      set("film-run", 1, "change");
+      const titles = [...document.querySelectorAll("#laws svg title")].map(e => e.textContent);
+      return {first, second: shown(), weights: one("weights").offsetHeight, null: titles.filter(t => t.includes("none")),
+              two: titles.filter(t => t.startsWith("two phenomena, with the branch")).length,
+              bands: [...document.querySelectorAll("#laws rect")].filter(e => Number(e.getAttribute("width")) < 0).length,
+              axes: [...document.querySelectorAll("#curves svg[role=img]")].map(e => e.querySelectorAll("text[text-anchor=end]").length),
+              dashes: document.querySelectorAll("#curves .keys line[stroke-dasharray]").length};""")
+    assert seen["first"] and not seen["second"] and seen["weights"] == 0
+    assert seen["null"] == [] and seen["two"] == 1 and seen["bands"] == 0  # the other run's
+    assert min(seen["axes"]) >= 3 and seen["dashes"] > 0  # two figures or more, and the word "step"
 
 
 @in_browser
@@ -428,9 +494,12 @@ def test_two_runs_and_an_ablation_work(pages):
       set("ablation-kind", 1, "change");
       const none = document.querySelector("#ablation-chart p").textContent;
       set("film-run", 1, "change");
-      return {first, values, found, none, prompts: one("film-prompt").options.length,
+      const laws = [...document.querySelectorAll("#laws figcaption")].map(e => e.textContent);
+      return {first, values, found, none, laws, prompts: one("film-prompt").options.length,
               differ: document.querySelector("#settings table").textContent,
               images: document.querySelectorAll(".samples img").length};""")
+    assert seen["laws"] == ["first, best.pt of step 40, 16 clips a law: law errors",
+                            "second, best.pt of step 40, 16 clips a law: law errors"]
     assert "0.2 ± 0.05" in seen["first"] and "0.7 ± 0.1" in seen["values"] and "LoRA </script>" in seen["first"]
     assert "0.9" in seen["found"] and seen["none"] == "No row has this." and seen["prompts"] == 4
     assert "lr" in seen["differ"] and "0.25" in seen["differ"] and seen["images"] == 2
@@ -442,7 +511,7 @@ def test_two_runs_and_an_ablation_work(pages):
 @pytest.mark.parametrize("which", [0, 1])
 def test_it_fits_any_width_and_everything_has_a_name(pages, which, width):
     seen = browse(pages[which], """
-      const named = e => e.alt || e.ariaLabel || e.getAttribute("aria-label") || e.labels?.length || e.textContent.trim();
+      const named = e => e.ariaHidden === "true" || e.alt || e.ariaLabel || e.getAttribute("aria-label") || e.labels?.length || e.textContent.trim();
       const nameless = [...document.querySelectorAll("input, select, button, canvas, svg, main img")]
         .filter(e => !named(e)).map(e => e.outerHTML.slice(0, 80));
       const stuck = [...document.querySelectorAll("input, select, button, a")].filter(e => e.tabIndex < 0).length;

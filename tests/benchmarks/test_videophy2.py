@@ -109,6 +109,8 @@ def test_the_order_of_rows_changes_nothing(tmp_path, capsys):
     (lambda rows: rows[:2] + ["1,a, b,p01-0.mp4,4.0"], ["1 (2); are commas quoted?"]),
     (lambda rows: [rows[0].replace("score", "rating")] + rows[1:], ["0 columns 'score'"]),
     (lambda rows: [rows[0].replace("caption", "score")] + rows[1:], ["2 columns 'score'"]),
+    (lambda rows: [row.replace(",p0", ",another p0", 1) if i == 2 else row for i, row in enumerate(rows)],
+     ["have other captions", "1 (p01-0.mp4)"]),
     (lambda rows: rows[:2] + ["1,\"a,p01-0.mp4,4.0"], ["cannot be read as a csv file"]),
 ])
 def test_what_is_wrong_with_a_file_is_said(tmp_path, change, pieces):
@@ -199,6 +201,9 @@ def test_two_models_are_compared_prompt_by_prompt(tmp_path, capsys):
     hard = cells(out.split("Against")[1], "hard")
     assert hard["clips"] == "2" and hard["joint minus the other's, points"].startswith("+0.0 (-100.0 to +100.0)")
     assert "5 clips of 4 prompts" in out and "too narrow" in out
+
+    alike = cells(shown(capsys, "--videophy2", *files, "--other", *files).split("Against")[1], "all")
+    assert alike["joint minus the other's, points"] == "+0.0 (no spread, no interval)"
 
     del theirs["z/q.mp4"], theirs["z/p-1.mp4"]
     other = pair(tmp_path, theirs, theirs, "other_")

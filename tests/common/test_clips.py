@@ -53,6 +53,7 @@ def test_the_prompts_of_videophy2_come_along():
     (b"caption,longer\na ball,x\n ,y\n", "line 3, has nothing in column 'caption'"),
     (b"caption,longer\na, ball,x\n", "line 2, has more cells"),
     (b'caption\n"a ball\na cube\n', "is no csv after line 1"),
+    (b"caption,caption\na,b\n", "two columns of one name"),
     (b"caption\na \0ball\n", "zero byte"), (b"caption\na \xff ball\n", "as UTF-8 text"),
     (b"caption\n" + b"a" * 140_000, "is no csv after line 1")])
 def test_a_bad_table_is_one_sentence(tmp_path, content, said):
