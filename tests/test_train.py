@@ -446,10 +446,10 @@ def test_a_preview_that_fails_costs_a_warning_and_comes_after_the_save(whole, go
 def test_what_is_to_be_pasted_is_quoted_for_the_shell(tmp_path, capsys):
     state = train.State(settings(tmp_path, ""), 5)
     state.step, state.best = state.total, 1.0
-    train.conclude(state, None, Path("my runs/it's"), 'a "red" $ball `it` isn\'t')
+    train.conclude(state, None, Path("my runs/it's"), ['a "red" $ball `it` isn\'t'])
     command = capsys.readouterr().out.splitlines()[-1]
     assert shlex.split(command)[2:] == ["--run", "my runs/it's", "--prompt", 'a "red" $ball `it` isn\'t']
-    train.conclude(state, None, Path("run"), "word " * 25_000)
+    train.conclude(state, None, Path("run"), ["word " * 25_000])
     assert len(capsys.readouterr().out) < 600
 
 
