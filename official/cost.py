@@ -12,6 +12,7 @@ from model import build_backbone
 
 GIB = 2**30
 CARDS = (24, 80, 141)  # GB of memory that a GPU may have
+WORLDS = (1, 8, 64)  # GPUs
 
 
 def input_size(cfg: Config) -> tuple[int, int, int, int]:
@@ -74,28 +75,31 @@ def plan(cfg: Config) -> None:
         total = sum(p.numel() for p in model.parameters())
         branch = sum(p.numel() for p in model.branch_state().values()) if stage_two else 0
         linear, attention, kept, entry = block_cost(backbone, cfg)
+        one = sum(p.numel() for p in backbone.blocks[0].parameters())
     frozen = stage_two and cfg.freeze_backbone
     trained = branch if frozen else total
 
     # No gradient passes the blocks up to the first that a physical block stands beside, unless LoRA
     # sits in them or the backbone trains along.
     copies = len(cfg.physical_at) if stage_two else 0
-    first = cfg.physical_at[0] + 1 if frozen and copies and not cfg.lora_rank else 0
-    passed = cfg.depth - first
+    in_place = cfg.injection == "place"  # the neighbour of a physical block is not computed then
+    run = cfg.depth - copies * in_place
+    shut = frozen and copies and not cfg.lora_rank
+    passed = run - (cfg.physical_at[0] + (not in_place) if shut else 0)
 
     # A linear layer's backward pass costs one forward for its input and, if it trains, one for its
     # weight; that of attention costs 2.5, as its kernel makes the scores again.
     block = linear + attention
     in_backbone = (1 if frozen else 2) * linear + 2.5 * attention
     in_branch = 2 * linear + 2.5 * attention
-    step = (cfg.depth + copies) * block + (passed * in_backbone + copies * in_branch)
+    step = (run + copies) * block + (passed * in_backbone + copies * in_branch)
     again = (passed + copies) * block
 
     # Frozen weights are kept in bf16; trained ones in float32, with gradient, moments and average.
     weights = 2 * (total - trained) + 4 * trained
     states = 16 * trained
-    plain = (passed + copies) * kept * cfg.batch_size
-    lean = ((passed + copies) * entry + kept) * cfg.batch_size
+    plain = (passed + copies) * kept
+    lean = (passed + copies) * entry + kept
 
     print(f"{cfg.config}: {cfg.lineage}, {cfg.frames} frames of {cfg.height} x {cfg.width}, "
           f"{math.prod(cfg.grid):,} video + {cfg.text_len} text tokens\n"
@@ -105,9 +109,30 @@ def plan(cfg: Config) -> None:
           f"step {step / 1e12:,.4g}, with --checkpointing {(step + again) / 1e12:,.4g}; "
           f"{cfg.batch_size} a step\n"
           f"memory in GiB: weights {weights / GIB:,.1f}, "
-          f"gradients, optimizer and average {states / GIB:,.1f}, activations {plain / GIB:,.1f}, "
-          f"with --checkpointing {lean / GIB:,.1f} (batch {cfg.batch_size})")
+          f"gradients, optimizer and average {states / GIB:,.1f}, activations of a clip "
+          f"{plain / GIB:,.1f}, with --checkpointing {lean / GIB:,.1f}")
+
+    of_blocks = (cfg.depth + copies) * one
+    whole = 2 * (2 * one + total - of_blocks)
+    for gpus in WORLDS:
+        print(on_gpus(cfg, gpus, weights + states, whole, plain, lean))
+
+
+def on_gpus(cfg: Config, gpus: int, shared: float, whole: float, plain: float, lean: float) -> str:
+    """What each of so many GPUs needs, and which cards have it, in one line.
+
+    Bytes: shared, of which each has its part; whole, what it holds undivided while it uses it, of
+    two blocks, as the next one is on its way, and of all that stands outside of the blocks;
+    activations of a clip, plain and with --checkpointing.
+    """
+    clips = cfg.micro_batch or max(1, cfg.batch_size // gpus)
+    fixed = shared / gpus + (whole if gpus > 1 else 0)
+    needed = {"": fixed + clips * plain, " with --checkpointing": fixed + clips * lean}
+    said = []
     for card in CARDS:
-        room = 0.94 * card * 1e9 - weights - states  # workspace and fragmentation take the rest
-        fits = "fits with --checkpointing" if lean < room else "does not fit"
-        print(f"{card} GB: {'fits' if plain < room else fits}")
+        room = 0.94 * card * 1e9  # workspace and fragmentation take the rest
+        how = next((how for how, n in needed.items() if n < room), None)
+        said.append(f"{card} GB: {'does not fit' if how is None else 'fits' + how}")
+    sizes = " or ".join(f"{n / GIB:,.1f}{how}" for how, n in needed.items())
+    return (f"{gpus} GPU{'s' * (gpus > 1)}, {clips} clip{'s' * (clips > 1)} at once, GiB each: {sizes}; "
+            f"{', '.join(said)}")
