@@ -58,27 +58,42 @@ def coarse_loss(p_s: Tensor, q_s: Tensor, kind: str = "relative",
     return error.sum() if reduction == "sum" else error.mean()
 
 
-def fine_align_loss(p_r: Tensor, target: Tensor, mask: Tensor, reduction: str = "mean") -> Tensor:
+def fine_align_loss(p_r: Tensor, target: Tensor, mask: Tensor, reduction: str = "mean",
+                    total: Tensor | None = None) -> Tensor:
     """L_fine_align (Eq. 5): sum over M > 0 of M (P'_r - Q_r)^2; all three are (B, N, E_cat).
 
     p_r: refinement probabilities, lifted to the categories and not bounded. mask: 0 leaves an entry
     out, and its gradient is then exactly zero; values between 0 and 1 give it less weight. The mean
     (ours) is over the mask's total, so that the weight does not depend on the resolution. An empty
-    mask gives 0.
+    mask gives 0. total: of the mask of the whole batch, where these clips are a part of one: the
+    losses of the parts then add up to that of the batch.
     """
     error = torch.where(mask > 0, mask * (p_r.float() - target).square(), 0).sum()
-    return error if reduction == "sum" else error / mask.sum().clamp(min=1e-6)
+    total = mask.sum() if total is None else total
+    return error if reduction == "sum" else error / total.clamp(min=1e-6)
 
 
-def balance_loss(rho_r: Tensor, chosen: Tensor) -> Tensor:
+def choices(chosen: Tensor, E_r: int) -> Tensor:
+    """How often each of E_r experts was chosen, (E_r,) float32; chosen (..., k) are their indices."""
+    counts = torch.zeros(E_r, device=chosen.device)
+    # torch.bincount would make a GPU wait for the largest index.
+    return counts.scatter_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten(), dtype=torch.float))
+
+
+def balance_loss(rho_r: Tensor, chosen: Tensor, f: Tensor | None = None) -> Tensor:
     """L_fine_balance, the load-balancing loss of Switch Transformers: E_r sum_i f_i p_i.
 
     (Fedus et al. 2021, Eq. 4.) rho_r (B, N, E_r) are router probabilities, chosen (B, N, k) the
     indices of the experts taken. f_i is expert i's share of all choices, p_i its mean probability.
     Even use gives 1; everything through one expert gives E_r. Only p carries a gradient.
+
+    f (E_r,): shares to take in place of these clips' own. In training they are those of the step
+    before (ours): the loss is then a sum over clips, so that a batch can be computed in parts, on
+    any number of processes, and is the same.
     """
     E_r = rho_r.shape[-1]
-    f = torch.bincount(chosen.flatten(), minlength=E_r) / chosen.numel()
+    if f is None:
+        f = choices(chosen, E_r) / chosen.numel()
     return E_r * (f * rho_r.float().flatten(0, -2).mean(0)).sum()
 
 

@@ -41,13 +41,13 @@ from tqdm import tqdm
 
 import config
 import experts
-import train
 from common.run import resolve, use_threads
 from common.score import table_head, table_line
 from config import Config, Stopped, UserError
 from data import Batch
 from model import Condition, build_backbone
 from official import cost, reference
+from state import State
 
 
 VOCABULARY = 120
@@ -128,7 +128,7 @@ def random_batch(cfg: Config) -> Batch:
 def training_step(cfg: Config, stage: str) -> tuple[Callable, list[float]]:
     """-> a function that takes one training step of train.py, and the list to which each step adds
     the five times between which its four parts lie."""
-    state = train.State(cfg, VOCABULARY)
+    state = State(cfg, VOCABULARY)
     if stage == "physics":
         state.step = cfg.base_steps
         state.attach_branch()

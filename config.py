@@ -171,7 +171,8 @@ class Config:
     physics_steps: int = knob(1200, MAY_CHANGE, MAY_BE_ZERO)  # stage two: the branch beside it
     checkpointing: bool = False  # keep only each block's input and compute it again going backward
     freeze_backbone: bool = True  # stage two trains the branch only, as the paper does
-    batch_size: int = knob(16, 2**14)  # clips a step
+    batch_size: int = knob(16, 2**14)  # clips a step, of all processes
+    micro_batch: int = knob(0, MAY_CHANGE)  # clips a process takes at once; 0 = all of its share
     optimizer: str = knob("muon", choices=("muon", "adamw"))  # muon: block matrices, AdamW the rest
     lr: float = 4e-3  # peak, stage one
     physics_lr: float = 4e-3  # peak, stage two
@@ -452,8 +453,8 @@ def rank() -> tuple[int, int]:
 def only_one_process() -> None:
     """Raises UserError under torchrun, for what its processes would do several times over."""
     if rank()[1] > 1:
-        raise UserError("This is no work to share: start it with python, not with torchrun, which "
-                        "is for encode.py, teacher.py and sample.py --prompts FILE --out DIR.")
+        raise UserError("This is no work to share: start it with python, not with torchrun, which is "
+                        "for train.py, encode.py, teacher.py and sample.py --prompts FILE --out DIR.")
 
 
 def entry(main, *args, ranks: bool = False) -> None:
@@ -470,6 +471,8 @@ def entry(main, *args, ranks: bool = False) -> None:
         return main(*args)
     except (UserError, Stopped) as e:
         sentence, code = e, 2 if isinstance(e, UserError) else 1
+        if getattr(e, "said", False):  # by the first of several processes
+            sys.exit(code)
     except KeyboardInterrupt:  # outside the training loop, which saves first
         sentence, code = "Interrupted.", 130
     except BrokenPipeError:  # `python evaluate.py | head`

@@ -183,17 +183,34 @@ def dispatch(x: Tensor, gate: Tensor, chosen: Tensor, weight: Tensor, bias: Tens
     choices by expert makes every expert's tokens one contiguous segment, so the work is that of k
     experts a token, not of all E. Example with M = 3, k = 1, E = 2:
 
-        chosen [1, 0, 1] -> order [1, 0, 2], sizes [1, 2]: expert 0 gets token 1, expert 1 the rest
+        chosen [1, 0, 1] -> order [1, 0, 2], ends [1, 3]: expert 0 gets token 1, expert 1 the rest
     """
     M, k = chosen.shape
     order = chosen.flatten().argsort(stable=True)  # (M k,) choices, expert by expert
-    sizes = chosen.flatten().bincount(minlength=len(weight)).tolist()
-    segments = x[order // k].split(sizes)  # choice c belongs to token c // k
-    y = torch.cat([torch.addmm(b, segment, w) for segment, w, b in zip(segments, weight, bias)])
+    owner = chosen.flatten()[order]  # (M k,) the expert of each, rising
+    ends = torch.searchsorted(owner, torch.arange(len(weight), device=x.device), right=True)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+    segments = x[order // k].to(dtype)  # choice c belongs to token c // k
+    y = grouped_product(segments, weight.to(dtype), bias.to(dtype), ends, x.is_cuda)
     # Back to the order of tokens, by the inverse permutation. A gather adds gradients in a fixed
     # order, where index_add would not do so on a GPU, and two runs would differ.
     y = y[order.argsort()].view(M, k, -1)
     return (gate[..., None].type_as(y) * y).sum(1).type_as(x)
+
+
+def grouped_product(x: Tensor, weight: Tensor, bias: Tensor, ends: Tensor, gpu: bool) -> Tensor:
+    """x W_e + b_e: of expert 0 for the rows of x up to ends[0], of expert 1 up to ends[1], and so on.
+
+    On a GPU the ends stay a tensor, for which Python would have to wait. That kernel wants rows of
+    whole 16 bytes and knows no float64, and a CPU gains nothing by it.
+    """
+    sizes = ends.diff(prepend=ends.new_zeros(1))
+    if gpu:
+        biases = bias.repeat_interleave(sizes, dim=0, output_size=len(x))
+        return F.grouped_mm(x, weight, offs=ends.int()) + biases
+    segments = x.split(sizes.tolist())
+    return torch.cat([torch.addmm(b, rows, w) for rows, w, b in zip(segments, weight, bias)])
 
 
 # --- the branch -------------------------------------------------------------------------------
@@ -244,6 +261,11 @@ class ProPhy(nn.Module):
         lab publishes it."""
         return {name: p for name, p in self.named_parameters()
                 if not name.startswith("backbone.") or name.endswith((".down", ".up"))}  # LoRA's
+
+    def route(self, text: Tensor, text_length: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Which physics, from the words alone -> rho_s (B, E_s), its lift (B, E_cat)."""
+        y, text_length = self.backbone.encode_text(text, text_length)
+        return self.semantic.route(y, text_length)[1:]
 
     def forward(self, x: Tensor, t: Tensor, text: Tensor, text_length: Tensor | None = None,
                 edit=None) -> tuple[Tensor, Routing]:

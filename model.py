@@ -16,6 +16,7 @@ The block contract, which a new backbone has to keep (experts.py uses nothing el
     tokens = block(tokens, condition)                   attention, then feed-forward
     tokens, found = block(tokens, condition, middle)    between them: tokens, found = middle(tokens)
     prediction = backbone.head(tokens, condition)       shaped as x
+    text, text_length = backbone.encode_text(text, text_length)     as `condition` has them
 `condition` has n_text (text tokens in front of the video tokens, none for Wan), grid, text and
 text_length; the backbone has `blocks` and `text_dim`. common/optim.py tells matrices by `blocks.`.
 
@@ -88,8 +89,8 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v over (B, heads, S, d)."""
-    # On a CPU the fused kernel's backward is slow; of long sequences S x S scores would not fit.
-    if q.device.type == "cpu" and k.shape[-2] <= 1024:
+    # On a CPU short sequences are quicker without the fused kernel (docs/results.md has the times).
+    if q.device.type == "cpu" and k.shape[-2] <= (450 if q.dtype == torch.bfloat16 else 128):
         return attention_weights(q, k) @ v
     return F.scaled_dot_product_attention(q, k, v)
 

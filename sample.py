@@ -44,7 +44,8 @@ from common import clips
 from common.paths import check_writable
 from common.pictures import (MOST_PIXELS, ClipRouting, check_fps, comparison_cell, enlarge,
                              plain_cell, routing_cell, save, save_gif, sheet)
-from common.run import description, find_checkpoint, pick_device, pick_precision, read_checkpoint
+from common.checkpoints import build, find_checkpoint, read_checkpoint
+from common.run import description, pick_device, pick_precision
 from common.video import to_bytes
 from config import Config, UserError, flag
 from experts import ProPhy, invert
@@ -164,14 +165,10 @@ def load_run(run_dir, checkpoint: str = "best", device: str = "cpu"):
 
     # Whatever does not fit shows in one of many errors; all of them mean the same.
     try:
-        model = build_backbone(cfg, len(tokenizer))
-        if stored["stage"] == "physics":
-            model = ProPhy(model, cfg)
-        model.load_state_dict(stored["model"])
-        averages = model.load_state_dict(stored["ema"], strict=False)  # it holds what was trained
+        model = build(cfg, len(tokenizer), stored)
         present = description(run).get("categories_present", [])
         info = dict(step=stored["step"], stage=stored["stage"], categories_present=present)
-        if averages.unexpected_keys or not all(0 <= i < cfg.categories for i in present):
+        if not all(0 <= i < cfg.categories for i in present):
             raise ValueError
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError):
         raise UserError(f"{path} does not fit its run's config.json and tokenizer.json: they describe "

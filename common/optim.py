@@ -1,9 +1,12 @@
-"""What turns gradients into steps: Muon and AdamW, and the learning rate over a stage."""
+"""What turns gradients into steps: Muon and AdamW, the learning rate over a stage, averaged weights."""
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
+from common.parallel import settle, slice_like, whole
 from config import Config
 
 
@@ -14,7 +17,8 @@ class Muon(torch.optim.Optimizer):
     gets the size that AdamW's would have, so that one learning rate serves both. torch computes it
     in bf16 always, one matrix after the other. A CPU without bf16 instructions, as in most laptops,
     then spends three quarters of a training step there. Here matrices of one shape go together, in
-    a dtype that the machine is quick at.
+    a dtype that the machine is quick at. Of a divided model every process orthogonalises all of
+    them, because a slice is not enough: for a large one take AdamW.
     """
     MOMENTUM = 0.95
 
@@ -34,7 +38,7 @@ class Muon(torch.optim.Optimizer):
                     continue
                 momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
                 momentum.lerp_(p.grad, 1 - self.MOMENTUM)
-                update = p.grad.lerp(momentum, self.MOMENTUM)  # Nesterov's
+                update = whole(p.grad.lerp(momentum, self.MOMENTUM), everywhere=True)  # Nesterov's
                 shapes.setdefault(p.shape, []).append((p, update))
 
             # All matrices of one shape are orthogonalised together.
@@ -43,7 +47,7 @@ class Muon(torch.optim.Optimizer):
                 size = 0.2 * math.sqrt(max(shape))
                 for (p, _), update in zip(some, orthogonalised(stack.to(self.dtype))):
                     p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update.type_as(p), alpha=-group["lr"] * size)
+                    p.add_(slice_like(update.to(p.dtype), p), alpha=-group["lr"] * size)
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
@@ -95,3 +99,41 @@ def learning_rate(cfg: Config, stage: str, stage_step: int) -> float:
         peak, steps = cfg.physics_lr, cfg.physics_steps
     rise = min(1.0, (stage_step + 1) / max(cfg.warmup, 1))
     return peak * rise * (1.0 if cfg.schedule == "constant" else 1 - stage_step / steps)
+
+
+def restore(optimizer: torch.optim.Optimizer, stored: dict) -> None:
+    """Go on from the state_dict of an optimizer of the same parameters, whole or divided."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {i: {name: slice_like(value, parameters[i]) for name, value in of_one.items()}
+             for i, of_one in stored["state"].items()}
+    optimizer.load_state_dict({**stored, "state": state})
+
+
+# --- averages -------------------------------------------------------------------------------------
+@torch.no_grad()
+def update_averages(ema: dict[str, Tensor], trained: dict[str, Tensor], decay: float,
+                    taken: int) -> None:
+    """The averages take up the weights; taken: how many steps their stage had before."""
+    # Early in a stage the decay is smaller, so that the average forgets the initial weights.
+    decay = min(decay, (1 + taken) / (10 + taken))
+    for name, p in trained.items():
+        ema[name].lerp_(p, 1 - decay)
+
+
+@contextlib.contextmanager
+def averaged(model: nn.Module, trained: dict[str, Tensor],
+             ema: dict[str, Tensor]) -> Iterator[nn.Module]:
+    """The model with its averages in place of what is trained, in eval mode, as long as the `with`
+    block lasts."""
+    kept = {name: p.detach().clone() for name, p in trained.items()}
+    settle(model)
+    model.load_state_dict(ema, strict=False)  # it holds what is trained
+    model.eval()
+    try:
+        # Uncompiled: each new batch size would be compiled, for a few uses.
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield model
+    finally:
+        model.train()
+        settle(model)
+        model.load_state_dict(kept, strict=False)

@@ -1,8 +1,7 @@
-"""A run beside its method: device and precision, run folder, checkpoints, log, signals that end it.
+"""A run beside its method: device and precision, run folder, log, signals that end it.
 
 A run folder holds `config.json` (every field, what `auto` became and why, versions),
-`tokenizer.json`, `log.jsonl`, `checkpoints/` and `samples/`. A checkpoint is a plain dict, which
-train.py spells out.
+`tokenizer.json`, `log.jsonl`, `checkpoints/` (common/checkpoints.py) and `samples/`.
 """
 import contextlib
 import dataclasses
@@ -17,7 +16,6 @@ import signal
 import subprocess
 import sys
 import timeit
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +24,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import config
-from common.files import is_intact, lock, read_json, sealed, whole_file, write_text
+from common import parallel
+from common.files import is_intact, lock, read_json, sealed, write_text
 from common.paths import no_trace
 from config import Config, Stopped, UserError
 from experts import ProPhy
@@ -62,9 +61,10 @@ def pick_precision(name: str, device: str) -> str:
 
 
 def use_threads(cfg: Config) -> Config:
-    """Give torch the threads that the config asks for (0 = every core). The config that comes back
-    has their number."""
-    torch.set_num_threads(cfg.threads or os.cpu_count())
+    """Give torch the threads that the config asks for (0 = every core, of which the processes that
+    train together on this machine get equal shares). The config that comes back has their number."""
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(cfg.threads or max(1, os.cpu_count() // here))
     return dataclasses.replace(cfg, threads=torch.get_num_threads())
 
 
@@ -154,6 +154,28 @@ def only_run(cfg: Config) -> Iterator[Path]:
         yield open_run(cfg)
 
 
+def agent() -> str:
+    """Which torchrun started this process, or "" where none did. It is the same after a restart."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return ""
+    return f"{os.environ['TORCHELASTIC_RUN_ID']} {platform.node()} {os.getppid()}"
+
+
+def go_on_after_restart(cfg: Config) -> Config:
+    """After torchrun has started this process again, --resume where this torchrun's run has a
+    checkpoint; without one, what the run left is cleared away."""
+    config_file = cfg.run_dir / "config.json"
+    if cfg.resume or not parallel.restarted() or not config_file.is_file():
+        return cfg
+    if description(cfg.run_dir).get("started_by") != agent():
+        return cfg  # somebody else's run, which is refused
+    if list(cfg.run_dir.glob("checkpoints/step*.pt")):
+        return dataclasses.replace(cfg, resume=True)
+    for path in cfg.run_dir.glob("checkpoints/*.pt"):
+        path.unlink()
+    return cfg
+
+
 def check_data(cfg: Config, run: Path, keys: dict[str, str]) -> None:
     """Raises UserError, with what to do, unless the run was started with the clips of these keys.
 
@@ -202,7 +224,8 @@ def describe_run(run: Path, cfg: Config, why: dict[str, str], categories: list[i
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version_of("transformers"),
-        "world_size": 1,  # processes that train together
+        "world_size": config.rank()[1],  # processes that train together
+        "started_by": agent(),
         "categories_present": categories,
         "data": keys,
         "tokenizer": words,
@@ -239,105 +262,7 @@ def version_of(package: str) -> str:
         return ""
 
 
-# --- checkpoints ----------------------------------------------------------------------------------
-def save(contents: dict, path: Path) -> None:
-    """Write a checkpoint whole, or leave the one that is there. Raises Stopped when the disk will
-    not take it."""
-    try:
-        with whole_file(path) as part, open(part, "wb") as file:
-            torch.save(contents, file)
-    except (OSError, RuntimeError) as e:  # torch wraps some write errors in RuntimeError
-        raise Stopped(f"The checkpoint {path} could not be written ({e}); the previous one is "
-                      "intact.") from None
-
-
-def save_and_prune(contents: dict, folder: Path, step: int) -> None:
-    """Save the checkpoint of a step, and keep it and the one before.
-
-    Later ones are damaged ones that were passed over: they count for nothing.
-    """
-    path = folder / f"step{step:06d}.pt"
-    save(contents, path)
-    for old in sorted(p for p in folder.glob("step*.pt") if p <= path)[:-2]:
-        old.unlink()
-
-
-def find_checkpoint(folder: Path, name: str) -> Path:
-    """The file that best | last | base | a file's own name stands for. Raises UserError where there
-    is none."""
-    steps = {int(path.stem[4:]): path for path in folder.glob("step*.pt")
-             if path.stem[4:].isdecimal()}
-    if name == "last" or (name == "best" and not (folder / "best.pt").is_file()):
-        if not steps:
-            raise UserError(f"{folder} holds no checkpoint yet: train first, or wait for the first "
-                            "save.")
-        return steps[max(steps)]
-    path = folder / (name if name.endswith(".pt") else f"{name}.pt")
-    if not path.is_file():
-        there = ", ".join(sorted(p.name for p in folder.glob("*.pt"))) or "no checkpoint"
-        raise UserError(f"There is no {path}; its folder holds {there}.")
-    return path
-
-
-def read_checkpoint(path: Path, device="cpu") -> dict:
-    """What `save` wrote, without unpickling code. Raises errors of many types where the file is
-    damaged, FileNotFoundError where there is none.
-
-    A checkpoint is a zip archive, whose parts have checksums that torch.load does not look at.
-    """
-    with zipfile.ZipFile(path) as archive:
-        # Nor has a part the mark of a folder, for which torch would leave the memory as it is.
-        if archive.testzip() or any(part.external_attr for part in archive.infolist()):
-            raise zipfile.BadZipFile("its checksum is another")
-    return torch.load(path, map_location=device, weights_only=True)
-
-
-def load_newest(folder: Path, device: torch.device) -> dict:
-    """The newest checkpoint that reads; a damaged one is named and passed over. Raises UserError
-    when none does."""
-    for path in sorted(folder.glob("step*.pt"), reverse=True):
-        try:
-            return read_checkpoint(path, device)
-        except Exception as e:  # a truncated zip raises one of many types
-            print(f"{path} is damaged ({type(e).__name__}); trying the one before.",
-                  file=sys.stderr)
-    raise UserError(f"No checkpoint in {folder} can be read; start again without --resume in "
-                    "another --out_dir.")
-
-
-def same_architecture(source: str, theirs: Config, ours: Config, *marks: str) -> None:
-    """Raises UserError where the backbone of `source`, such as "--weights DIR", has another value
-    than this run in a field with one of the marks."""
-    def as_built(cfg: Config, name: str):
-        if name == "ffn":
-            return cfg.ffn or 4 * cfg.dim
-        if name == "time_dim" and cfg.lineage == "wan":
-            return None  # a Wan has no such layer
-        return getattr(cfg, name)
-
-    for mark in marks:
-        for name in config.marked(mark):
-            if as_built(theirs, name) != as_built(ours, name):
-                raise UserError(f"{source} has --{name} {getattr(theirs, name)}, this run "
-                                f"{getattr(ours, name)}.")
-
-
-def averaged_base(cfg: Config, device: torch.device) -> dict[str, Tensor]:
-    """--init_from: the averaged backbone of another run of the same shape. Raises UserError."""
-    other = Path(cfg.init_from)
-    theirs = config.load(other / "config.json")
-    description(other)  # which refuses a damaged one
-    same_architecture(f"--init_from {other}", theirs, cfg, config.NETWORK, config.INIT)
-    path = other / "checkpoints" / "base.pt"
-    try:
-        return read_checkpoint(path, device)["ema"]
-    except FileNotFoundError:
-        raise UserError(f"{other} has not finished its stage one: it has no checkpoints/base.pt."
-                        ) from None
-    except Exception as e:  # a damaged archive raises one of many types
-        raise UserError(f"{path} cannot be read ({type(e).__name__}).") from None
-
-
+# --- what may stop it ----------------------------------------------------------------------------
 @contextlib.contextmanager
 def stop_at_full_disk(run: Path) -> Iterator[None]:
     """An error for want of room on the disk becomes a sentence: raises Stopped."""
@@ -392,7 +317,8 @@ class Log:
 
     def __init__(self, path: Path, step: int):
         self.path = path
-        if path.exists():
+        self.writes = config.rank()[0] == 0  # one process of all
+        if self.writes and path.exists():
             lines = path.read_text(errors="replace").splitlines()
             entries = list(map(_entry, lines))
             # The last one a killed run may have left half-written.
@@ -402,6 +328,8 @@ class Log:
             write_text(path, "".join(line + "\n" for line in kept))
 
     def write(self, **values) -> None:
+        if not self.writes:
+            return
         # What is not finite becomes null, because JSON has no NaN.
         finite = json.loads(json.dumps(values), parse_constant=lambda name: None)
         with self.path.open("a") as f:

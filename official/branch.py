@@ -11,6 +11,7 @@ from torch import Tensor
 
 import config
 import data
+from common import parallel
 from common.files import is_intact, join_some, write_text
 from common.libraries import fingerprint
 from common.store import checksum, shapes_of, write_tensors
@@ -100,9 +101,10 @@ def attach_branch(backbone, cfg: Config, tensors: dict[str, Tensor]) -> ProPhy:
 def publish(state, run: Path, held_out: float, present: list[int]) -> None:
     """What a run beside frozen official weights gives to others: branch.safetensors, and README.md,
     its model card."""
-    theirs = state.model.backbone.cfg
-    write_branch(run, state.cfg, theirs, state.ema, state.fingerprint,
-                 step=state.step, held_out=held_out, categories_present=present)
+    averages = parallel.whole(state.ema)
+    about = dict(step=state.step, held_out=held_out, categories_present=present)
+    parallel.first(lambda: write_branch(run, state.cfg, state.model.backbone.cfg, averages,
+                                        state.fingerprint, **about))
 
 
 def write_branch(folder: Path, cfg: Config, theirs: Config, averages: dict[str, Tensor],

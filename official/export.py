@@ -17,7 +17,8 @@ import torch
 import config
 from common.files import whole_folder
 from common.libraries import fingerprint
-from common.run import description, read_checkpoint
+from common.checkpoints import read_checkpoint
+from common.run import description
 from config import Config, Stopped, UserError
 from experts import ProPhy, merge_lora
 from official.branch import write_branch

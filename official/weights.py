@@ -22,7 +22,7 @@ from torch import Tensor
 import config
 from common.files import join_some, read_json, whole_file, write_text
 from common.libraries import fingerprint, tensor_files
-from common.run import same_architecture
+from common.checkpoints import same_architecture
 from config import Config, Stopped, UserError
 from model import MODELS, Backbone
 from official.folder import check_index, network_folder, only_known

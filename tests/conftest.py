@@ -30,6 +30,20 @@ def pools(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def physics(pools):
+    """A state at the beginning of stage two, and a batch of four clips with captions and categories."""
+    import data
+    import runs
+    import state
+    cfg = runs.settings("", pools, caption_dropout=0.0)
+    pool = data.open_pool(cfg, progress=False)
+    tokenizer = data.Tokenizer.from_captions(pool.captions)
+    fresh = state.State(cfg, len(tokenizer))
+    fresh.attach_branch()
+    return fresh, data.Clips(cfg, pool, tokenizer).batch(range(4))
+
+
+@pytest.fixture(scope="module")
 def no_previews():
     """For a whole file: runs make no previews."""
     import runs

@@ -13,10 +13,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("physics", "official", "vlm", "benchmarks", "common")
-METHOD = ("align", "experts", "model", "diffusion", "train", "data", "sample", "config")  # in reading order
+METHOD = ("align", "experts", "model", "diffusion", "train", "state", "data", "sample", "config")  # in reading order
 LEVELS = (  # lowest first; a file imports from lower levels, or from its own but never in a circle
     ("config", "rules"), ("align", "experts", "model", "diffusion", "physics", "common"), ("world",), ("data",),
-    ("official", "vlm", "benchmarks"), ("sample",), ("train", "evaluate", "encode", "teacher", "report"), ("bench", "ablate"))
+    ("official", "vlm", "benchmarks"), ("sample", "state"), ("train", "evaluate", "encode", "teacher", "report"), ("bench", "ablate"))
 LEVEL = {name: level for level, names in enumerate(LEVELS) for name in names}
 KINDS = (tokenize.NAME, tokenize.OP, tokenize.NUMBER, tokenize.STRING)
 FSTRING = tuple(getattr(tokenize, name) for name in ("FSTRING_START",) if hasattr(tokenize, name))  # Python 3.12 on

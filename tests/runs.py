@@ -6,6 +6,7 @@ import torch
 
 import config
 import sample
+import state
 import train
 
 TEN = dict(base_steps=6, physics_steps=4, batch_size=4, world_clips=16, val_clips=4, log_every=1,
@@ -100,15 +101,15 @@ def same_run(run, other):
 def training_calls(patch, what):
     """Call what(n, state, batch, t, eps, losses) -> losses at the n-th training step;
     held-out batches pass by."""
-    plain, seen = train.losses_of, []
+    plain, seen = state.losses_of, []
 
-    def losses_of(state, batch, t, eps):
-        losses, per_clip = plain(state, batch, t, eps)
-        if state.model.training:
-            seen.append(state.step)
-            losses = what(len(seen) - 1, state, batch, t, eps, losses) or losses
-        return losses, per_clip
-    patch.setattr(train, "losses_of", losses_of)
+    def losses_of(now, batch, t, eps, whole):
+        losses, *more = plain(now, batch, t, eps, whole)
+        if now.model.training:
+            seen.append(now.step)
+            losses = what(len(seen) - 1, now, batch, t, eps, losses) or losses
+        return losses, *more
+    patch.setattr(state, "losses_of", losses_of)
 
 
 def clips_trained_on(patch):

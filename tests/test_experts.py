@@ -123,6 +123,27 @@ def test_dispatch_is_the_naive_loop_forward_and_backward(case, dtype, tolerance)
     assert all((gradients[2][e] == 0).all() and (gradients[3][e] == 0).all() for e in idle)
 
 
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("case", ["k = 1", "k = 2", "k = E_r", "an empty expert", "one takes all"])
+def test_the_kernel_of_a_gpu_is_the_loop(case, dtype, tolerance, monkeypatch):
+    """What a GPU takes in place of the loop runs here as well, and gives the same, gradients included."""
+    M, E, dim = 23, 4, 16
+    g = torch.Generator().manual_seed(1)
+    chosen = choices(case, M, E)
+    leaves = [torch.randn(shape, generator=g).to(dtype).requires_grad_()
+              for shape in ((M, dim), chosen.shape, (E, dim, dim), (E, dim))]
+    pull = torch.randn(M, dim, generator=g).to(dtype)
+    found = []
+    plain = experts.grouped_product
+    for gpu in (False, True):
+        monkeypatch.setattr(experts, "grouped_product", lambda *args: plain(*args[:-1], gpu))
+        y = experts.dispatch(leaves[0], leaves[1], chosen, *leaves[2:])
+        found.append([y, *torch.autograd.grad((y * pull).sum(), leaves)])
+    for loop, kernel in zip(*found):
+        assert loop.dtype == kernel.dtype == dtype
+        close(kernel.float() / loop.abs().max().float(), loop.float() / loop.abs().max().float(), tolerance)
+
+
 # --- Eq. 2
 @pytest.mark.parametrize("renormalise, k", list(itertools.product((True, False), (1, 2, 4))))
 def test_eq_2(renormalise, k):

@@ -27,10 +27,11 @@ import data
 import sample
 import train
 import world
-from common.optim import Muon, orthogonalised
+from common.optim import Muon, make_optimizers, orthogonalised
 from config import Stopped, UserError
 from helpers import ROOT
 from helpers import drifting, json_of, sentence
+from state import losses_in_parts
 from runs import (
     SIX, TEN, TERMS, again, backbone_of, checkpoint, clips_trained_on, differences, held_out, launch, lines,
     names, same_run, settings, steps, training_calls)
@@ -592,17 +593,6 @@ def test_learning_rate_by_hand():
     assert rate(dataclasses.replace(cfg, warmup=0), "base", 0) == 1.0
 
 
-@pytest.fixture(scope="module")
-def physics(pools):
-    """A state at the beginning of stage two, and a batch of four clips with captions and categories."""
-    cfg = settings("", pools, caption_dropout=0.0)
-    pool = data.open_pool(cfg, progress=False)
-    tokenizer = data.Tokenizer.from_captions(pool.captions)
-    state = train.State(cfg, len(tokenizer))
-    state.attach_branch()
-    return state, data.Clips(cfg, pool, tokenizer).batch(range(4))
-
-
 def test_muon_steps_as_torchs_own_does():
     """To the bit in bf16, in which torch always computes; in float32 as far as bf16 is exact."""
     torch.manual_seed(0)
@@ -638,7 +628,7 @@ def test_muon_makes_singular_values_equal():
 def test_muon_has_the_block_matrices_and_nothing_is_twice(physics):
     state = physics[0]
     for frozen, trained in ((True, state.trained), (False, dict(state.model.named_parameters()))):
-        muon, adamw = train.make_optimizers(trained, dataclasses.replace(state.cfg, weight_decay=0.3), 0.5)
+        muon, adamw = make_optimizers(trained, dataclasses.replace(state.cfg, weight_decay=0.3), 0.5)
         assert isinstance(muon, Muon) and isinstance(adamw, torch.optim.AdamW)
         name_of = {id(p): name for name, p in trained.items()}
         group = lambda g: {name_of[id(p)] for p in g["params"]}
@@ -657,7 +647,7 @@ def test_muon_has_the_block_matrices_and_nothing_is_twice(physics):
         assert frozen == (not any(name.startswith("backbone.") for name in trained))
         assert all(g["lr"] == 0.5 for o in (muon, adamw) for g in o.param_groups)
         assert adamw.param_groups[0]["betas"] == (0.9, 0.95)
-    rest = train.make_optimizers(state.trained, dataclasses.replace(state.cfg, optimizer="adamw"), 0.5)
+    rest = make_optimizers(state.trained, dataclasses.replace(state.cfg, optimizer="adamw"), 0.5)
     assert [type(o) for o in rest] == [torch.optim.AdamW]
     assert sum(len(g["params"]) for g in rest[0].param_groups) == len(state.trained)
 
@@ -691,7 +681,7 @@ def coarse(physics, batch, **fields):
     t, eps = state.process.draw(0, range(4), batch.video.shape[1:])
     kept, state.cfg = state.cfg, dataclasses.replace(state.cfg, **fields)
     try:
-        return train.losses_of(state, batch, t, eps)[0].get("coarse")
+        return next(losses_in_parts(state, batch, t, eps))[0].get("coarse")
     finally:
         state.cfg = kept
 

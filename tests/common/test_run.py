@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import common.checkpoints
 import common.run
 import config
 import data
@@ -184,26 +185,39 @@ def full(file, fsync=os.fsync):
     fsync(file)
 
 
-@pytest.mark.parametrize("victim, cadence",
-                         [("step000004.pt", dict(save_every=2)), ("best.pt", dict(eval_every=2))],
-                         ids=["newest", "best"])
 @pytest.mark.parametrize("owner, name, fails", [
     (torch, "save", full_after_some_bytes), (torch, "save", wrapped), (os, "fsync", full)],
     ids=["write", "torch", "fsync"])
-def test_a_full_disk_leaves_the_checkpoints_before(owner, name, fails, victim, cadence, whole, go,
-                                                   monkeypatch):
-    run = go(**cadence, stop_at=3)
+def test_a_full_disk_leaves_the_checkpoints_before(owner, name, fails, whole, go, monkeypatch, capsys):
+    """The run goes on without the saves that fail, and says so of each; the end of a stage must be saved."""
+    run = go(save_every=2, stop_at=3)
     before = contents(run / "checkpoints")
     assert "best.pt" in before
     with monkeypatch.context() as patch, pytest.raises(Stopped) as caught:
         patch.setattr(owner, name, fails)
         again(run)
-    name = re.escape(victim)
-    sentence = rf"The checkpoint \S*/{name} could not be written \(.*\); the previous one is intact\."
-    assert re.fullmatch(sentence, str(caught.value))
+    failed = r"The checkpoint \S*/{} could not be written \(.*\); the previous one is intact\."
+    warned = capsys.readouterr().err
+    for victim in ("step000004", "best"):
+        assert re.search(failed.format(rf"{victim}\.pt") + " The run goes on and tries again at its next save", warned)
+    assert re.fullmatch(failed.format(r"base\.pt"), str(caught.value))
     assert contents(run / "checkpoints") == before  # and no .tmp
     again(run)
     assert differences(checkpoint(run, "step000010.pt"), checkpoint(whole[0], "step000010.pt")) == []
+
+
+def test_a_disk_that_has_room_again_costs_nothing(whole, go, monkeypatch):
+    """One save fails, and so does one of the best weights; the run ends as if nothing had happened."""
+    real, failing = torch.save, {"step000002.pt", "best.pt"}
+
+    def save(contents, file):
+        name = Path(file.name).name.split(".pt")[0] + ".pt"
+        if name in failing:
+            failing.discard(name)
+            full_after_some_bytes(contents, file)
+        real(contents, file)
+    monkeypatch.setattr(torch, "save", save)
+    assert same_run(go(save_every=2), whole[0]) and failing == set()
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
@@ -266,7 +280,7 @@ def test_a_part_of_a_checkpoint_that_calls_itself_a_folder_is_noticed(go):
     entry = path.read_bytes().rindex(b"PK\x01\x02")
     flip(path, entry + 38, bit=4)  # MS-DOS's mark of a folder
     with pytest.raises(zipfile.BadZipFile):
-        common.run.read_checkpoint(path)
+        common.checkpoints.read_checkpoint(path)
 
 
 def test_a_flipped_bit_in_best_or_base_is_one_sentence(whole, tmp_path, pools):

@@ -31,6 +31,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+import common.checkpoints  # noqa: E402
 import common.run  # noqa: E402
 import config  # noqa: E402
 import data  # noqa: E402
@@ -63,7 +64,7 @@ def of_runs(folder: Path) -> dict:
     size = cfg.frames, cfg.height, cfg.width
 
     def newest_checkpoint():
-        stored = common.run.load_newest(checkpoints, torch.device("cpu"))
+        stored = common.checkpoints.load_newest(checkpoints, torch.device("cpu"))
         return stored if f"step{stored['step']:06d}.pt" == newest.name else None
 
     def clips():
@@ -85,7 +86,7 @@ def of_runs(folder: Path) -> dict:
     return {
         "checkpoint": (newest, newest_checkpoint),
         "best.pt": (checkpoints / "best.pt", lambda: state_of(sample.load_run(run))),
-        "base.pt": (checkpoints / "base.pt", lambda: common.run.averaged_base(cfg, torch.device("cpu"))),
+        "base.pt": (checkpoints / "base.pt", lambda: common.checkpoints.averaged_base(cfg, torch.device("cpu"))),
         "pool, pixels": (pool / "video.u8", clips),
         "pool, masks": (pool / "masks.u8", clips),
         "pool, meta.json": (pool / "meta.json", clips),
