@@ -20,6 +20,8 @@ import dataclasses
 import shlex
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -36,8 +38,8 @@ from common.optim import learning_rate
 from common.pool import telling_prompts
 from common.run import (
     Log, by_noise, check_data, check_memory, describe_run, description, go_on_after_restart,
-    only_decorates, only_run, parameters, pick_device, resolve, stop_at_full_disk, stop_requests,
-    use_threads)
+    only_decorates, only_run, parameters, pick_device, resolve, resources, stop_at_full_disk,
+    stop_requests, use_threads)
 from config import Config, Stopped, UserError
 from state import State, held_out_loss
 
@@ -51,10 +53,11 @@ def main(cfg: Config) -> None:
     if cfg.init_from:  # stage one is skipped, whatever its length
         cfg = dataclasses.replace(cfg, base_steps=0)
     cfg = use_threads(config.check(cfg))
+    # The first process decides, writes and refuses for all: what it finds, the others are told.
     with parallel.together(), contextlib.ExitStack() as held:
         parallel.first(parallel.check_share, cfg)
         cfg, why = parallel.first(lambda: resolve(go_on_after_restart(cfg)))
-        pick_device(cfg.device)
+        pick_device(cfg.device)  # a GPU each
         check_memory(cfg)
         run = parallel.first(held.enter_context, only_run(cfg))  # nothing was written before
         with stop_at_full_disk(run):
@@ -145,7 +148,8 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
         parallel.first(warn, some, cfg)
 
     # --- the loop
-    rank, world = config.rank()  # of the processes that share each step's clips
+    rank = config.rank()[0]  # of the processes that share each step's clips
+    batches = None  # of this stage
     begun = state.step  # where this process started
     bad = 0  # steps in a row that were not finite
     clock = time.perf_counter() - state.seconds  # when the run would have started without a pause
@@ -184,15 +188,16 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
             # Once in a run stage two begins: the branch is attached to the averaged backbone.
             if state.stage_over:
                 state.attach_branch()
+                batches = None
                 bar.write(parameters(state))
+            if batches is None:
+                batches = read_ahead(clips[state.stage], cfg, state.step, state.end)
 
             # --------------------------------- the training step ----------------------------------
-            share = cfg.batch_size // world  # clips of this process
-            start = state.step * cfg.batch_size + rank * share
-            positions = range(start, start + share)
             before = time.perf_counter()
-            batch = clips[state.stage].batch(positions).to(state.device)
+            positions, batch = next(batches)
             waited = time.perf_counter() - before
+            batch = batch.to(state.device)
             # Noise belongs to the position too, so that it never depends on the size of a batch.
             t, eps = state.process.draw(cfg.seed, positions, batch.x.shape[1:], state.device)
             lr = learning_rate(cfg, state.stage, state.step - state.start)
@@ -214,12 +219,34 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
                 bins = by_noise(parallel.gather(per_clip), parallel.gather(t))
                 log.write(step=state.step, stage=state.stage, seconds=state.seconds, **values,
                           grad_norm=grad_norm.item(), lr=lr, by_noise=bins, waited=waited,
-                          skipped=not finite)
+                          skipped=not finite, **resources(state))
                 rate = (bar.format_dict["rate"] or 0) * cfg.batch_size
                 bar.set_postfix_str(f"{state.stage} loss {values['loss']:.3f}, {rate:.0f} clips/s")
             state.step += 1
             bar.update()
     conclude(state, last, run, list(prompts))
+
+
+# --- what the loop takes its clips from -----------------------------------------------------------
+def read_ahead(clips: data.Clips, cfg: Config, step: int, end: int) -> Iterator:
+    """-> (positions in the training order, the batch) of this process, for each step up to `end`. A
+    thread reads the next one while a step computes."""
+    rank, world = config.rank()
+    share = cfg.batch_size // world
+
+    def read(step: int) -> tuple[range, data.Batch]:
+        start = step * cfg.batch_size + rank * share
+        positions = range(start, start + share)
+        return positions, clips.batch(positions)
+
+    # One step ahead is enough: a disk that keeps up has a whole step's time for it.
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(read, step)
+        for following in range(step + 1, end):
+            positions, batch = coming.result()
+            coming = reader.submit(read, following)
+            yield positions, batch
+        yield coming.result()
 
 
 # --- what the loop does once in a while -----------------------------------------------------------
@@ -246,13 +273,13 @@ def validate(state: State, clips: dict[str, data.Clips], run: Path, log: Log) ->
 def keep(state: State, path: Path, must: bool) -> bool:
     """Save a checkpoint. Where the disk will not take it, the run goes on, says so, and False comes
     back; raises Stopped where it `must` be saved."""
-    contents = state.state_dict()
+    contents = state.state_dict()  # of all processes: each has a part of it
     try:
         parallel.first(save, contents, path)
     except Stopped as e:
         if must:
             raise
-        if not getattr(e, "said", False):
+        if not getattr(e, "said", False):  # by the first process
             print(f"{e} The run goes on and tries again at its next save.", file=sys.stderr)
         return False
     return True

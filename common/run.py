@@ -151,7 +151,10 @@ def only_run(cfg: Config) -> Iterator[Path]:
     refusal = f"Another process trains in {run}: wait until it ends, or give another --out_dir."
     # What is new is another process's too, until the lock is had.
     with lock(run / "checkpoints", refusal), no_trace(new):
-        yield open_run(cfg)
+        run = open_run(cfg)
+        for part in run.glob("checkpoints/*.part"):  # left by one that was killed
+            part.unlink()
+        yield run
 
 
 def agent() -> str:
@@ -352,6 +355,17 @@ def by_noise(per_clip: Tensor, t: Tensor) -> list[float | None]:
     return [round(losses.mean().item(), 4) if len(losses) else None for losses in found]
 
 
+def resources(state) -> dict:
+    """What a step of a state.State used, for the log: the share of choices that went to each
+    refinement expert, since a starved one is invisible in the losses; a GPU's memory."""
+    found = {}
+    if state.used is not None:
+        found["experts"] = [round(share, 4) for share in state.used.tolist()]
+    if state.device.type == "cuda":
+        found["memory"] = torch.cuda.max_memory_allocated() / 1e9  # GB, the most so far
+    return found
+
+
 def _entry(line: str) -> dict:
     """What a line of the log says; {} where it is damaged."""
     try:
@@ -387,7 +401,7 @@ def million(parameters) -> str:
 
 
 def parameters(state) -> str:
-    """How many parameters the stage of a train.State has, and trains."""
+    """How many parameters the stage of a state.State has, and trains."""
     if state.stage == "base":
         return f"stage one: backbone of {million(state.model.parameters())} parameters"
     backbone = million(state.model.backbone.parameters())

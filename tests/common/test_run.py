@@ -135,10 +135,19 @@ def test_a_run_that_died_before_its_first_checkpoint_may_be_started_again(whole,
     assert lines(go()) == lines(whole[0])
 
 
+def test_what_a_killed_save_left_is_cleared_away(go):
+    run = go(stop_at=3)
+    left = run / "checkpoints" / "step000006.pt.123.part"
+    left.write_bytes(b"half a checkpoint")
+    assert names(again(run)) == ["base.pt", "best.pt", "step000006.pt", "step000010.pt"] and not left.exists()
+
+
 def test_log_says_what_design_promises(whole):
     for line in steps(whole[0]):
         terms = {"diffusion"} if line["stage"] == "base" else TERMS
-        assert line.keys() == {"step", "stage", "loss", "grad_norm", "lr", "by_noise", "skipped"} | terms
+        always = {"step", "stage", "loss", "grad_norm", "lr", "by_noise", "skipped"}
+        assert line.keys() - {"experts"} == always | terms and ("experts" in line) == ("balance" in line)
+        assert sum(line.get("experts", [1])) == pytest.approx(1, abs=1e-3)
         assert not line["skipped"]
         weights = dict(diffusion=1, coarse=0.1, semantic_balance=0, fine_align=0.02, balance=0.01)
         assert line["loss"] == pytest.approx(sum(weights[term] * line[term] for term in terms), abs=2e-6)
