@@ -3,7 +3,7 @@ only such ratios mean much.
 
     python bench.py                 tables 1 to 4, eager and compiled (ten minutes on two CPU cores)
     python bench.py --compile off   eager only
-    python bench.py --blocks        table 5 alone; needs a CUDA GPU, where it takes a few minutes
+    python bench.py --full          table 5 alone; needs a CUDA GPU, where it takes a few minutes
 
 1. The training step of a preset, base and with the branch: ms, clips a second, share of each part.
 2. Sorted expert dispatch against dense experts (every expert on every token), forward and backward.
@@ -11,12 +11,12 @@ only such ratios mean much.
    depth, tokens, text, optimizer and precision.
 4. Forward and backward of both official architectures against diffusers' modules: same shapes, same
    weights.
-5. One full-size block of the official models at its native token count against diffusers' block, as
-   a share of what the chip reaches in a matrix product. With --device cpu the same code runs on a
-   few tokens and prints ratios only.
+5. Whole training steps of the official models at their native token counts, with all weights
+   trained against diffusers, and with the branch: seconds, share of the chip's peak, memory. With
+   --device cpu the same code runs on a few tokens and prints ratios only.
 
 Tables 3 to 5 need diffusers (requirements-extra.txt); without it 3 and 4 are left out with a
-sentence. Before 4 and 5 are timed, both sides must give the same output.
+sentence. Before 4 is timed, both sides must give the same output and the same gradients.
 
 Letters: B clips, C channels, F H W grid, N tokens, L text tokens, D width, E experts, M = B N.
 """
@@ -31,7 +31,6 @@ from datetime import date
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -43,9 +42,9 @@ import config
 import experts
 from common.run import resolve, use_threads
 from common.score import table_head, table_line
-from config import Config, Stopped, UserError
+from config import Config, UserError
 from data import Batch
-from model import Condition, build_backbone
+from model import build_backbone
 from official import cost, reference
 from state import State
 
@@ -58,7 +57,7 @@ NEEDS_DIFFUSERS = ("The comparison with diffusers needs it installed: "
 @dataclass(frozen=True)
 class Flags:
     """What bench.py is asked for, beside the fields of a config."""
-    blocks: bool = False  # table 5 alone: one full-size block of each official model
+    full: bool = False  # table 5 alone: training steps of full-size models, which need a GPU
 
 
 # --- what all tables use --------------------------------------------------------------------------
@@ -112,9 +111,13 @@ def random_batch(cfg: Config) -> Batch:
     """A batch of the right shapes: speed does not depend on what is in it."""
     B = cfg.batch_size
     maps = B, math.prod(cfg.grid), cfg.categories  # (B, N, E_cat)
+    text = torch.randint(2, VOCABULARY, (B, cfg.text_len))
+    if cfg.text_dim:
+        text = torch.randn(B, cfg.text_len, cfg.text_dim)
     batch = Batch(
-        video=torch.rand(B, 3, cfg.frames, cfg.height, cfg.width) * 2 - 1,
-        text=torch.randint(2, VOCABULARY, (B, cfg.text_len)),
+        video=None if cfg.latent else torch.rand(B, *cost.input_size(cfg)) * 2 - 1,
+        latent=torch.randn(B, *cost.input_size(cfg)) if cfg.latent else None,
+        text=text,
         text_length=torch.randint(1, cfg.text_len + 1, (B,)),
         caption=[""] * B,
         categories=(torch.rand(B, cfg.categories) < 0.2).float(),
@@ -167,6 +170,25 @@ def step_table(cfg: Config, rounds: int) -> None:
              *(f"{share:.0%}" for share in shares)])
 
 
+# --- 1b. how cost grows with the clip -------------------------------------------------------------
+CLIPS = ((12, 32, 32), (12, 64, 64), (24, 64, 64), (24, 96, 96))  # frames, height, width
+
+
+def growth_table(cfg: Config, rounds: int) -> None:
+    """Print what a token of the base's training step costs in clips of several sizes, because
+    attention compares all pairs of them."""
+    sizes = {}
+    for frames, height, width in CLIPS:
+        at = replace(cfg, frames=frames, height=height, width=width, batch_size=4)
+        sizes[math.prod(at.grid)] = training_step(at, "base")[0]
+    seconds = in_turns({f"{tokens} tokens": step for tokens, step in sizes.items()}, rounds)
+    each = {name: taken / 4 / tokens for tokens, (name, taken) in zip(sizes, seconds.items())}
+    least = min(each.values())
+    print("\nA token of a clip, base's training step, four clips: "
+          + ", ".join(f"{name} {one / least:.2f}" for name, one in each.items())
+          + f" (1 = {least * 1e6:.0f} microseconds).")
+
+
 # --- 2. expert dispatch ---------------------------------------------------------------------------
 def dense(x: Tensor, gate: Tensor, chosen: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """What experts.dispatch computes, with every expert on every token."""
@@ -176,41 +198,30 @@ def dense(x: Tensor, gate: Tensor, chosen: Tensor, weight: Tensor, bias: Tensor)
 
 
 def dispatch_table(cfg: Config, rounds: int) -> None:
-    """Print sorted against dense experts."""
-    E = cfg.refinement_experts
+    """Print sorted against dense experts, for few and for many of them."""
     D = cfg.dim
     M = cfg.batch_size * math.prod(cfg.grid)
-    x, weight, bias = (torch.randn(shape, device=cfg.device, requires_grad=True)
-                       for shape in ((M, D), (E, D, D), (E, D)))
-    gate, chosen = torch.rand(M, E, device=cfg.device).softmax(-1).topk(cfg.top_k)
+    for E in (8, 32):
+        x, weight, bias = (torch.randn(shape, device=cfg.device, requires_grad=True)
+                           for shape in ((M, D), (E, D, D), (E, D)))
+        gate, chosen = torch.rand(M, E, device=cfg.device).softmax(-1).topk(cfg.top_k)
 
-    def run(function) -> None:
-        with autocast(cfg):
-            y = function(x, gate, chosen, weight, bias)
-        y.float().square().mean().backward()
+        def run(function) -> None:
+            with autocast(cfg):
+                y = function(x, gate, chosen, weight, bias)
+            y.float().square().mean().backward()
 
-    functions = {"dense": dense, "sorted": experts.dispatch}
-    seconds = in_turns({name: partial(run, f) for name, f in functions.items()}, rounds)
-    print(f"\nExperts, {M} tokens, top {cfg.top_k} of {E}, forward and backward: sorted dispatch "
-          f"takes {seconds['sorted'] / seconds['dense']:.2f} of dense.")
+        functions = {"dense": dense, "sorted": experts.dispatch}
+        seconds = in_turns({name: partial(run, f) for name, f in functions.items()}, rounds)
+        print(f"\nExperts, {M} tokens, top {cfg.top_k} of {E}, forward and backward: sorted dispatch "
+              f"takes {seconds['sorted'] / seconds['dense']:.2f} of dense.")
 
 
 # --- 3. the training step against diffusers -------------------------------------------------------
-def product_share(function: Callable) -> float:
-    """The share of a call's CPU time that goes into matrix products, as torch's profiler has it
-    (eager code only)."""
-    products = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::mkldnn_linear",
-                "scaled_dot_product")
-    with torch.profiler.profile() as profile:
-        function()
-    times = {event.key: event.self_cpu_time_total for event in profile.key_averages()}
-    inside = sum(t for name, t in times.items() if any(part in name for part in products))
-    return inside / sum(times.values())
-
-
 def plain_step(cfg: Config, model: nn.Module, call: Callable, target: Tensor) -> Callable:
     """-> a function that takes one step of AdamW on the squared error of what `call` returns."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    fused = torch.device(cfg.device).type == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
 
     def run() -> None:
         with autocast(cfg):
@@ -239,53 +250,19 @@ def reference_table(cfg: Config, rounds: int) -> None:
     print("\nTraining step of the base against diffusers' CogVideoXTransformer3DModel, "
           f"{cfg.precision}, compile {cfg.compile}: {faster(seconds)} times as fast "
           f"({ms(seconds['ours'])} against {ms(seconds['diffusers'])} ms).")
-    if cfg.compile == "off" and cfg.device == "cpu":
-        share = {name: product_share(step) for name, step in steps.items()}
-        print("Of it in matrix products and fused attention, in which both do the same work: ours "
-              f"{share['ours']:.0%}, diffusers {share['diffusers']:.0%}.")
 
 
-# --- 4 and 5. official architectures against diffusers --------------------------------------------
-class Side(NamedTuple):
-    """Ours or diffusers', of a pair with the same weights and inputs."""
-    blocks: list[nn.Module]  # what --compile compiles
-    call: Callable  # the forward pass
-    leaves: list[Tensor]  # what the backward pass finds gradients of
-
-    def run(self) -> None:
-        """Forward and backward."""
-        outputs = self.call()
-        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
-        for one in self.leaves:
-            one.grad = None
-
-
-@torch.no_grad()
-def difference(ours: Callable, theirs: Callable) -> float:
-    """Largest difference of what two calls return, as a share of the largest number.
-
-    Raises Stopped when it is more than rounding: times of two different things mean nothing.
-    """
-    a, b = ours(), theirs()
-    if isinstance(b, tuple):  # diffusers' CogVideoX block returns (video, text)
-        b = torch.cat(b[::-1], dim=1)
-    share = ((a - b).abs().max() / b.abs().max()).item()
-    if not share < (1e-4 if a.dtype == torch.float32 else 5e-2):
-        raise Stopped(f"Ours and diffusers' outputs differ by {share:.1e} of the largest number; "
-                      "nothing was timed.")
-    return share
-
-
-def compared(sides: dict[str, Side], modes: list[str],
+# --- 4. official architectures against diffusers --------------------------------------------
+def compared(sides: dict[str, reference.Side], modes: list[str],
              rounds: int) -> Iterator[tuple[str, dict[str, float], str]]:
     """Time forward and backward of ours and diffusers', which must agree.
 
     modes: of compile, "off" before "on". -> for each of them (mode, {side: seconds}, how much the
-    outputs differ).
+    outputs and gradients differ).
     """
     ours, theirs = sides.values()
-    apart = f"{difference(ours.call, theirs.call):.0e}"
+    outputs = reference.difference(ours.call, theirs.call)
+    apart = f"{max(outputs, reference.gradients_apart(ours, theirs)):.0e}"
     for mode in modes:
         if mode == "on":
             compile_all(ours.blocks + theirs.blocks)
@@ -296,13 +273,6 @@ def resized(name: str, **fields) -> Config:
     """An official preset at another size, as if it had been trained on it."""
     cfg = replace(config.preset(name), **fields)
     return replace(cfg, fit_height=cfg.grid[1], fit_width=cfg.grid[2])
-
-
-def official_inputs(cfg: Config, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """x (B, C, F, H, W), t (B,), text (B, L, D_text) of the config's size."""
-    x = torch.randn(cfg.batch_size, *cost.input_size(cfg), device=cfg.device, dtype=dtype)
-    text = torch.randn(cfg.batch_size, cfg.text_len, cfg.text_dim, device=cfg.device, dtype=dtype)
-    return x, torch.full((cfg.batch_size,), 500, device=cfg.device), text
 
 
 # --- 4. whole models, narrow ----------------------------------------------------------------------
@@ -322,17 +292,6 @@ def official_sizes(device: str) -> dict[str, Config]:
             for lineage, (preset, width) in lineages.items() for size, fields in sizes.items()}
 
 
-def whole_models(cfg: Config, dtype: torch.dtype) -> dict[str, Side]:
-    """-> {side: model}."""
-    ours, theirs, call_theirs = reference.official_pair(cfg, dtype)
-    inputs = official_inputs(cfg, dtype)
-    their_blocks = reference.blocks_of(theirs)
-    return {
-        "ours": Side([*ours.blocks], partial(ours, *inputs), [*ours.parameters()]),
-        "diffusers": Side([*their_blocks], partial(call_theirs, *inputs), [*theirs.parameters()]),
-    }
-
-
 def official_table(sizes: dict[str, Config], modes: list[str], rounds: int) -> None:
     """Print forward + backward of whole models, ours and diffusers', in both precisions."""
     # With TF32 diffusers' patch convolution would be less exact than our linear layer.
@@ -344,46 +303,30 @@ def official_table(sizes: dict[str, Config], modes: list[str], rounds: int) -> N
     for name, cfg in sizes.items():
         tokens = f"{cfg.batch_size} x {math.prod(cfg.grid)}"
         for dtype in (torch.float32, torch.bfloat16):
-            for mode, seconds, apart in compared(whole_models(cfg, dtype), modes, rounds):
+            for mode, seconds, apart in compared(reference.whole_models(cfg, dtype), modes, rounds):
                 say([name, tokens, str(dtype)[6:], mode, *map(ms, seconds.values()),
                      faster(seconds), apart])
 
 
-# --- 5. full-size blocks --------------------------------------------------------------------------
+# --- 5. full-size training steps ------------------------------------------------------------------
+PEAKS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOPs a second, by their makers
+MODES = {  # what stage two trains
+    "all weights": dict(freeze_backbone=False, physical_blocks=""),
+    "frozen + branch": dict(freeze_backbone=True),
+}
+FEW_LAYERS = 8  # of a pair, so that two models with their moments fit; every layer costs the same
+
+
 def full_sizes(device: str) -> dict[str, Config]:
-    """{preset: config with one block}: native token counts on a GPU, a few tokens on a CPU."""
-    few = dict(frames=5, height=64, width=96, text_len=16) if device == "cpu" else {}
-    return {name: resized(name, **few, depth=1, batch_size=1, device=device)
-            for name in ("cogvideox-2b", "cogvideox-5b", "wan-1.3b")}
-
-
-def first_block(model: Side) -> Side:
-    """The first block of a model, called with what the model gives to it. These inputs have
-    gradients too, as in the middle of a network."""
-    block = model.blocks[0]
-    leaves = [*block.parameters()]
-    seen = []  # the block, its arguments, and its keyword arguments
-    hook = block.register_forward_pre_hook(lambda *given: seen.extend(given), with_kwargs=True)
-    with torch.no_grad():
-        model.call()
-    hook.remove()
-
-    def own(value):
-        if isinstance(value, Condition):  # of ours
-            return replace(value, time=own(value.time), context=own(value.context))
-        if not isinstance(value, Tensor):  # such as rotary tables in a tuple
-            return value
-        leaves.append(value.clone().requires_grad_())
-        return leaves[-1]
-
-    _, args, kwargs = seen
-    inputs = {name: own(value) for name, value in kwargs.items()}
-    return Side([block], partial(block, *map(own, args), **inputs), leaves)
-
-
-def one_block(cfg: Config, dtype: torch.dtype) -> dict[str, Side]:
-    """-> {side: its first block}."""
-    return {name: first_block(model) for name, model in whole_models(cfg, dtype).items()}
+    """{preset: config}: as they are on a GPU, narrow and with a few tokens on a CPU."""
+    narrow = dict(frames=5, height=64, width=96, text_len=16, text_dim=24, time_dim=32, freq_dim=32,
+                  ffn=256, depth=4, physical_blocks="1,3")
+    found = {}
+    for name, heads in (("cogvideox-5b", 64), ("wan-1.3b", 128)):
+        few = narrow | dict(dim=2 * heads, heads=2) if device == "cpu" else {}
+        found[name] = resized(name, **few, batch_size=1, physics_steps=1, device=device,
+                              precision="bf16" if device == "cuda" else "fp32", coarse_weight=0.0)
+    return found
 
 
 def matmul_peak(device: str) -> float:
@@ -393,65 +336,87 @@ def matmul_peak(device: str) -> float:
     return 2 * n**3 / min(timeit.repeat(lambda: a @ b, timer=clock, number=1, repeat=30))
 
 
-def added_memory(run: Callable) -> float:
-    """GiB of the GPU that a call needs beyond what lay there before: what autograd keeps, and
-    gradients."""
-    gc.collect()  # models of earlier rows, which compiled code and hooks tie into circles
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    run()
-    return (torch.cuda.max_memory_allocated() - before) / cost.GIB
+def their_step(cfg: Config) -> Callable:
+    """One training step of diffusers' model of this size, as people run it: autocast, its own
+    checkpointing where the config has it, AdamW on all weights."""
+    theirs, call = reference.their_model(cfg)
+    if cfg.checkpointing:
+        theirs.enable_gradient_checkpointing()
+    if cfg.compile == "on":
+        compile_all(reference.blocks_of(theirs))
+    theirs.train()
+    x, t, text = reference.official_inputs(cfg, torch.float32)
+    return plain_step(cfg, theirs, lambda: call(x, t, text), x)
 
 
-def pair(ours_and_theirs: Iterable[float], form: str) -> str:
-    """Ours / diffusers', for a table."""
-    return " / ".join(format(value, form) for value in ours_and_theirs)
+def kernel_of(step: Callable) -> str:
+    """The attention kernel that a step ran, as torch's profiler names it; "" on a CPU."""
+    if not torch.cuda.is_available():
+        return ""
+    with torch.profiler.profile() as profile:
+        step()
+    names = [event.key for event in profile.key_averages()]
+    words = ("cudnn", "flash", "fmha", "efficient")
+    return next((name[:40] for name in names if any(word in name.lower() for word in words)), "unfused")
 
 
-def block_table(sizes: dict[str, Config], modes: list[str], rounds: int, device: str) -> None:
-    """Print one block of each model, forward and backward, bf16, batch 1, ours and diffusers'."""
-    on_gpu = device == "cuda"  # on a CPU a few tokens try the code: only ratios say anything
-    peak = matmul_peak(device)
-    where = "a few tokens on a CPU"
-    columns = []
-    if on_gpu:
-        where = f"{torch.cuda.get_device_name()}, {peak / 1e12:.0f} TFLOP/s in a large matmul"
-        columns = ["ms", "TFLOP/s", "GiB added"]
+def full_table(sizes: dict[str, Config], modes: list[str], rounds: int) -> None:
+    """Print whole training steps: pairs of a few layers, ours and diffusers', then ours alone."""
+    device = next(iter(sizes.values())).device
+    on_gpu = device == "cuda"
+    where = torch.cuda.get_device_name() if on_gpu else "a few tokens on a CPU: ratios only"
+    peak = next((flops for name, flops in PEAKS.items() if name in where), matmul_peak(device))
     command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
-    print(f"\n`python {command}`: {where}, {date.today()}, torch {torch.__version__}. One block, "
-          "batch 1, bf16, forward + backward; pairs are ours / diffusers'.\n")
-    print(table_head(["block of", "video + text tokens", "compile", "diffusers' time / ours",
-                      "share of a large matmul", *columns, "outputs differ by"]))
-
+    print(f"\n`python {command}`: {where}, {date.today()}, torch {torch.__version__}. Training steps "
+          f"of one clip; share of {peak / 1e12:.0f} TFLOP/s.\n")
+    print(table_head(["model", "trained", "layers", "checkpointing", "compile", "diffusers' time / ours",
+                      "s a clip", "tokens a second", "share of peak", "GiB at most", "attention"]))
     for name, cfg in sizes.items():
-        tokens = f"{math.prod(cfg.grid):,} + {cfg.text_len}"
-        flops = cost.block_flops(cfg)
-        sides = one_block(cfg, torch.bfloat16)
-        for mode, seconds, apart in compared(sides, modes, rounds):
-            taken = np.array([*seconds.values()])  # (2,), as speed is
-            speed = flops / taken  # FLOPs a second
-            cells = [pair(speed / peak, ".0%")]
-            if on_gpu:
-                added = [added_memory(side.run) for side in sides.values()]
-                cells += [pair(taken * 1e3, ".2f"), pair(speed / 1e12, ".0f"), pair(added, ".2f")]
-            say([name, tokens, mode, faster(seconds), *cells, apart])
+        for kind, fields in MODES.items():
+            for compiled in modes:
+                rival = kind == "all weights"  # which is all that theirs can train here
+                layers = min(cfg.depth, FEW_LAYERS) if rival else cfg.depth
+                at = replace(cfg, **fields, depth=layers, compile=compiled)
+                full_row(name, kind, at, rival, rounds, peak if on_gpu else None)
+
+
+def full_row(name: str, kind: str, cfg: Config, rival: bool, rounds: int, peak: float | None) -> None:
+    """Print one line of it. peak: FLOPs a second; None leaves out what means nothing on a CPU."""
+    with torch.device(cfg.device):  # random weights of billions are slow to draw on a CPU
+        steps = {"ours": training_step(cfg, "physics")[0]}
+        if rival:
+            steps["diffusers"] = their_step(cfg)
+    if peak:
+        torch.cuda.reset_peak_memory_stats()
+        steps["ours"]()
+        memory = torch.cuda.max_memory_allocated() / cost.GIB
+    seconds = in_turns(steps, rounds)
+    cells = ["", "", "", "", ""]
+    if peak:
+        taken = seconds["ours"]
+        tokens = math.prod(cfg.grid) + cfg.text_len * (cfg.lineage == "cogvideox")
+        cells = [f"{taken:.2f}", f"{tokens / taken:,.0f}", f"{cost.count(cfg).useful / taken / peak:.0%}",
+                 f"{memory:.1f}", kernel_of(steps["ours"])]
+    say([name, kind, str(cfg.depth), "on" if cfg.checkpointing else "off", cfg.compile,
+         faster(seconds) if rival else "", *cells])
+    del steps  # its models must go before the next ones come
+    gc.collect()
 
 
 # --- the command ----------------------------------------------------------------------------------
-def main(cfg: Config, blocks: bool = False, rounds: int = 30) -> None:
+def main(cfg: Config, full: bool = False, rounds: int = 30) -> None:
     """Print the tables. Raises UserError where they cannot be made, and Stopped where outputs
     differ."""
-    if blocks and cfg.device != "cpu" and not torch.cuda.is_available():
-        raise UserError("--blocks times full-size blocks and needs a CUDA GPU; --device cpu tries "
-                        "it on a few tokens.")
+    if full and cfg.device != "cpu" and not torch.cuda.is_available():
+        raise UserError("--full times full-size models and needs a CUDA GPU; --device cpu tries it "
+                        "on a few tokens.")
     cfg, why = resolve(use_threads(cfg))
     modes = ["off"] if cfg.compile == "off" else ["off", "on"]
     installed = find_spec("diffusers") is not None
-    if blocks:
+    if full:
         if not installed:
             raise UserError(NEEDS_DIFFUSERS)
-        rounds = rounds if cfg.device == "cuda" else 3
-        return block_table(full_sizes(cfg.device), modes, rounds, cfg.device)
+        return full_table(full_sizes(cfg.device), modes, min(rounds, 5))
 
     print(f"torch {torch.__version__}, {cfg.device}, {cfg.threads} threads")
     for sentence in why.values():
@@ -459,6 +424,8 @@ def main(cfg: Config, blocks: bool = False, rounds: int = 30) -> None:
     dispatch_table(cfg, rounds)
     for mode in modes:
         step_table(replace(cfg, compile=mode), rounds)
+        if mode == "off":  # code for each size would be compiled
+            growth_table(replace(cfg, compile=mode), rounds // 5)
         for precision in ("fp32", "bf16") if installed else ():
             reference_table(replace(cfg, compile=mode, precision=precision), rounds)
     if installed:
@@ -471,7 +438,7 @@ def from_command_line(argv: list[str]) -> None:
     """`main` with the flags of a command line."""
     flags, cfg = config.parse_with(
         Flags, argv, "Time the training step, the experts and the blocks against references.")
-    main(cfg, blocks=flags.blocks)
+    main(cfg, full=flags.full)
 
 
 if __name__ == "__main__":

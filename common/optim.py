@@ -81,7 +81,8 @@ def make_optimizers(trained: dict[str, nn.Parameter], cfg: Config,
 
     decay = cfg.weight_decay
     groups = [dict(params=decayed, weight_decay=decay), dict(params=plain, weight_decay=0.0)]
-    adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
+    fused = torch.device(cfg.device).type == "cuda"  # one kernel for all parameters
+    adamw = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=fused)
     if not muon:
         return [adamw]
     dtype = torch.bfloat16 if cfg.precision == "bf16" else torch.float32

@@ -1,5 +1,6 @@
 """What a run would cost: parameters, FLOPs and memory of a step, counted on the meta device."""
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -48,26 +49,32 @@ def block_cost(backbone: nn.Module, cfg: Config) -> tuple[float, float, int, int
     with counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
         backbone.blocks[0](tokens, condition)
     flops = counter.get_flop_counts()["Global"]
-    attention = sum(n for operation, n in flops.items() if "attention" in str(operation))
+    # On the meta device it may be counted as the two products that it is made of.
+    names = ("attention", "bmm")
+    attention = sum(n for operation, n in flops.items() if any(name in str(operation) for name in names))
     return sum(flops.values()) - attention, attention, sum(kept.values()), tokens.nbytes
 
 
-def block_flops(cfg: Config) -> float:
-    """FLOPs of a block's matrix products on one clip, forward and backward.
+@dataclass
+class Cost:
+    """What a step of the last stage of a run costs, counted from shapes."""
+    backbone: int  # parameters
+    branch: int
+    trained: int
+    forward: float  # FLOPs of a clip through the backbone alone
+    step: float  # of a clip, forward and backward
+    useful: float  # the same as it is usually counted: without what attention's kernel makes again
+    again: float  # more with --checkpointing
+    weights: float  # bytes; of a trained one 4, of a frozen one 2
+    states: float  # bytes of gradients, moments and averages
+    plain: float  # bytes of activations of a clip
+    lean: float  # with --checkpointing
+    whole: float  # bytes that a GPU of several holds undivided while it uses them
 
-    Backward costs two products for each one of the forward. What a fused attention kernel computes
-    again is not counted, as it is not in the usual figures.
-    """
-    with torch.device("meta"):
-        linear, attention, *_ = block_cost(build_backbone(cfg), cfg)
-    return 3 * (linear + attention)
 
-
-def plan(cfg: Config) -> None:
-    """--dry_run: parameters, tokens, FLOPs and memory of a step, from shapes alone.
-
-    Embeddings, head, routers and experts (a percent or two) are left out of FLOPs and activations.
-    """
+def count(cfg: Config) -> Cost:
+    """On the meta device. Embeddings, head, routers and experts (a percent or two) are left out of
+    FLOPs and activations."""
     stage_two = cfg.physics_steps > 0
     with torch.device("meta"):
         backbone = build_backbone(cfg, vocabulary=120)
@@ -93,41 +100,46 @@ def plan(cfg: Config) -> None:
     in_backbone = (1 if frozen else 2) * linear + 2.5 * attention
     in_branch = 2 * linear + 2.5 * attention
     step = (run + copies) * block + (passed * in_backbone + copies * in_branch)
-    again = (passed + copies) * block
+    scores_again = 0.5 * attention * (passed + copies)
 
     # Frozen weights are kept in bf16; trained ones in float32, with gradient, moments and average.
-    weights = 2 * (total - trained) + 4 * trained
-    states = 16 * trained
-    plain = (passed + copies) * kept
-    lean = (passed + copies) * entry + kept
+    # Undivided are two blocks, as the next one is on its way, and all that stands outside of them.
+    return Cost(
+        backbone=total - branch,
+        branch=branch,
+        trained=trained,
+        forward=cfg.depth * block,
+        step=step,
+        useful=step - scores_again,
+        again=(passed + copies) * block,
+        weights=2 * (total - trained) + 4 * trained,
+        states=16 * trained,
+        plain=(passed + copies) * kept,
+        lean=(passed + copies) * entry + kept,
+        whole=2 * (2 * one + total - (cfg.depth + copies) * one))
 
+
+def plan(cfg: Config) -> None:
+    """--dry_run: print parameters, tokens, FLOPs and memory of a step."""
+    c = count(cfg)
     print(f"{cfg.config}: {cfg.lineage}, {cfg.frames} frames of {cfg.height} x {cfg.width}, "
           f"{math.prod(cfg.grid):,} video + {cfg.text_len} text tokens\n"
-          f"parameters: backbone {(total - branch) / 1e6:,.2f} M, branch {branch / 1e6:,.2f} M, "
-          f"trained {trained / 1e6:,.2f} M\n"
-          f"TFLOPs a clip: backbone forward {cfg.depth * block / 1e12:,.4g}, "
-          f"step {step / 1e12:,.4g}, with --checkpointing {(step + again) / 1e12:,.4g}; "
-          f"{cfg.batch_size} a step\n"
-          f"memory in GiB: weights {weights / GIB:,.1f}, "
-          f"gradients, optimizer and average {states / GIB:,.1f}, activations of a clip "
-          f"{plain / GIB:,.1f}, with --checkpointing {lean / GIB:,.1f}")
-
-    of_blocks = (cfg.depth + copies) * one
-    whole = 2 * (2 * one + total - of_blocks)
+          f"parameters: backbone {c.backbone / 1e6:,.2f} M, branch {c.branch / 1e6:,.2f} M, "
+          f"trained {c.trained / 1e6:,.2f} M\n"
+          f"TFLOPs a clip: backbone forward {c.forward / 1e12:,.4g}, step {c.step / 1e12:,.4g}, "
+          f"with --checkpointing {(c.step + c.again) / 1e12:,.4g}; {cfg.batch_size} a step\n"
+          f"memory in GiB: weights {c.weights / GIB:,.1f}, "
+          f"gradients, optimizer and average {c.states / GIB:,.1f}, activations of a clip "
+          f"{c.plain / GIB:,.1f}, with --checkpointing {c.lean / GIB:,.1f}")
     for gpus in WORLDS:
-        print(on_gpus(cfg, gpus, weights + states, whole, plain, lean))
+        print(on_gpus(cfg, gpus, c))
 
 
-def on_gpus(cfg: Config, gpus: int, shared: float, whole: float, plain: float, lean: float) -> str:
-    """What each of so many GPUs needs, and which cards have it, in one line.
-
-    Bytes: shared, of which each has its part; whole, what it holds undivided while it uses it, of
-    two blocks, as the next one is on its way, and of all that stands outside of the blocks;
-    activations of a clip, plain and with --checkpointing.
-    """
+def on_gpus(cfg: Config, gpus: int, c: Cost) -> str:
+    """What each of so many GPUs needs, and which cards have it, in one line."""
     clips = cfg.micro_batch or max(1, cfg.batch_size // gpus)
-    fixed = shared / gpus + (whole if gpus > 1 else 0)
-    needed = {"": fixed + clips * plain, " with --checkpointing": fixed + clips * lean}
+    fixed = (c.weights + c.states) / gpus + (c.whole if gpus > 1 else 0)
+    needed = {"": fixed + clips * c.plain, " with --checkpointing": fixed + clips * c.lean}
     said = []
     for card in CARDS:
         room = 0.94 * card * 1e9  # workspace and fragmentation take the rest
