@@ -170,6 +170,7 @@ class Config:
     base_steps: int = knob(1000, MAY_CHANGE, MAY_BE_ZERO)  # stage one: the backbone alone
     physics_steps: int = knob(1200, MAY_CHANGE, MAY_BE_ZERO)  # stage two: the branch beside it
     checkpointing: bool = False  # keep only each block's input and compute it again going backward
+    keep_attention: bool = knob(False, MAY_CHANGE)  # checkpointing, but attention is not computed again
     freeze_backbone: bool = True  # stage two trains the branch only, as the paper does
     batch_size: int = knob(16, 2**14)  # clips a step, of all processes
     micro_batch: int = knob(0, MAY_CHANGE)  # clips a process takes at once; 0 = all of its share

@@ -24,6 +24,7 @@ IDLE = (
     ("snr_shift", "with --process vpred"),
     ("predict time_mean time_std shift", "with --process flow"),
     ("base_steps lr physics base_data_dir", "without --init_from"),  # which skips stage one
+    ("keep_attention", "with --checkpointing"),
     ("lora_alpha lora_targets", "with --lora_rank"),
     ("train_physical injection semantic_experts semantic_temperature semantic_balance_weight "
      "refinement_experts top_k map_rank coarse_weight coarse_loss fine_weight balance_weight teacher",

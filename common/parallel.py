@@ -27,7 +27,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import (
+    CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts)
 
 import align
 import config
@@ -210,9 +211,10 @@ def distribute(model: nn.Module, cfg: Config, divide: bool) -> None:
     backbone = getattr(model, "backbone", model)  # stage one has a bare one
     blocks = [*backbone.blocks, *getattr(model, "physical", ())]
     if cfg.checkpointing:  # keep a block's input, and compute the rest again in the backward pass
+        how = {"context_fn": attention_kept} if cfg.keep_attention else {}
         for block in blocks:
             forward = types.MethodType(type(block).forward, block)
-            block.forward = functools.partial(checkpoint, forward, use_reentrant=False)
+            block.forward = functools.partial(checkpoint, forward, use_reentrant=False, **how)
     if cfg.compile == "on":
         words = backbone.text_encoder.blocks if backbone.text_encoder else []
         for block in [*words, *blocks]:
@@ -232,6 +234,15 @@ def distribute(model: nn.Module, cfg: Config, divide: bool) -> None:
         fully_shard(module, mesh=mesh, mp_policy=policy)
     if hasattr(model, "route"):  # only `forward` gathers weights by itself
         register_fsdp_forward_method(model, "route")
+
+
+def attention_kept() -> tuple:
+    """For checkpointing: what fused attention returns is kept, as it is half of a block's work and little
+    of its memory, and so is the choice of experts, which must not be another one the second time."""
+    def policy(context, operation, *args, **kwargs) -> CheckpointPolicy:
+        kept = any(name in str(operation) for name in ("scaled_dot_product", "topk"))
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return create_selective_checkpoint_contexts(policy)
 
 
 def settle(model: nn.Module) -> None:

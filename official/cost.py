@@ -102,6 +102,10 @@ def count(cfg: Config) -> Cost:
     step = (run + copies) * block + (passed * in_backbone + copies * in_branch)
     scores_again = 0.5 * attention * (passed + copies)
 
+    # --keep_attention keeps an output as large as the input, and does not compute it again.
+    attention_again = 0 if cfg.keep_attention else attention
+    inputs = 2 * entry if cfg.keep_attention else entry
+
     # Frozen weights are kept in bf16; trained ones in float32, with gradient, moments and average.
     # Undivided are two blocks, as the next one is on its way, and all that stands outside of them.
     return Cost(
@@ -111,11 +115,11 @@ def count(cfg: Config) -> Cost:
         forward=cfg.depth * block,
         step=step,
         useful=step - scores_again,
-        again=(passed + copies) * block,
+        again=(passed + copies) * (linear + attention_again),
         weights=2 * (total - trained) + 4 * trained,
         states=16 * trained,
         plain=(passed + copies) * kept,
-        lean=(passed + copies) * entry + kept,
+        lean=(passed + copies) * inputs + kept,
         whole=2 * (2 * one + total - (cfg.depth + copies) * one))
 
 

@@ -113,7 +113,8 @@ def test_what_must_agree_is_listed_in_a_fixed_order():
     assert marked(config.INIT) == ("text_depth", "process", "predict")
     assert set(marked(config.MAY_CHANGE)) == {
         "out_dir", "resume", "dry_run", "stop_at", "log_every", "eval_every", "save_every", "preview_every", "preview_steps", "guidance", "base_steps",
-        "physics_steps", "pool_dir", "report", "micro_batch"}
+        "physics_steps", "pool_dir", "report", "micro_batch",
+        "keep_attention"}
 
 
 # --- presets

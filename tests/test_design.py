@@ -111,7 +111,7 @@ def test_exceptions_are_few_and_have_their_reason():
 def test_the_whole_stays_below_its_ceilings():
     counts = [house.measure(path) for path in FILES]
     total = {key: sum(one[key] for one in counts) for key in counts[0]}
-    assert total["tokens"] <= (112_000 if "the whole" in EXCEPTIONS else 72_000)
+    assert total["tokens"] <= (113_000 if "the whole" in EXCEPTIONS else 72_000)
     assert total["tokens"] / total["written lines"] < 9.5
     assert total["packed"] / total["assignments"] < 0.04
 

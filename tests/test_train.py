@@ -134,8 +134,9 @@ def test_a_switch_of_both_stages_trains(fields, six, go):
     assert differences(backbone, base["ema"]) == []
 
 
-def test_checkpointing_changes_no_bit(six, go):
-    run = go(**SIX, checkpointing=True)
+@pytest.mark.parametrize("kept", [False, True])
+def test_checkpointing_changes_no_bit(kept, six, go):
+    run = go(**SIX, checkpointing=True, keep_attention=kept)
     for name in ("base.pt", "step000006.pt"):
         assert differences(checkpoint(run, name), checkpoint(six, name)) == []
 

@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import config
 import data
@@ -22,7 +23,7 @@ from common.run import agent, go_on_after_restart
 from config import UserError
 from helpers import ROOT, sentence
 from runs import TEN, TERMS, again, checkpoint, differences, launch, lines, names, same_run, settings, steps
-from state import losses_in_parts
+from state import State, losses_in_parts
 
 SIX = dict(base_steps=3, physics_steps=3)
 CASES = {  # name: fields of a run of six steps, which one process and two must make alike
@@ -169,6 +170,26 @@ def test_the_parts_of_a_batch_add_up_to_it(size, physics):
     assert math.hypot(*apart.values()) < 1e-6 * math.hypot(*(gradient.norm() for gradient in whole.values()))
     for name, gradient in whole.items():
         assert apart[name] < 5e-3 * gradient.norm() + 1e-9, name  # the lift's is a difference of larger numbers
+
+
+# -------------------------------------------------------------------------------------------------------- checkpointing
+@pytest.mark.parametrize("fields, times", [
+    (dict(), 1), (dict(checkpointing=True), 2), (dict(checkpointing=True, keep_attention=True), 1)], ids=str)
+def test_how_often_attention_runs(fields, times, pools):
+    """Once a block, twice where it is computed again, and once where it is kept; long clips take the fused kernel."""
+    cfg = settings("", pools, frames=8, height=32, width=32, **fields)
+    pool = data.open_pool(cfg, progress=False)
+    tokenizer = data.Tokenizer.from_captions(pool.captions)
+    state = State(cfg, len(tokenizer))
+    batch = data.Clips(cfg, pool, tokenizer).batch(range(2))
+    t, eps = state.process.draw(0, range(2), batch.video.shape[1:])
+    (losses, *_), = losses_in_parts(state, batch, t, eps)
+    losses["diffusion"].backward()  # a first one warms up nothing, but shows that it works twice
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    with FlopCounterMode(display=False, custom_mapping={kernel: lambda *_, **__: 1}) as counter:
+        (losses, *_), = losses_in_parts(state, batch, t, eps)
+        losses["diffusion"].backward()
+    assert counter.get_flop_counts()["Global"][kernel] == times * cfg.depth
 
 
 # ------------------------------------------------------------------------------------------------ mistakes and restarts
