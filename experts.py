@@ -192,21 +192,23 @@ def dispatch(x: Tensor, gate: Tensor, chosen: Tensor, weight: Tensor, bias: Tens
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
     segments = x[order // k].to(dtype)  # choice c belongs to token c // k
-    y = grouped_product(segments, weight.to(dtype), bias.to(dtype), ends, x.is_cuda)
+    one_kernel = x.is_cuda and dtype == torch.bfloat16
+    y = grouped_product(segments, weight.to(dtype), bias.to(dtype), ends, one_kernel)
     # Back to the order of tokens, by the inverse permutation. A gather adds gradients in a fixed
     # order, where index_add would not do so on a GPU, and two runs would differ.
     y = y[order.argsort()].view(M, k, -1)
     return (gate[..., None].type_as(y) * y).sum(1).type_as(x)
 
 
-def grouped_product(x: Tensor, weight: Tensor, bias: Tensor, ends: Tensor, gpu: bool) -> Tensor:
+def grouped_product(x: Tensor, weight: Tensor, bias: Tensor, ends: Tensor,
+                    one_kernel: bool) -> Tensor:
     """x W_e + b_e: of expert 0 for the rows of x up to ends[0], of expert 1 up to ends[1], and so on.
 
-    On a GPU the ends stay a tensor, for which Python would have to wait. That kernel wants rows of
-    whole 16 bytes and knows no float64, and a CPU gains nothing by it.
+    In one kernel of a GPU the ends stay a tensor, for which Python would have to wait. It wants rows
+    of whole 16 bytes and a short dtype, and a CPU gains nothing by it.
     """
     sizes = ends.diff(prepend=ends.new_zeros(1))
-    if gpu:
+    if one_kernel:
         biases = bias.repeat_interleave(sizes, dim=0, output_size=len(x))
         return F.grouped_mm(x, weight, offs=ends.int()) + biases
     segments = x.split(sizes.tolist())

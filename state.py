@@ -188,10 +188,10 @@ class State:
 # --- losses ---------------------------------------------------------------------------------------
 def losses_in_parts(state: State, batch: data.Batch, t: Tensor, eps: Tensor,
                     alone: bool = False) -> Iterator:
-    """`losses_of` some clips, --micro_batch of them at a time. alone: they are the whole batch, and
-    no other process has a part of it."""
+    """`losses_of` some clips, --micro_batch of them at a time, or as many as a step gives to a process.
+    alone: they are the whole batch, and no other process has a part of it."""
     batch = with_target(batch, state.cfg)
-    size = state.cfg.micro_batch or len(t)
+    size = state.cfg.micro_batch or max(1, state.cfg.batch_size // config.rank()[1])
     with precision_of(state):
         whole = parallel.look_over(state.model, batch, size, alone)
     for part, (some, here) in parallel.parts(batch, size, whole):

@@ -54,14 +54,14 @@ def main(cfg: Config) -> None:
         cfg = dataclasses.replace(cfg, base_steps=0)
     cfg = use_threads(config.check(cfg))
     # The first process decides, writes and refuses for all: what it finds, the others are told.
-    with parallel.together(), contextlib.ExitStack() as held:
+    with parallel.together() as now, contextlib.ExitStack() as held:
         parallel.first(parallel.check_share, cfg)
         cfg, why = parallel.first(lambda: resolve(go_on_after_restart(cfg)))
         pick_device(cfg.device)  # a GPU each
         check_memory(cfg)
         run = parallel.first(held.enter_context, only_run(cfg))  # nothing was written before
         with stop_at_full_disk(run):
-            train(cfg, run, why)
+            train(cfg, run, why, now)
 
 
 def open_clips(cfg: Config, run: Path):
@@ -122,8 +122,9 @@ def start_or_resume(cfg: Config, run: Path, clips: dict[str, data.Clips], words:
     return state
 
 
-def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
-    """The whole run, in the order in which things happen: one function, read from top to bottom."""
+def train(cfg: Config, run: Path, why: dict[str, str], now: dict) -> None:
+    """The whole run, in the order in which things happen: one function, read from top to bottom.
+    why: the reasons of `resolve`. now: where the "step" is noted, for a sentence at its end."""
     # --- what is learned from, and what learns
     base = None  # weights of another run, which are read before clips are drawn
     if cfg.init_from and not cfg.resume:
@@ -223,6 +224,7 @@ def train(cfg: Config, run: Path, why: dict[str, str]) -> None:
                 rate = (bar.format_dict["rate"] or 0) * cfg.batch_size
                 bar.set_postfix_str(f"{state.stage} loss {values['loss']:.3f}, {rate:.0f} clips/s")
             state.step += 1
+            now["step"] = state.step
             bar.update()
     conclude(state, last, run, list(prompts))
 

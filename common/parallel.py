@@ -37,27 +37,29 @@ from config import Config, Stopped, UserError
 
 # --- the group ------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def together() -> Iterator[None]:
+def together() -> Iterator[dict]:
     """The processes of torchrun are a group while the block lasts, and only the first one prints.
 
-    Raises Stopped where another one has ended, or keeps the others waiting for too long.
+    Raises Stopped where another one has ended, or keeps the others waiting for too long. The block
+    is given a dict, in which it notes the "step" that such a sentence names.
     """
     rank, world = config.rank()
+    now = {"step": 0}
     if world == 1:
-        yield
+        yield now
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=fresh_store(), rank=rank, world_size=world)
     try:
         with open(os.devnull, "w") as nowhere:
             with contextlib.redirect_stdout(nowhere if rank else sys.stdout):
-                yield
+                yield now
     except RuntimeError as e:
         if not isinstance(e, dist.DistError) and "gloo" not in str(e):
             raise
         reason = "another one is too slow" if "imed out" in str(e) else "another one has ended"
-        raise Stopped(f"Process {rank} of {world} cannot go on, because {reason}: see what the others "
-                      "say, and go on with --resume.") from None
+        raise Stopped(f"Process {rank} of {world} cannot go on at step {now['step']}, because {reason}: "
+                      "see what the others say, and go on with --resume.") from None
     finally:
         dist.destroy_process_group()
 

@@ -7,8 +7,11 @@ import dataclasses
 import json
 import math
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -21,7 +24,7 @@ import train
 from common import parallel
 from common.run import agent, go_on_after_restart
 from config import UserError
-from helpers import ROOT, sentence
+from helpers import ROOT, sentence, words_of
 from runs import TEN, TERMS, again, checkpoint, differences, launch, lines, names, same_run, settings, steps
 from state import State, losses_in_parts
 
@@ -224,6 +227,31 @@ def test_a_restart_goes_on_with_its_own_run_only(tmp_path, pools, monkeypatch, n
     assert names(other) == ["best.pt", "step000005.pt"]
     with pytest.raises(UserError, match="already holds a run"):
         train.main(settings(other, pools))
+
+
+@pytest.mark.kill
+@pytest.mark.slow
+def test_a_killed_process_ends_the_other_with_a_sentence(tmp_path, pools):
+    """And a second torchrun on the same folder is refused, once, before that."""
+    run = tmp_path / "run"
+    fields = {**TEN, "config": "debug", "pool_dir": pools, "out_dir": run, "base_steps": 10000,
+              "eval_every": 5000, "save_every": 5000}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "--", "train.py",
+               *words_of(fields)]
+    how = dict(cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+               text=True)
+    begun = subprocess.Popen(command, **how)
+    while begun.poll() is None and not (run / "log.jsonl").exists():
+        time.sleep(0.1)
+    second = subprocess.run(command, **how)
+    assert second.returncode != 0 and second.stdout.count("Another process trains in") == 1
+    assert "exitcode: 2" in second.stdout.replace("exitcode  : ", "exitcode: ")
+
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(begun.pid)], capture_output=True, text=True).stdout
+    os.kill(max(map(int, listed.split())), signal.SIGKILL)
+    said = begun.communicate()[0]
+    assert begun.returncode != 0
+    assert re.search(r"Process [01] of 2 cannot go on at step \d+, because another one has ended: ", said)
 
 
 # ------------------------------------------------------------------------------------------------------ the syntax tree
