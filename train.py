@@ -311,7 +311,7 @@ def conclude(state: State, clips: data.Clips, run: Path, prompts: list[str]) -> 
     if state.publishable:
         branch = run / "branch.safetensors"
         from_run = shlex.join(["--weights", state.cfg.weights, "--branch", str(branch)])
-        if not branch.is_file():  # it was lost: the last step's weights make it again
+        if not parallel.first(branch.is_file):  # it was lost: the last step's weights make it again
             publish(state, clips, run, held_out_loss(state, clips)["diffusion"])
     print(f"Done: {run}, held-out diffusion loss {state.best:.4f}.")
     if state.cfg.report and config.rank()[0] == 0:
