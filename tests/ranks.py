@@ -2,8 +2,9 @@
 
     torchrun --standalone --nproc_per_node 2 -- tests/ranks.py CASES.json
 
-CASES.json is a list of fields of Config, of which some are "again": then the run goes on by --resume. Python and torch
-are loaded once for all of them, which is most of the time that such a test takes.
+CASES.json is a list of fields of Config: all of them, with "config", or those that the debug preset lacks. With
+"preview" a run draws its previews. Python and torch are loaded once for all of them, which is most of the time that
+such a test takes.
 """
 import json
 import os
@@ -20,7 +21,7 @@ import train  # noqa: E402
 def run(fields: dict) -> None:
     if not fields.pop("preview", False):
         sample.preview = lambda *_: None  # it costs more than ten steps
-    train.main(config.preset("debug", **fields))
+    train.main(config.Config(**fields) if "config" in fields else config.preset("debug", **fields))
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
+import safetensors.torch
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,7 +26,7 @@ import train
 from common import parallel
 from common.run import agent, go_on_after_restart
 from config import UserError
-from helpers import ROOT, sentence, words_of
+from helpers import ROOT, sentence, tiny_official, words_of
 from runs import TEN, TERMS, again, checkpoint, differences, launch, lines, names, same_run, settings, steps
 from state import State, losses_in_parts
 
@@ -138,6 +140,31 @@ def test_the_preview_of_two_processes_is_what_sample_draws(runs, tmp_path):
     prompts = train.telling_prompts(data.Clips(cfg, data.open_pool(cfg, progress=False), tokenizer))
     REAL_PREVIEW(tmp_path / "again.gif", drawn, prompts)
     assert (tmp_path / "again.gif").read_bytes() == (runs["whole"] / "samples" / "step000008.gif").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("diffusers") is None,
+                    reason="encoding needs diffusers: pip install -r requirements-extra.txt")
+@pytest.mark.parametrize("lineage", ["cogvideox", "wan"])
+def test_a_branch_beside_official_weights_trains_as_in_one_process(lineage, weights, caches, tmp_path):
+    """On latents of a cache, the backbone frozen, a clip at a time; the published branch is the same but for rounding."""
+    found = {}
+    for n in (1, 2):
+        cfg = tiny_official(lineage, weights=str(weights[lineage]), cache=str(caches[lineage]), batch_size=4,
+                            micro_batch=1, physics_steps=4, log_every=1, eval_every=2, save_every=2, warmup=1,
+                            physics_lr=1e-3, out_dir=str(tmp_path / str(n)), checkpointing=True, report=False)
+        if n == 1:
+            train.main(cfg)
+        else:
+            torchrun(2, [dataclasses.asdict(cfg)], tmp_path)
+        found[n] = safetensors.torch.load_file(tmp_path / str(n) / "branch.safetensors")
+    for a, b in zip(lines(tmp_path / "1"), lines(tmp_path / "2"), strict=True):
+        assert b.get("loss", 0) == pytest.approx(a.get("loss", 0), rel=1e-5)
+        assert b.get("grad_norm", 0) == pytest.approx(a.get("grad_norm", 0), rel=1e-4)
+    assert found[1].keys() == found[2].keys()
+    kept = [name for name in found[1] if "semantic.lift" not in name]
+    apart = math.hypot(*((found[1][name] - found[2][name]).norm() for name in kept))
+    assert apart < 1e-5 * math.hypot(*(found[1][name].norm() for name in kept))
 
 
 # ----------------------------------------------------------------------------------------------------- parts of a batch
